@@ -1,0 +1,12 @@
+// Element types of tensors that cross the launcher boundary. The values are
+// also exported to Python, which checks them against torch dtypes at import.
+#pragma once
+
+#include <stdint.h>
+
+enum AdvflowDtype : int32_t {
+  ADVFLOW_FLOAT32 = 0,
+  ADVFLOW_FLOAT64 = 1,
+  ADVFLOW_FLOAT16 = 2,
+  ADVFLOW_BFLOAT16 = 3,
+};
