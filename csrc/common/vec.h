@@ -1,0 +1,105 @@
+// Eight consecutive elements at a time, whatever their type: 16-byte accesses
+// where alignment allows, element by element elsewhere. Both ways give a thread
+// the same eight elements, so the choice never changes a result.
+//
+// Loading and converting are separate steps on purpose: a kernel first issues
+// the loads of all its tensors, then converts, and pays memory latency once.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/half.h"
+
+constexpr int kAdvflowVec = 8;
+
+// bf16 and fp16 fill the first four words, fp32 all eight.
+struct AdvflowRaw8 {
+  uint32_t word[kAdvflowVec];
+};
+
+ADVFLOW_HD int advflow_element_size(AdvflowDtype dtype) { return dtype == ADVFLOW_FLOAT32 ? 4 : 2; }
+
+inline bool advflow_is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// kLastUse marks reads that nothing repeats soon, so that they do not evict
+// what the next kernel wants from the cache.
+template <bool kLastUse, typename Word>
+__device__ Word advflow_load(const Word* address) {
+  return kLastUse ? __ldcs(address) : __ldg(address);
+}
+
+template <bool kVector, bool kLastUse>
+__device__ AdvflowRaw8 advflow_load8(const void* data, AdvflowDtype dtype, int64_t index, int valid) {
+  AdvflowRaw8 raw = {};
+  if (kVector) {
+    const uint4* address =
+        reinterpret_cast<const uint4*>(static_cast<const char*>(data) + index * advflow_element_size(dtype));
+    const uint4 low = advflow_load<kLastUse>(address);
+    raw.word[0] = low.x, raw.word[1] = low.y, raw.word[2] = low.z, raw.word[3] = low.w;
+    if (dtype == ADVFLOW_FLOAT32) {
+      const uint4 high = advflow_load<kLastUse>(address + 1);
+      raw.word[4] = high.x, raw.word[5] = high.y, raw.word[6] = high.z, raw.word[7] = high.w;
+    }
+  } else if (dtype == ADVFLOW_FLOAT32) {
+    const uint32_t* address = static_cast<const uint32_t*>(data) + index;
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      if (k < valid) raw.word[k] = advflow_load<kLastUse>(address + k);
+    }
+  } else {
+    const uint16_t* address = static_cast<const uint16_t*>(data) + index;
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      if (k < valid) raw.word[k / 2] |= uint32_t(advflow_load<kLastUse>(address + k)) << (16 * (k % 2));
+    }
+  }
+  return raw;
+}
+
+__device__ inline void advflow_unpack8(const AdvflowRaw8& raw, AdvflowDtype dtype, float* out) {
+  if (dtype == ADVFLOW_FLOAT32) {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) out[k] = advflow_float_from_bits(raw.word[k]);
+  } else if (dtype == ADVFLOW_BFLOAT16) {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) out[k] = advflow_bf16_to_float(uint16_t(raw.word[k / 2] >> (16 * (k % 2))));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) out[k] = advflow_fp16_to_float(uint16_t(raw.word[k / 2] >> (16 * (k % 2))));
+  }
+}
+
+__device__ inline AdvflowRaw8 advflow_pack8(const float* in, AdvflowDtype dtype) {
+  AdvflowRaw8 raw = {};
+  if (dtype == ADVFLOW_FLOAT32) {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) raw.word[k] = advflow_float_to_bits(in[k]);
+  } else if (dtype == ADVFLOW_BFLOAT16) {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) raw.word[k / 2] |= uint32_t(advflow_float_to_bf16(in[k])) << (16 * (k % 2));
+  } else {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) raw.word[k / 2] |= uint32_t(advflow_float_to_fp16(in[k])) << (16 * (k % 2));
+  }
+  return raw;
+}
+
+template <bool kVector>
+__device__ void advflow_store8(void* data, AdvflowDtype dtype, int64_t index, int valid, const AdvflowRaw8& raw) {
+  if (kVector) {
+    uint4* address = reinterpret_cast<uint4*>(static_cast<char*>(data) + index * advflow_element_size(dtype));
+    address[0] = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+    if (dtype == ADVFLOW_FLOAT32) address[1] = make_uint4(raw.word[4], raw.word[5], raw.word[6], raw.word[7]);
+  } else if (dtype == ADVFLOW_FLOAT32) {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      if (k < valid) static_cast<uint32_t*>(data)[index + k] = raw.word[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      if (k < valid) static_cast<uint16_t*>(data)[index + k] = uint16_t(raw.word[k / 2] >> (16 * (k % 2)));
+    }
+  }
+}

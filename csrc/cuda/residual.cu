@@ -1,0 +1,265 @@
+// The forward-process core on CUDA: six statistics a row, and the gradient.
+//
+// Both kernels are bound by memory, so what matters is how often each tensor
+// crosses the bus. Eager PyTorch writes and rereads every residual and its
+// square; here u = noise - x0 and all residuals live in registers:
+//
+//   residual_stats   reads v, target, noise, v_old, v_ref once; writes 24 bytes
+//                    a row (and 24 a block, read back by the finishing kernel)
+//   residual_grad    reads them once more, writes the gradient once
+//
+// Recomputing the residuals in the second kernel moves as many bytes as
+// stashing a gradient in the first and rescaling it would, and it keeps nothing
+// alive between forward and backward.
+//
+// Inputs carry their own dtypes at run time. All kernels branch on them, the
+// same way in every thread, because a template for each mixture would mean
+// 3^5 of each kernel. What is a template is what changes the loop: 16-byte or
+// element access, and which tensors are present.
+//
+// Determinism: a row is cut into `splits` pieces by its length alone, a piece
+// is summed by one block in a fixed order, and one thread adds the pieces in
+// order. No atomics, so nothing depends on scheduling or on the other rows.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/macros.h"
+#include "common/reduce.cuh"
+#include "common/vec.h"
+#include "launchers.h"
+#include "math/residual.h"
+
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kMinThreads = kAdvflowWarp;
+constexpr int kFinishThreads = 128;
+// Two tiles a block amortise its reduction; a 512 px latent (65,536 elements)
+// then gives 16 blocks a row.
+constexpr int kTilesPerSplit = 2;
+// One row alone should still occupy most of a large GPU, and one thread has to
+// add this many partial sums.
+constexpr int64_t kMaxSplits = 128;
+
+// How a row is cut. A function of its length only.
+struct RowPlan {
+  int threads;
+  int64_t tile;   // elements a block reads in one step
+  int64_t tiles;  // steps in a row
+  int64_t splits;
+  int64_t split_elements;
+};
+
+RowPlan plan_row(int64_t elements) {
+  RowPlan plan;
+  plan.threads = kMinThreads;
+  while (plan.threads < kMaxThreads && int64_t(plan.threads) * kAdvflowVec < elements) plan.threads *= 2;
+  plan.tile = int64_t(plan.threads) * kAdvflowVec;
+  plan.tiles = std::max<int64_t>(1, (elements + plan.tile - 1) / plan.tile);
+  const int64_t wanted = std::min(kMaxSplits, (plan.tiles + kTilesPerSplit - 1) / kTilesPerSplit);
+  const int64_t tiles_per_split = (plan.tiles + wanted - 1) / wanted;
+  plan.splits = (plan.tiles + tiles_per_split - 1) / tiles_per_split;
+  plan.split_elements = tiles_per_split * plan.tile;
+  return plan;
+}
+
+// ---------------------------------------------------------------------------
+// Kernels
+
+template <bool kVector, bool kHasNoise, bool kHasOld, bool kHasRef>
+struct Variant {
+  static constexpr bool vector = kVector;
+  static constexpr bool noise = kHasNoise;
+  static constexpr bool old = kHasOld;
+  static constexpr bool ref = kHasRef;
+};
+
+struct Residuals8 {
+  float v[kAdvflowVec], u[kAdvflowVec], o[kAdvflowVec], p[kAdvflowVec];
+};
+
+// Elements past `valid` read as zero in every tensor, which adds exactly
+// nothing to any sum.
+template <typename V, bool kLastUse>
+__device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t index, int valid) {
+  AdvflowRaw8 noise, old, ref;
+  const AdvflowRaw8 v = advflow_load8<V::vector, kLastUse>(in.v.data, in.v.dtype, index, valid);
+  const AdvflowRaw8 target = advflow_load8<V::vector, kLastUse>(in.target.data, in.target.dtype, index, valid);
+  if (V::noise) noise = advflow_load8<V::vector, kLastUse>(in.noise.data, in.noise.dtype, index, valid);
+  if (V::old) old = advflow_load8<V::vector, kLastUse>(in.v_old.data, in.v_old.dtype, index, valid);
+  if (V::ref) ref = advflow_load8<V::vector, kLastUse>(in.v_ref.data, in.v_ref.dtype, index, valid);
+
+  Residuals8 x = {};
+  advflow_unpack8(v, in.v.dtype, x.v);
+  advflow_unpack8(target, in.target.dtype, x.u);
+  if (V::noise) {
+    float n[kAdvflowVec];
+    advflow_unpack8(noise, in.noise.dtype, n);
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) x.u[k] = n[k] - x.u[k];
+  }
+  if (V::old) advflow_unpack8(old, in.v_old.dtype, x.o);
+  if (V::ref) advflow_unpack8(ref, in.v_ref.dtype, x.p);
+  return x;
+}
+
+__device__ inline int valid_elements(int64_t begin, int64_t end) {
+  return end - begin < kAdvflowVec ? int(end - begin) : kAdvflowVec;
+}
+
+// partials[row][split][stat]
+template <typename V>
+__global__ void __launch_bounds__(kMaxThreads)
+    residual_stats_kernel(AdvflowResidualInputs in, RowPlan plan, float* partials) {
+  const int64_t row = blockIdx.x / unsigned(plan.splits);
+  const int64_t split = blockIdx.x % unsigned(plan.splits);
+  const int64_t begin = split * plan.split_elements;
+  const int64_t end = min(begin + plan.split_elements, in.elements);
+
+  float sums[ADVFLOW_RESIDUAL_STATS] = {};
+  for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
+    const Residuals8 x = load_residuals<V, false>(in, row * in.elements + i, valid_elements(i, end));
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      advflow_residual_accumulate<V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], sums);
+    }
+  }
+
+  const float total = advflow_block_sum(sums);
+  if (threadIdx.x < ADVFLOW_RESIDUAL_STATS) {
+    partials[int64_t(blockIdx.x) * ADVFLOW_RESIDUAL_STATS + threadIdx.x] = total;
+  }
+}
+
+// One thread for each (row, stat). Few numbers, so double costs nothing and
+// the finish adds no error of its own.
+__global__ void __launch_bounds__(kFinishThreads)
+    residual_stats_finish_kernel(const float* partials, float* stats, int64_t batch, int splits, int64_t elements) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= batch * ADVFLOW_RESIDUAL_STATS) return;
+  const int64_t row = i / ADVFLOW_RESIDUAL_STATS;
+  const int64_t stat = i % ADVFLOW_RESIDUAL_STATS;
+  const float* partial = partials + row * splits * ADVFLOW_RESIDUAL_STATS + stat;
+  double sum = 0.0;
+#pragma unroll 16
+  for (int split = 0; split < splits; ++split) sum += partial[split * ADVFLOW_RESIDUAL_STATS];
+  stats[i] = float(sum / double(elements));
+}
+
+template <typename V>
+__global__ void __launch_bounds__(kMaxThreads)
+    residual_grad_kernel(AdvflowResidualInputs in, RowPlan plan, const float* coef, void* grad, float scale) {
+  const int64_t row = blockIdx.x / unsigned(plan.tiles);
+  const int64_t tile = blockIdx.x % unsigned(plan.tiles);
+  const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
+  if (i >= in.elements) return;
+  const int64_t index = row * in.elements + i;
+  const int valid = valid_elements(i, in.elements);
+  const float a = coef[row * 3], b = coef[row * 3 + 1], c = coef[row * 3 + 2];
+
+  // A dropped row is not even read: its inputs may be anything.
+  float out[kAdvflowVec] = {};
+  if (a != 0.0f || (V::old && b != 0.0f) || (V::ref && c != 0.0f)) {
+    const Residuals8 x = load_residuals<V, true>(in, index, valid);
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) {
+      out[k] = scale * advflow_residual_combine<V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
+    }
+  }
+  // Stored with the default policy: the next kernel of the backward reads it.
+  advflow_store8<V::vector>(grad, in.v.dtype, index, valid, advflow_pack8(out, in.v.dtype));
+}
+
+// ---------------------------------------------------------------------------
+// Launchers
+
+bool is_supported(const AdvflowTensor& tensor) {
+  return tensor.data == nullptr || tensor.dtype == ADVFLOW_FLOAT32 || tensor.dtype == ADVFLOW_FLOAT16 ||
+         tensor.dtype == ADVFLOW_BFLOAT16;
+}
+
+bool are_supported(const AdvflowResidualInputs& in) {
+  return is_supported(in.v) && is_supported(in.target) && is_supported(in.noise) && is_supported(in.v_old) &&
+         is_supported(in.v_ref);
+}
+
+// Null counts as aligned, so absent tensors do not decide.
+bool can_vectorize(const AdvflowResidualInputs& in, const void* grad) {
+  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v.data) && advflow_is_aligned16(in.target.data) &&
+         advflow_is_aligned16(in.noise.data) && advflow_is_aligned16(in.v_old.data) &&
+         advflow_is_aligned16(in.v_ref.data) && advflow_is_aligned16(grad);
+}
+
+template <typename F>
+void with_bool(bool value, F f) {
+  if (value) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
+
+// Calls f(Variant<...>{}) for what `in` holds.
+template <typename F>
+void with_variant(const AdvflowResidualInputs& in, const void* grad, F f) {
+  with_bool(can_vectorize(in, grad), [&](auto vector) {
+    with_bool(in.noise.data != nullptr, [&](auto noise) {
+      with_bool(in.v_old.data != nullptr, [&](auto old) {
+        with_bool(in.v_ref.data != nullptr, [&](auto ref) {
+          f(Variant<decltype(vector)::value, decltype(noise)::value, decltype(old)::value, decltype(ref)::value>{});
+        });
+      });
+    });
+  });
+}
+
+bool fits_grid(int64_t blocks) { return blocks <= INT32_MAX; }
+
+int last_error() { return -int(cudaGetLastError()); }
+
+}  // namespace
+
+int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements) {
+  return batch * plan_row(elements).splits * ADVFLOW_RESIDUAL_STATS * int64_t(sizeof(float));
+}
+
+int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
+  if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
+  if (in->batch == 0) return ADVFLOW_OK;
+  const RowPlan plan = plan_row(in->elements);
+  const int64_t blocks = in->batch * plan.splits;
+  if (!fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+
+  const cudaStream_t stream = static_cast<cudaStream_t>(where);
+  float* partials = static_cast<float*>(workspace);
+  with_variant(*in, nullptr, [&](auto variant) {
+    const auto kernel = residual_stats_kernel<decltype(variant)>;
+    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan, partials);
+  });
+  const int status = last_error();
+  if (status != ADVFLOW_OK) return status;
+
+  const int64_t finish_blocks = (in->batch * ADVFLOW_RESIDUAL_STATS + kFinishThreads - 1) / kFinishThreads;
+  ADVFLOW_LAUNCH(residual_stats_finish_kernel, dim3(unsigned(finish_blocks)), dim3(kFinishThreads), stream, partials,
+                 static_cast<float*>(stats), in->batch, int(plan.splits), in->elements);
+  return last_error();
+}
+
+int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where) {
+  if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
+  if (in->batch == 0 || in->elements == 0) return ADVFLOW_OK;
+  const RowPlan plan = plan_row(in->elements);
+  const int64_t blocks = in->batch * plan.tiles;
+  if (!fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+
+  const cudaStream_t stream = static_cast<cudaStream_t>(where);
+  const float scale = float(2.0 / double(in->elements));
+  with_variant(*in, grad, [&](auto variant) {
+    const auto kernel = residual_grad_kernel<decltype(variant)>;
+    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
+                   static_cast<const float*>(coef), grad, scale);
+  });
+  return last_error();
+}
