@@ -1,0 +1,1 @@
+"""Public operations; each file states its formula, shapes and errors."""

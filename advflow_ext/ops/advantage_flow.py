@@ -1,0 +1,87 @@
+"""The AdvantageFlow loss (arXiv 2605.26013, eq. 5) on the native forward-process core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext._native import STATS
+from advflow_ext.ops import _checks
+from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise
+from advflow_ext.ops.residual import residual_loss, residual_stats
+
+_VU_ABS = STATS.index("vu_abs")
+
+
+def advantage_flow_loss(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    *,
+    v_old: Tensor,
+    v_ref: Tensor | None = None,
+    gamma: float | Tensor | str = 1.1,
+    lam: float = 1e-3,
+    weighting: str = "prediction",
+    reduction: str = "mean",
+) -> LossOutput:
+    """Advantage-weighted flow matching with rollout and reference regularisation (AdvantageFlow, eq. 5).
+
+    Per sample, with u = noise - x0, D elements and <.> the mean over them::
+
+        loss_i = m [ A <(v-u)^2> + gamma <(v-v_old)^2> + lam <(v-v_ref)^2> ]
+        d loss_i / dv = (2 m / D) [ A (v-u) + gamma (v-v_old) + lam (v-v_ref) ]
+
+    Arguments:
+        v: policy velocity ``[B, ...]``, any rank from 2: the only tensor that receives a gradient.
+        x0, noise: clean latent and noise, shaped like v (t = 0 is data, t = 1 is noise; x_t is never needed).
+        t: ``[B]`` in (0, 1]. advantages: ``[B]``, see :func:`group_advantages`.
+        v_old: velocity of the rollout policy, shaped like v. v_ref: velocity of the reference, or None for no such term.
+        gamma: weight of the rollout term: a number, a ``[B]`` tensor, or "1-A" (the paper's adaptive variant).
+        lam: weight of the reference term, at least 0.
+        weighting: "prediction" (m = t^2, the paper's prediction-space loss), "velocity" (m = 1), or "adaptive"
+            (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: MeanFlowAdvantage's shared scale).
+        reduction: "mean" over B, "sum", or "none" for ``[B]``.
+
+    Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's gradient is
+    rounded once, to v's dtype. On CPU, one float64 latent makes everything float64. The result is deterministic, and a
+    sample's loss and gradient are bitwise independent of the batch around it.
+
+    A sample with a non-finite input or loss has zero loss and gradient, is counted in ``metrics`` and leaves every
+    other sample untouched. A + gamma + lam <= 0 makes a sample's loss unbounded below: warned of once with the numbers
+    (on CUDA when the metrics are read, since a step never waits for the device).
+
+    Raises ValueError, naming argument, value and what is accepted, for wrong shapes, dtypes, devices, names and
+    numbers, and on CPU for t outside (0, 1]; on CUDA and under torch.compile such samples are dropped and counted.
+    """
+    if not _native.serves(v):
+        return reference.advantage_flow_loss(
+            v, x0, noise, t, advantages,
+            v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, weighting=weighting, reduction=reduction,
+        )  # fmt: skip
+    scalars = _checks.advantage_flow_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, weighting, reduction
+    )
+    stats = residual_stats(v, x0, noise, v_old, v_ref)
+    deviations = stats[:, :3]
+
+    # This is all that tells one forward-process algorithm from another: three numbers a sample.
+    coef = torch.stack([scalars.advantages, scalars.gamma, scalars.lam], 1)  # [B, 3]
+    if weighting != "velocity":
+        weight = scalars.t.square()
+        if weighting == "adaptive":
+            weight = weight / (scalars.t * stats[:, _VU_ABS]).clamp(min=1e-5)
+        coef = coef * weight[:, None]
+
+    terms = coef * deviations
+    values = terms.sum(1)
+    # One non-finite input anywhere makes a statistic, and with it the sum, non-finite, even at weight zero.
+    finite = torch.isfinite(values)
+    losses = residual_loss(v, x0, noise, v_old, v_ref, values, coef, finite & scalars.valid_t)
+    metrics = summarise(
+        values, terms[:, 0], deviations, scalars.advantages, scalars.curvature, finite, scalars.valid_t
+    )
+    return LossOutput(reduce_losses(losses, reduction), metrics)

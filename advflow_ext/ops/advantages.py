@@ -1,0 +1,119 @@
+"""Rewards of image groups turned into advantages (AdvantageFlow, arXiv 2605.26013, eq. 6, and its relatives)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext.ops._checks import require_choice, require_number
+
+_DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
+_CLIP_MODES = ("clip", "recentre", "scale", "clip_divide")
+
+
+@torch.no_grad()
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    *,
+    norm: str = "batch_rms",
+    clip: float | None = 1.0,
+    clip_mode: str = "clip",
+    eps: float | None = None,
+    ddof: int = 0,
+) -> Tensor:
+    """Advantages ``[L*K]`` of rewards ``[L*K]``: L prompts with K = ``group_size`` images each, images of a prompt
+    consecutive. Pass the whole logical batch, never one device's shard of it.
+
+    Each reward is centred by its group's mean, r - mean_k r, then divided:
+
+    * ``norm="batch_rms"`` (AdvantageFlow, eq. 6): by max(Z, eps), Z the root mean square of the centred rewards over
+      the whole batch. eps defaults to 1e-8.
+    * ``norm="group_std"`` (Flow-GRPO): by the group's own standard deviation + eps; eps defaults to 1e-4.
+    * ``norm="raw_global_std"`` (NVlabs DiffusionNFT): by the standard deviation of the raw rewards of the whole batch,
+      which includes the spread between prompts, + eps; eps defaults to 1e-4.
+
+    ``ddof`` is subtracted from the number of values in the mean of squares (0 in all three sources).
+
+    The result is bounded by ``clip`` (``None``: unbounded) in one of four ways:
+
+    * ``clip_mode="clip"`` (eq. 6): clamp to [-clip, clip]. Groups no longer sum to zero.
+    * ``"recentre"``: clamp, then subtract each group's mean again. Sums to zero; may exceed the bound slightly.
+    * ``"scale"``: a group that exceeds the bound is scaled down to it as a whole. Sums to zero.
+    * ``"clip_divide"``: clamp, then divide by ``clip`` (DiffusionNFT: clip 5, divide by 5).
+
+    An image whose reward is not finite gets advantage 0 and counts in no mean or deviation. Equal rewards give zeros.
+    Any real dtype is accepted; the arithmetic is float64; the result is float64 for float64 rewards, else float32.
+
+    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, unknown names, clip or eps out of range.
+    """
+    _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
+    floor = _DEFAULT_EPS[norm] if eps is None else eps
+
+    raw = rewards.detach().double().view(-1, group_size)  # [L, K]
+    finite = raw.isfinite()
+    raw = torch.where(finite, raw, 0)
+    # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
+    origin = torch.where(finite, raw, torch.inf).amin(1, keepdim=True)
+    centred = _centre(torch.where(finite, raw - origin, 0), finite)
+
+    if norm == "batch_rms":
+        scale = _rms(centred, finite, ddof, over_batch=True).clamp(min=floor)
+    elif norm == "group_std":
+        scale = _rms(centred, finite, ddof, over_batch=False) + floor
+    else:
+        lowest = torch.where(finite, raw, torch.inf).amin() if raw.numel() else raw.sum()
+        shifted = torch.where(finite, raw - lowest, 0)
+        mean = shifted.sum() / finite.sum().clamp(min=1)
+        scale = _rms(torch.where(finite, shifted - mean, 0), finite, ddof, over_batch=True) + floor
+    advantages = torch.where(centred == 0, 0, centred / scale)
+
+    if clip is not None:
+        advantages = _bound(advantages, finite, clip, clip_mode)
+    return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+
+
+def _centre(values: Tensor, finite: Tensor) -> Tensor:
+    mean = values.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(finite, values - mean, 0)
+
+
+def _rms(centred: Tensor, finite: Tensor, ddof: int, *, over_batch: bool) -> Tensor:
+    if over_batch:
+        squares, count = centred.square().sum(), finite.sum()
+    else:
+        squares, count = centred.square().sum(1, keepdim=True), finite.sum(1, keepdim=True)
+    return (squares / (count - ddof).clamp(min=1)).sqrt()
+
+
+def _bound(advantages: Tensor, finite: Tensor, clip: float, mode: str) -> Tensor:
+    if mode == "scale":
+        largest = advantages.abs().amax(1, keepdim=True)
+        return advantages * torch.where(largest > clip, clip / largest, 1)
+    clipped = advantages.clamp(-clip, clip)
+    if mode == "recentre":
+        return _centre(clipped, finite)
+    return clipped / clip if mode == "clip_divide" else clipped
+
+
+def _check_arguments(
+    rewards: Tensor, group_size: int, norm: str, clip: float | None, clip_mode: str, eps: float | None, ddof: int
+) -> None:
+    if not isinstance(rewards, Tensor) or rewards.is_complex():
+        kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"rewards is {kind}; accepted is a real torch.Tensor of shape [L*K].")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"group_size is {group_size!r}; accepted is an integer of at least 2, since one image alone "
+                         "has no group mean to differ from.")
+    if rewards.dim() != 1 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"rewards has shape {list(rewards.shape)}; accepted is [L*K], a multiple of group_size {group_size}."
+        )
+    require_choice("norm", norm, tuple(_DEFAULT_EPS))
+    require_choice("clip_mode", clip_mode, _CLIP_MODES)
+    if clip is not None:
+        require_number("clip", clip, low=0.0, exclusive=True)
+    if eps is not None:
+        require_number("eps", eps, low=0.0)
+    if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
+        raise ValueError(f"ddof is {ddof!r}; accepted is an integer of at least 0.")
