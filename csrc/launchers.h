@@ -12,6 +12,9 @@
 #include "common/dtype.h"
 #include "common/status.h"
 
+// C linkage, so that a test can call a launcher through ctypes.
+extern "C" {
+
 struct AdvflowTensor {
   const void* data;  // null: this input is absent
   AdvflowDtype dtype;
@@ -50,3 +53,5 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
 // into the result.
 int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
 int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
+
+}  // extern "C"
