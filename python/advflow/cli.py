@@ -1,0 +1,203 @@
+"""The `advflow` command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, fields
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from advflow.config import TrainConfig
+
+_DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
+
+examples:
+  advflow train                                       post-train the embedded world, CPU, minutes
+  advflow train --loss.gamma 1-A --seed 1             change settings by their dotted names
+  advflow train --config sd35_medium --out runs/sd35  Stable Diffusion 3.5 Medium, the paper's settings
+  advflow train --out runs/tiny --resume              go on where a run stopped
+  advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
+  advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
+  advflow report --run runs/tiny                      write report.html again
+  advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(_resolve_packaged_configs(sys.argv[1:] if argv is None else argv))
+    command: str = arguments.subcommand
+    try:
+        _COMMANDS[command](arguments[command])
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"advflow {command}: {error}") from error
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Configs inside the package by name."""
+    folder = Path(str(resources.files("advflow"))) / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _resolve_packaged_configs(argv: list[str]) -> list[str]:
+    known = packaged_configs()
+    after_flag = [previous == "--config" for previous in [""] + argv[:-1]]
+    return [str(known[word]) if flag and word in known else word for word, flag in zip(argv, after_flag, strict=True)]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="advflow", description=_DESCRIPTION, formatter_class=_formatter())
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("train", train_parser(), help="post-train a pipeline")
+    commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
+    commands.add_subcommand("sample", _sample_parser(), help="draw images from a run, or from its base")
+    commands.add_subcommand("report", _report_parser(), help="write a run's report.html")
+    commands.add_subcommand("pretrain", _pretrain_parser(), help="pretrain the embedded world's pipeline from nothing")
+    return parser
+
+
+def _formatter() -> type:
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the line breaks of the examples."""
+
+    return Formatter
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of `advflow train`; also what checks the config.yaml of a finished run."""
+    parser = ArgumentParser(description="Post-train a pipeline by reinforcement learning.")
+    names = ", ".join(packaged_configs())
+    parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="go on with the run in --out")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def to_config(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
+    values = parser.instantiate_classes(parsed)
+    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+
+
+def load_run_config(run: str) -> TrainConfig:
+    """The settings a run was started with."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
+    parser = train_parser()
+    return to_config(parser, parser.parse_path(str(path)))
+
+
+def _run_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--run", type=str, required=True, help="folder of a run")
+    parser.add_argument("--base", type=bool, nargs="?", const=True, default=False, help="the model before training")
+
+
+def _eval_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Score a run's last checkpoint on the held-out prompts.")
+    _run_argument(parser)
+    return parser
+
+
+def _sample_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Draw images from a run's last checkpoint.")
+    _run_argument(parser)
+    parser.add_argument("--prompt", type=str, required=True, help="what to draw")
+    parser.add_argument("--count", type=int, default=8, help="how many images")
+    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
+    parser.add_argument("--out", type=str, default="samples.png", help="where the picture goes")
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Write report.html of a run, finished or not.")
+    parser.add_argument("--run", type=str, required=True, help="folder of a run")
+    return parser
+
+
+def _pretrain_parser() -> ArgumentParser:
+    from advflow.world.settings import PretrainSettings
+
+    parser = ArgumentParser(description="Pretrain the embedded world's pipeline from nothing.")
+    parser.add_argument("--out", type=str, required=True, help="folder of the pipeline")
+    parser.add_class_arguments(PretrainSettings)
+    return parser
+
+
+def _train(arguments: Namespace) -> None:
+    parser = train_parser()
+    resume = arguments.pop("resume")
+    arguments.pop("config")
+    config = to_config(parser, arguments)
+    folder = Path(config.out)
+    if not resume and (folder / "config.yaml").exists():
+        raise ValueError(f"out is {config.out!r}, where a run already is; give --resume or another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    _quiet_libraries()
+    from advflow.report import write_report
+    from advflow.train import train
+
+    summary = train(config, resume)
+    report = write_report(folder)
+    print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
+    for category, score in summary["final_categories"].items():
+        print(f"  {category:<18} {summary['base_categories'][category]:.3f} -> {score:.3f}")
+    print(f"report: {report}")
+
+
+def _eval(arguments: Namespace) -> None:
+    _quiet_libraries()
+    from advflow.inference import evaluate_run, load_run
+
+    config = load_run_config(arguments.run)
+    result = evaluate_run(load_run(Path(arguments.run), config, base=arguments.base))
+    print(f"overall {result.overall:.4f}")
+    for category, score in result.categories.items():
+        print(f"  {category:<18} {score:.4f}")
+
+
+def _sample(arguments: Namespace) -> None:
+    _quiet_libraries()
+    from advflow.inference import draw_images, load_run
+    from advflow.run_log import image_grid
+
+    run = load_run(Path(arguments.run), load_run_config(arguments.run), base=arguments.base)
+    images = draw_images(run, arguments.prompt, arguments.count, arguments.steps, arguments.seed)
+    image_grid(images, columns=min(8, arguments.count)).save(arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+def _report(arguments: Namespace) -> None:
+    from advflow.report import write_report
+
+    print(f"report: {write_report(Path(arguments.run))}")
+
+
+def _pretrain(arguments: Namespace) -> None:
+    _quiet_libraries()
+    from advflow.world.pretrain import pretrain
+    from advflow.world.settings import PretrainSettings
+
+    out = Path(arguments.pop("out"))
+    pretrain(out, PretrainSettings(**arguments.as_dict()))
+
+
+def _quiet_libraries() -> None:
+    """Keeps notices about optional packages that play no part here out of the progress display."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "sample": _sample, "report": _report, "pretrain": _pretrain}

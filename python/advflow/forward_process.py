@@ -1,0 +1,97 @@
+"""The forward process of a rollout: which (t, noise) each image meets, and the three velocities there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from advflow.config import DrawConfig
+from advflow.model import LatentShape
+from advflow.policies import Policies, Role
+from advflow.randomness import generator
+from advflow.sampling import PromptEmbeddings, velocity
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Images of one iteration, group after group: x0 [N, C, H, W], advantages [N], embeddings of each one's prompt."""
+
+    x0: torch.Tensor
+    advantages: torch.Tensor
+    prompts: PromptEmbeddings
+    images_per_prompt: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, C, H, W]."""
+
+    t: torch.Tensor
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """What a loss of the forward process needs; `v` alone carries gradients, `v_ref` may be left out."""
+
+    v: torch.Tensor
+    v_old: torch.Tensor
+    v_ref: torch.Tensor | None
+    x0: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+    advantages: torch.Tensor
+
+
+class Draws:
+    """The (t, noise) pairs of a run; pair `index` of an iteration depends on the seed and nothing drawn before."""
+
+    def __init__(self, config: DrawConfig, latent: LatentShape, sigmas: list[float], seed: int) -> None:
+        if config.timesteps == "sampler_grid" and config.per_image > len(sigmas) - 1:
+            raise ValueError(
+                f"draws.per_image is {config.per_image}; with draws.timesteps=sampler_grid at most rollout.steps, "
+                f"{len(sigmas) - 1}, are accepted"
+            )
+        self._config, self._latent, self._seed = config, latent, seed
+        self._grid = torch.tensor(sigmas[:-1])
+
+    def draw(self, iteration: int, index: int, rollout: Rollout) -> Draw:
+        config, device = self._config, rollout.x0.device
+        repeat = rollout.images_per_prompt if config.noise == "shared_in_group" else 1
+        count = len(rollout.x0) // repeat
+        number = iteration * config.per_image + index
+        t = self._times(iteration, index, count, generator(self._seed, "time", number))
+        noise = self._latent.noise(count, generator(self._seed, "noise", number), device)
+        return Draw(t.to(device).repeat_interleave(repeat), noise.repeat_interleave(repeat, dim=0))
+
+    def _times(self, iteration: int, index: int, count: int, rng: torch.Generator) -> torch.Tensor:
+        config = self._config
+        if config.timesteps == "sampler_grid":
+            # The same order for every pair of an iteration, so that an image never meets a timestep twice.
+            shuffle = torch.rand(count, len(self._grid), generator=generator(self._seed, "grid", iteration)).argsort(1)
+            return self._grid[shuffle[:, index]]
+        uniform = 1.0 - torch.rand(count, generator=rng)  # (0, 1]
+        if config.timesteps == "uniform":
+            return uniform
+        # Neighbours start in different strata: every pair covers all of (0, 1] across the batch.
+        stratum = (torch.arange(count) + index) % config.per_image
+        return (stratum + uniform) / config.per_image
+
+
+def forward_batch(
+    policies: Policies, rollout: Rollout, draw: Draw, rows: slice, with_reference: bool
+) -> ForwardBatch:
+    """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
+    x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
+    x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+
+    def frozen(role: Role) -> torch.Tensor:
+        with torch.no_grad():
+            return velocity(policies.transformer(role), x_t, t, prompts)
+
+    v_old = frozen("rollout")
+    v_ref = frozen("reference") if with_reference else None
+    # The learner comes last: with adapters, asking for another policy would switch its gradients off.
+    v = velocity(policies.transformer("learner"), x_t, t, prompts)
+    return ForwardBatch(v, v_old, v_ref, x0, noise, t, rollout.advantages[rows])

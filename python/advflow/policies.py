@@ -1,0 +1,95 @@
+"""The three policies of a run: the learner, the rollout policy that follows it, and the frozen reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, Protocol
+
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+
+from advflow.config import ModelConfig
+
+Role = Literal["learner", "rollout", "reference"]
+
+
+class Policies(Protocol):
+    """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order."""
+
+    learner: list[torch.nn.Parameter]
+    rollout: list[torch.nn.Parameter]
+
+    def transformer(self, role: Role) -> SD3Transformer2DModel:
+        """The transformer with the weights of `role` in force, until the next call."""
+        ...
+
+
+def make_policies(transformer: SD3Transformer2DModel, config: ModelConfig) -> Policies:
+    """Sets up the three policies, equal at first, on a freshly loaded transformer."""
+    transformer.requires_grad_(False)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return FullPolicies(transformer) if config.trainable == "full" else LoraPolicies(transformer, config)
+
+
+class FullPolicies:
+    """Every weight is trained: three copies of the transformer."""
+
+    def __init__(self, transformer: SD3Transformer2DModel) -> None:
+        self._transformers: dict[Role, SD3Transformer2DModel] = {
+            "learner": transformer,
+            "rollout": copy.deepcopy(transformer),
+            "reference": copy.deepcopy(transformer),
+        }
+        transformer.float().requires_grad_(True)
+        self._transformers["rollout"].float()
+        self.learner = list(transformer.parameters())
+        self.rollout = list(self._transformers["rollout"].parameters())
+
+    def transformer(self, role: Role) -> SD3Transformer2DModel:
+        return self._transformers[role]
+
+
+class LoraPolicies:
+    """Two PEFT adapters on one frozen base; the reference is the base with its adapters switched off."""
+
+    _ADAPTERS = {"learner": "learner", "rollout": "rollout"}
+
+    def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig) -> None:
+        self._transformer = transformer
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=config.lora_targets,
+        )
+        for adapter in self._ADAPTERS.values():
+            transformer.add_adapter(lora, adapter_name=adapter)
+        self.learner, self.rollout = (self._parameters_of(adapter) for adapter in self._ADAPTERS.values())
+        with torch.no_grad():
+            for learner, rollout in zip(self.learner, self.rollout, strict=True):
+                learner.data = learner.data.float()
+                rollout.data = learner.data.clone()
+
+    def _parameters_of(self, adapter: str) -> list[torch.nn.Parameter]:
+        return [p for name, p in self._transformer.named_parameters() if f".{adapter}." in name]
+
+    def transformer(self, role: Role) -> SD3Transformer2DModel:
+        if role == "reference":
+            self._transformer.disable_adapters()
+        else:
+            self._transformer.enable_adapters()
+            self._transformer.set_adapter(self._ADAPTERS[role])
+            # Switching adapters also switches requires_grad; only the learner may ever collect gradients.
+            for parameter in self.rollout:
+                parameter.requires_grad_(False)
+            for parameter in self.learner:
+                parameter.requires_grad_(True)
+        return self._transformer
+
+
+@torch.no_grad()
+def follow(policies: Policies, rho: float) -> None:
+    """Moves the rollout policy towards the learner: theta_old <- rho theta_old + (1 - rho) theta."""
+    torch._foreach_lerp_(policies.rollout, policies.learner, 1.0 - rho)

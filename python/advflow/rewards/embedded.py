@@ -1,0 +1,26 @@
+"""The embedded world's reward: the rule-based check of `advflow.world.reward`."""
+
+from __future__ import annotations
+
+import torch
+
+from advflow.rewards import Scores
+from advflow.world.reward import score_batch
+from advflow.world.scene import all_prompts
+
+
+class EmbeddedReward:
+    """Trains on the partial score (the share of a request that is met) and reports how often all of it is met."""
+
+    def __init__(self) -> None:
+        self._prompts = {prompt.text: prompt for prompt in all_prompts()}
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+        scores = score_batch(images.cpu().numpy(), [self._prompts[text] for text in prompts])
+        return Scores(
+            reward=torch.tensor([s.partial for s in scores], dtype=torch.float32),
+            score=torch.tensor([float(s.correct) for s in scores]),
+        )
+
+    def category(self, prompt: str) -> str:
+        return self._prompts[prompt].category

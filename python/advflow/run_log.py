@@ -1,0 +1,98 @@
+"""What a run leaves behind while it goes: config.yaml, metrics.jsonl, evals.jsonl, sample grids, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from advflow.evaluate import Evaluation
+
+METRICS = "metrics.jsonl"
+EVALS = "evals.jsonl"
+SAMPLES = "samples"
+_CELL = 96  # pixels; small images are enlarged to this by whole factors
+
+
+class RunLog:
+    """Appends rows to the files of a run. Rows from `iteration` on, left by a killed run, are dropped first."""
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        self._folder = folder
+        (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
+        _truncate(folder / METRICS, lambda row: row["iteration"] < iteration)
+        _truncate(folder / EVALS, lambda row: row["iteration"] <= iteration)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration or None)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Appends one iteration's numbers."""
+        self._append(METRICS, row)
+        for name, value in row.items():
+            if name != "iteration":
+                self._tensorboard.add_scalar(f"train/{name}", value, row["iteration"])
+
+    def evaluation(self, iteration: int, images_seen: int, seconds: float, result: Evaluation, grid: list[int]) -> None:
+        """Appends one evaluation and saves the images number `grid` as a picture."""
+        if any(row["iteration"] == iteration for row in read_rows(self._folder / EVALS)):
+            return
+        row = {
+            "iteration": iteration,
+            "images": images_seen,
+            "seconds": round(seconds, 2),
+            "overall": result.overall,
+            "reward": result.reward,
+            "categories": result.categories,
+        }
+        self._append(EVALS, row)
+        picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
+        picture.save(self._folder / SAMPLES / f"{iteration:06d}.png")
+        self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
+        for name, value in result.categories.items():
+            self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with (self._folder / name).open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none where there is no file. A last line cut off by a kill is ignored."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Images [N, 3, H, W] in [0, 1] side by side, `columns` in a row, small ones enlarged without smoothing."""
+    count, _, height, width = images.shape
+    factor = max(1, _CELL // max(height, width))
+    rows = -(-count // columns)
+    gap = 4
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for index in range(count):
+        tile = Image.fromarray(pixels[index]).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        canvas.paste(tile, (gap + column * cell_width, gap + row * cell_height))
+    return canvas
+
+
+def _truncate(path: Path, keep: Any) -> None:
+    rows = read_rows(path)
+    if rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if keep(row)))

@@ -1,0 +1,60 @@
+"""Images from a policy: the deterministic Euler ODE from noise to latent, and the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the text encoders say of a list of prompts: `tokens` [N, L, E] and `pooled` [N, P]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor | slice) -> PromptEmbeddings:
+        return PromptEmbeddings(self.tokens[index], self.pooled[index])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
+    """The scheduler's `steps + 1` noise levels, from 1 (noise) down to 0 (image)."""
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.tolist()
+
+
+def velocity(
+    transformer: SD3Transformer2DModel, x_t: torch.Tensor, t: torch.Tensor, prompts: PromptEmbeddings
+) -> torch.Tensor:
+    """The policy's velocity at latents `x_t` [B, C, H, W] and times `t` [B] in (0, 1], 1 being noise.
+
+    Computed in the precision of the prompt embeddings, which is that of the frozen weights.
+    """
+    dtype = prompts.tokens.dtype
+    with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, t * 1000.0, return_dict=False)[0]
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: SD3Transformer2DModel, noise: torch.Tensor, sigmas: list[float], prompts: PromptEmbeddings
+) -> torch.Tensor:
+    """Integrates dx = v dsigma from `noise` [B, C, H, W] at sigma 1 to the latent at sigma 0, in fp32."""
+    x = noise.float()
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+        t = torch.full((len(x),), sigma, device=x.device)
+        x = x + (next_sigma - sigma) * velocity(transformer, x, t, prompts).float()
+    return x
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in [0, 1], fp32. A sample that is not finite decodes to mid grey."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    return torch.nan_to_num(images / 2 + 0.5, nan=0.5, posinf=0.5, neginf=0.5).clamp_(0, 1)

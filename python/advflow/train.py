@@ -1,0 +1,252 @@
+"""The training loop: roll out, score, turn rewards into advantages, take forward-process steps, follow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import advflow_ext as af
+import torch
+from tqdm import tqdm
+
+from advflow.algorithms import advantage_flow
+from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from advflow.config import RolloutPolicyConfig, TrainConfig
+from advflow.evaluate import Evaluation, evaluate
+from advflow.forward_process import Draws, Rollout, forward_batch
+from advflow.model import LatentShape, Sampler, encode_prompts, load_pipeline, pick_device
+from advflow.policies import follow, make_policies
+from advflow.prompts import load_eval_prompts, load_training_prompts
+from advflow.randomness import generator
+from advflow.rewards import load_reward
+from advflow.run_log import EVALS, RunLog, read_rows
+from advflow.sampling import decode, sample_latents, sigma_grid
+
+GRID_COLUMNS = 6  # images of each category in the sample grids
+
+
+class Trainer:
+    """One run: everything that lives as long as it does."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        pipeline = load_pipeline(config.model, self.device)
+        self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
+        self.reward = load_reward(config.data.reward)
+        self.prompts = load_training_prompts(config.data.prompts)
+        self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
+        length = config.model.max_sequence_length
+        self.embeddings = encode_prompts(pipeline, self.prompts.texts, length)
+        self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
+        self.policies = make_policies(pipeline.transformer, config.model)
+        self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
+        self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
+        self.draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.policies.learner,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One round. Returns its numbers."""
+        started = time.monotonic()
+        rollout, row = self._roll_out(iteration)
+        rolled_out = time.monotonic()
+        row |= self._improve(iteration, rollout)
+        trained = time.monotonic()
+        rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.optim.steps_per_iteration)
+        follow(self.policies, rho)
+        return row | {
+            "rollout_policy_rho": rho,
+            "seconds_rollout": round(rolled_out - started, 4),
+            "seconds_train": round(trained - rolled_out, 4),
+        }
+
+    def evaluate(self) -> Evaluation:
+        return evaluate(
+            self.policies.transformer("learner"),
+            self.sampler,
+            self.eval_prompts,
+            self.eval_embeddings,
+            self.reward,
+            self.eval_sigmas,
+            self.config.rollout.batch,
+        )
+
+    def _roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+        """Samples groups of images from the rollout policy and scores them."""
+        config = self.config.rollout
+        group = config.images_per_prompt
+        chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
+        index = torch.tensor(chosen).repeat_interleave(group)
+        embeddings = self.embeddings[index.to(self.embeddings.tokens.device)]
+        noise = self.sampler.latent.noise(
+            len(index), generator(self.config.seed, "rollout", iteration), self.device
+        )
+        transformer = self.policies.transformer("rollout")
+        latents, images = [], []
+        for start in range(0, len(index), config.batch):
+            rows = slice(start, start + config.batch)
+            latents.append(sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows]))
+            images.append(decode(self.sampler.vae, latents[-1]))
+        scores = self.reward(torch.cat(images), [self.prompts.texts[i] for i in index.tolist()])
+        choice = self.config.advantage
+        advantages = af.group_advantages(
+            scores.reward, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode
+        )
+        groups = scores.reward.view(-1, group)
+        row = {
+            "reward": scores.reward.mean().item(),
+            "score": scores.score.mean().item(),
+            "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+            "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
+            "advantage_rms": advantages.square().mean().sqrt().item(),
+        }
+        return Rollout(torch.cat(latents), advantages.to(self.device), embeddings, group), row
+
+    def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
+        """Takes this iteration's optimiser steps on the forward process of the rollout's images."""
+        config = self.config
+        share = config.draws.per_image // config.optim.steps_per_iteration
+        count = len(rollout.x0)
+        totals: dict[str, float] = {}
+        norms: list[float] = []
+        for step in range(config.optim.steps_per_iteration):
+            values: list[torch.Tensor] = []
+            weights: list[float] = []
+            for index in range(step * share, (step + 1) * share):
+                draw = self.draws.draw(iteration, index, rollout)
+                for start in range(0, count, config.optim.micro_batch):
+                    rows = slice(start, min(start + config.optim.micro_batch, count))
+                    batch = forward_batch(self.policies, rollout, draw, rows, with_reference=config.loss.lam > 0)
+                    out = advantage_flow.loss(batch, config.loss)
+                    weight = (rows.stop - rows.start) / (count * share)
+                    (out.loss * weight).backward()
+                    values.append(out.metrics.values)
+                    weights.append(weight)
+            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, config.optim.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            norms.append(norm.item())
+            mean = torch.stack(values).mul(torch.tensor(weights, device=values[0].device)[:, None]).sum(0).tolist()
+            for name, value in zip(out.metrics.names, mean, strict=True):
+                totals[name] = totals.get(name, 0.0) + value / config.optim.steps_per_iteration
+        return totals | {"grad_norm": sum(norms) / len(norms)}
+
+
+def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:
+    """rho of the rollout policy's exponential moving average after `step` optimiser steps."""
+    return min(max(config.rate * (step - config.start), 0.0), config.maximum)
+
+
+def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """Runs `advflow train`; returns the summary it also writes to summary.json."""
+    folder = Path(config.out)
+    trainer = Trainer(config)
+    first = 0
+    if resume and (saved := checkpoints(folder / "checkpoints")):
+        first = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
+    log = RunLog(folder, first)
+    grid = _grid_indices(trainer)
+    images = config.rollout.prompts * config.rollout.images_per_prompt
+    earlier = max((row["seconds"] for row in read_rows(folder / EVALS)), default=0.0)
+    started = time.monotonic() - earlier
+    progress = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc="train", unit="it")
+
+    def assess(iteration: int) -> Evaluation:
+        result = trainer.evaluate()
+        log.evaluation(iteration, iteration * images, time.monotonic() - started, result, grid)
+        return result
+
+    latest = assess(first) if first == 0 else None
+    with _interruptible() as interrupted:
+        for iteration in progress:
+            row = trainer.iterate(iteration)
+            log.metrics({"iteration": iteration} | row)
+            done = iteration + 1
+            if done % config.evaluation.every == 0 or done == config.iterations:
+                latest = assess(done)
+            if done % config.checkpoint_every == 0 or done == config.iterations or interrupted():
+                save_checkpoint(folder / "checkpoints", done, trainer.policies, trainer.optimizer)
+            held_out = f"{latest.overall:.3f}" if latest else "-"
+            progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
+            if interrupted() and done < config.iterations:
+                progress.close()
+                log.close()
+                raise SystemExit(f"stopped after iteration {done}, saved; go on with --resume")
+    log.close()
+    summary = summarise(config, folder, time.monotonic() - started)
+    _write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(config: TrainConfig, folder: Path, seconds: float) -> dict[str, Any]:
+    """The numbers of a finished run."""
+    evals = read_rows(folder / EVALS)
+    base, final = evals[0], evals[-1]
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "base_score": base["overall"],
+        "final_score": final["overall"],
+        "gain": final["overall"] - base["overall"],
+        "base_categories": base["categories"],
+        "final_categories": final["categories"],
+        "iterations": config.iterations,
+        "images": final["images"],
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("advflow", "advflow-ext", "torch", "diffusers", "transformers", "peft")
+    found = {name: metadata.version(name) for name in names}
+    return found | {"python": platform.python_version()}
+
+
+def _grid_indices(trainer: Trainer) -> list[int]:
+    """The first few evaluation prompts of each category."""
+    by_category: dict[str, list[int]] = {}
+    for index, prompt in enumerate(trainer.eval_prompts):
+        by_category.setdefault(trainer.reward.category(prompt), []).append(index)
+    return [index for indices in by_category.values() for index in indices[:GRID_COLUMNS]]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Turns the first SIGINT or SIGTERM into a flag, so that an iteration is finished and saved before stopping."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signum, previous[signum])
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
