@@ -8,7 +8,8 @@
 #define ADVFLOW_HD __host__ __device__ __forceinline__
 #define ADVFLOW_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #else
-#define ADVFLOW_HD inline
+// Always: CPU kernels inline these into functions built for wider vector units.
+#define ADVFLOW_HD inline __attribute__((always_inline))
 #endif
 
 // A multiply-add whose rounding does not depend on what the compiler sees

@@ -25,15 +25,16 @@ enum AdvflowResidualStat : int {
 // terms loses every digit once v is near u.
 template <bool kHasOld, bool kHasRef, typename T>
 ADVFLOW_HD void advflow_residual_accumulate(T v, T u, T o, T p, T* sums, int stride = 1) {
+  using std::fabs;  // and whatever a vector type brings along
   const T vu = v - u;
   sums[ADVFLOW_STAT_VU_SQ * stride] = advflow_fma(vu, vu, sums[ADVFLOW_STAT_VU_SQ * stride]);
-  sums[ADVFLOW_STAT_VU_ABS * stride] += std::fabs(vu);
+  sums[ADVFLOW_STAT_VU_ABS * stride] += fabs(vu);
   if (kHasOld) {
     const T vo = v - o;
     const T ou = o - u;
     sums[ADVFLOW_STAT_VO_SQ * stride] = advflow_fma(vo, vo, sums[ADVFLOW_STAT_VO_SQ * stride]);
     sums[ADVFLOW_STAT_OU_SQ * stride] = advflow_fma(ou, ou, sums[ADVFLOW_STAT_OU_SQ * stride]);
-    sums[ADVFLOW_STAT_OU_ABS * stride] += std::fabs(ou);
+    sums[ADVFLOW_STAT_OU_ABS * stride] += fabs(ou);
   }
   if (kHasRef) {
     const T vp = v - p;

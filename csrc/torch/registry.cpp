@@ -1,0 +1,29 @@
+// Every schema and every dispatch key of namespace advflow, in one screen.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "residual.h"
+
+TORCH_LIBRARY(advflow, m) {
+  m.def("residual_stats(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref) -> Tensor");
+  m.def("residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(advflow, CPU, m) {
+  m.impl("residual_stats", residual_stats_cpu);
+  m.impl("residual_grad", residual_grad_cpu);
+}
+
+#ifdef ADVFLOW_WITH_CUDA
+TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
+  m.impl("residual_stats", residual_stats_cuda);
+  m.impl("residual_grad", residual_grad_cuda);
+}
+#endif
+
+// The gradient is attached in Python. Without this a raw op under grad, and a
+// second derivative, would be silently wrong instead of an error.
+TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
+  m.impl("residual_stats", torch::autograd::autogradNotImplementedFallback());
+  m.impl("residual_grad", torch::autograd::autogradNotImplementedFallback());
+}

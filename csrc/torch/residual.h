@@ -1,0 +1,22 @@
+// The operators of csrc/torch/residual.cpp, registered in registry.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <optional>
+
+// Calls that reached a launcher; tests assert how many a training step makes.
+extern std::atomic<int64_t> advflow_launches;
+
+at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const std::optional<at::Tensor>& noise,
+                              const std::optional<at::Tensor>& v_old, const std::optional<at::Tensor>& v_ref);
+at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const std::optional<at::Tensor>& noise,
+                             const std::optional<at::Tensor>& v_old, const std::optional<at::Tensor>& v_ref,
+                             const at::Tensor& coef);
+
+at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, const std::optional<at::Tensor>& noise,
+                               const std::optional<at::Tensor>& v_old, const std::optional<at::Tensor>& v_ref);
+at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const std::optional<at::Tensor>& noise,
+                              const std::optional<at::Tensor>& v_old, const std::optional<at::Tensor>& v_ref,
+                              const at::Tensor& coef);
