@@ -1,0 +1,54 @@
+"""How (t, noise) pairs are drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from advflow.config import DrawConfig
+from advflow.forward_process import Draws, Rollout
+from advflow.model import LatentShape
+from advflow.sampling import PromptEmbeddings
+
+LATENT = LatentShape(2, 4)
+GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
+ROLLOUT = Rollout(
+    torch.zeros(12, 2, 4, 4), torch.zeros(12), PromptEmbeddings(torch.zeros(12, 1, 1), torch.zeros(12, 1)), 4
+)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified", "sampler_grid"])
+@pytest.mark.parametrize("noise", ["per_image", "shared_in_group"])
+def test_sharing_is_inside_groups_only(timesteps: str, noise: str) -> None:
+    draws = Draws(DrawConfig(2, noise, timesteps), LATENT, GRID, seed=1)  # type: ignore[arg-type]
+    draw = draws.draw(0, 0, ROLLOUT)
+    assert draw.t.shape == (12,) and draw.noise.shape == (12, 2, 4, 4)
+    assert ((draw.t > 0) & (draw.t <= 1)).all()
+    first_group = draw.noise[:4]
+    assert all(torch.equal(first_group[0], other) for other in first_group[1:]) == (noise == "shared_in_group")
+    assert not torch.equal(draw.noise[0], draw.noise[4])
+
+
+def test_strata_are_met_once_each_by_every_image_and_all_by_every_draw() -> None:
+    draws = Draws(DrawConfig(4, "per_image", "stratified"), LATENT, GRID, seed=1)
+    strata = torch.stack([(draws.draw(3, i, ROLLOUT).t * 4).ceil().long() - 1 for i in range(4)])
+    assert (strata.sort(0).values == torch.arange(4)[:, None]).all()
+    assert all(set(row.tolist()) == {0, 1, 2, 3} for row in strata)
+
+
+def test_the_sampler_grid_is_drawn_without_repetition() -> None:
+    draws = Draws(DrawConfig(4, "per_image", "sampler_grid"), LATENT, GRID, seed=1)
+    t = torch.stack([draws.draw(0, i, ROLLOUT).t for i in range(4)])
+    assert (t.sort(0).values == torch.tensor([0.25, 0.5, 0.75, 1.0])[:, None]).all()
+    with pytest.raises(ValueError, match="draws.per_image is 5"):
+        Draws(DrawConfig(5, "per_image", "sampler_grid"), LATENT, GRID, seed=1)
+
+
+def test_a_draw_depends_on_seed_iteration_and_index_alone() -> None:
+    config = DrawConfig(2, "per_image", "uniform")
+    first = Draws(config, LATENT, GRID, seed=1)
+    first.draw(7, 1, ROLLOUT)
+    again = Draws(config, LATENT, GRID, seed=1).draw(5, 1, ROLLOUT)
+    assert torch.equal(first.draw(5, 1, ROLLOUT).noise, again.noise)
+    assert not torch.equal(first.draw(5, 0, ROLLOUT).noise, again.noise)
+    assert not torch.equal(first.draw(6, 1, ROLLOUT).noise, again.noise)
+    assert not torch.equal(Draws(config, LATENT, GRID, seed=2).draw(5, 1, ROLLOUT).noise, again.noise)

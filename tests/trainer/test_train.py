@@ -1,0 +1,145 @@
+"""The training loop: it improves nothing here, but it must be exact, resumable and honest about its inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from advflow.config import ModelConfig, OptimConfig, RolloutPolicyConfig, TrainConfig
+from advflow.model import load_pipeline
+from advflow.policies import Policies, follow, make_policies
+from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
+from advflow.sampling import velocity
+from advflow.train import Trainer, rollout_decay, train
+from safetensors.torch import load_file
+
+Make = Callable[..., TrainConfig]
+LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
+TIMES = ("seconds_rollout", "seconds_train", "seconds")
+
+
+def _without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
+def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelConfig) -> None:
+    config = small_config(model=model)
+    summary = train(config, resume=False)
+    folder = Path(config.out)
+    assert [row["iteration"] for row in read_rows(folder / METRICS)] == [0, 1, 2]
+    assert [row["iteration"] for row in read_rows(folder / EVALS)] == [0, 2, 3]
+    assert len(list((folder / SAMPLES).glob("*.png"))) == 3
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["images"] == 3 * 12
+    assert list((folder / "tensorboard").iterdir())
+    assert len(checkpoints(folder / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_resuming_equals_never_having_stopped(small_config: Make, tmp_path: Path, model: ModelConfig, steps: int) -> None:
+    optim = OptimConfig(micro_batch=5, steps_per_iteration=steps)
+    whole = small_config(model=model, optim=optim, out=str(tmp_path / "whole"), iterations=4)
+    train(whole, resume=False)
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    train(replace(parts, iterations=2), resume=False)
+    # What a killed run may leave behind: rows after its last checkpoint, and a line cut short.
+    with (Path(parts.out) / METRICS).open("a") as handle:
+        handle.write('{"iteration": 2, "reward": 9.0}\n{"iteration": 3, "rew')
+    train(parts, resume=True)
+    for name in (METRICS, EVALS):
+        assert _without_times(read_rows(Path(whole.out) / name)) == _without_times(read_rows(Path(parts.out) / name))
+    saved = [load_file(checkpoints(Path(c.out) / "checkpoints")[-1] / "tensors.safetensors") for c in (whole, parts)]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        assert torch.equal(tensor, saved[1][name]), name
+
+
+def test_the_first_gradient_is_the_same_for_every_micro_batch(small_config: Make) -> None:
+    rows = []
+    for micro_batch in (12, 5, 1):
+        trainer = Trainer(small_config(optim=OptimConfig(micro_batch=micro_batch)))
+        rows.append(trainer.iterate(0))
+    for row in rows[1:]:
+        assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4)
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+
+
+def _velocities(policies: Policies, trainer: Trainer) -> dict[str, torch.Tensor]:
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.9])
+    roles = ("learner", "rollout", "reference")
+    with torch.no_grad():
+        return {r: velocity(policies.transformer(r), x, t, trainer.embeddings[:2]) for r in roles}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
+def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
+    trainer = Trainer(small_config(model=model, optim=OptimConfig(lr=1e-2), rollout_policy=RolloutPolicyConfig(1.0, 0, 0.5)))
+    before = _velocities(trainer.policies, trainer)
+    assert torch.equal(before["learner"], before["rollout"]) and torch.equal(before["learner"], before["reference"])
+    start = [p.detach().clone() for p in trainer.policies.rollout]
+    trainer.iterate(0)
+    after = _velocities(trainer.policies, trainer)
+    assert torch.equal(after["reference"], before["reference"])
+    assert not torch.equal(after["learner"], before["learner"])
+    for old, rollout, learner in zip(start, trainer.policies.rollout, trainer.policies.learner, strict=True):
+        torch.testing.assert_close(rollout, 0.5 * old + 0.5 * learner)
+        assert not rollout.requires_grad and learner.requires_grad
+
+
+def test_following_with_rho_zero_copies_the_learner() -> None:
+    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA)
+    with torch.no_grad():
+        for parameter in policies.learner:
+            parameter.normal_()
+    follow(policies, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(policies.learner, policies.rollout, strict=True))
+
+
+def test_rollout_decay_schedules_of_diffusion_nft() -> None:
+    default, ocr = RolloutPolicyConfig(0.001, 0, 0.5), RolloutPolicyConfig(0.0075, 75, 0.999)
+    assert [rollout_decay(default, s) for s in (0, 100, 500, 9999)] == pytest.approx([0, 0.1, 0.5, 0.5])
+    assert [rollout_decay(ocr, s) for s in (0, 75, 175, 9999)] == pytest.approx([0, 0, 0.75, 0.999])
+
+
+def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:
+    small, large = (Trainer(small_config(model=replace(LORA, lora_rank=rank))) for rank in (2, 4))
+    path = save_checkpoint(tmp_path, 1, small.policies, small.optimizer)
+    with pytest.raises(ValueError, match="does not fit this run: learner.0000 is"):
+        load_checkpoint(path, large.policies, None)
+    full = Trainer(small_config())
+    with pytest.raises(ValueError, match="does not fit this run"):
+        load_checkpoint(path, full.policies, None)
+
+
+def test_a_half_written_checkpoint_is_not_a_checkpoint(small_config: Make, tmp_path: Path) -> None:
+    trainer = Trainer(small_config(model=LORA))
+    save_checkpoint(tmp_path, 1, trainer.policies, trainer.optimizer)
+    (tmp_path / ".000002.partial").mkdir()
+    (tmp_path / "000003").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["000001"]
+
+
+def test_a_broken_sample_does_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image of NaN costs its own contribution and shows up in the count."""
+    import advflow.train as module
+
+    real = module.sample_latents
+
+    def with_nan(*args: object) -> torch.Tensor:
+        latents = real(*args)  # type: ignore[arg-type]
+        latents[0] = torch.nan
+        return latents
+
+    monkeypatch.setattr(module, "sample_latents", with_nan)
+    trainer = Trainer(small_config())
+    row = trainer.iterate(0)
+    assert row["nonfinite_samples"] > 0
+    assert all(torch.isfinite(p).all() for p in trainer.policies.learner)
