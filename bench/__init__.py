@@ -1,0 +1,7 @@
+"""Speed and memory of advflow_ext's ops against what PyTorch offers: ``python -m bench``."""
+
+import os
+
+# Before torch loads its OpenMP: waiting threads that spin lose a time slice in each parallel region as soon as anything
+# else wants the core (seen: 3 ms of eager PyTorch became 150 ms), which would flatter whoever has fewest regions.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

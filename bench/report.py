@@ -1,0 +1,112 @@
+"""From measurements to a table for people and a JSON for machines."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import advflow_ext as af
+from advflow_ext import _native
+from bench.registry import OURS
+
+Row = dict[str, Any]
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def commit() -> str:
+    """The commit measured, with ``+changes`` when the tree had any, or ``unknown`` outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    gpu = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device.type,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "advflow_ext": af.__version__,
+        # False: "ours" is the reference itself, and its row measures nothing new.
+        "native": _native.serves(torch.empty(1, device=device)),
+    }
+
+
+def speedup(rows: list[Row], name: str, clock: str = "times") -> float | None:
+    """How many times faster ours is than ``name``; None unless both were measured and both are correct."""
+    by_name = {row["implementation"]: row for row in rows}
+    ours, other = by_name.get(OURS), by_name.get(name)
+    if ours is None or other is None or not (ours["check"]["green"] and other["check"]["green"]):
+        return None
+    if ours.get(clock) is None or other.get(clock) is None:
+        return None
+    return float(other[clock]["median"] / ours[clock]["median"])
+
+
+def table(case_name: str, rows: list[Row], bytes_moved: int, gradient_bytes: int, copy_bandwidth: float) -> str:
+    graphs = any(row.get("graph_times") for row in rows)
+    clock = "graph_times" if graphs else "times"
+    header = f"{'':14} {'correct':>9} {'median':>9} {'q20..q80 (ms)':>17} {'GB/s':>7} {'of copy':>7} {'memory':>7}"
+    lines = [case_name, header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
+    for row in rows:
+        check = row["check"]
+        if row.get("error"):
+            lines.append(f"{row['implementation']:14} failed: {row['error']}")
+            continue
+        times = row["times"]
+        line = f"{row['implementation']:14} {'yes' if check['green'] else 'NO':>9} {1e3 * times['median']:9.3f}"
+        line += f" {1e3 * times['q20']:8.3f}..{1e3 * times['q80']:7.3f}"
+        seconds = (row.get(clock) or times)["median"]
+        rate = bytes_moved / seconds
+        line += f" {rate / 1e9:7.1f} {100 * rate / copy_bandwidth:6.0f}%"
+        line += f" {row['peak_extra_bytes'] / gradient_bytes:6.2f}g"
+        if graphs:
+            line += f" {1e3 * row['graph_times']['median']:9.4f}" if row.get("graph_times") else f" {'-':>9}"
+        if row["implementation"] != OURS:
+            ratio = speedup(rows, row["implementation"], clock)
+            line += f" {'-' if ratio is None else f'{ratio:.2f}x':>8}"
+        line += "" if row[clock if row.get(clock) else "times"]["steady"] else "  unsteady"
+        lines.append(line)
+        if not check["green"]:
+            lines.append(
+                f"{'':14} loss error {check['loss_error']:.2e}, gradient error {check['grad_error']:.2e},"
+                f" allowed {check['limit']:.2e}"
+            )
+    return "\n".join(lines)
