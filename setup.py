@@ -40,8 +40,9 @@ ROOT = Path(__file__).resolve().parent
 # Ampere and Hopper, and code the driver can compile for what comes after.
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 # Without contraction every vector unit rounds alike, so a wheel gives the same numbers on every x86 machine.
-# The C++ standard is left to torch, whose headers set the lower bound.
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+# The C++ standard is left to torch, whose headers set the lower bound. Compiled for OpenMP, which at::parallel_for
+# needs, but not linked with it: the symbols then come from the runtime torch loaded, and both share one pool of threads.
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 
 
@@ -152,7 +153,9 @@ def main() -> None:
             compiler = choose_compiler(os.environ)
             nvcc = choose_nvcc(os.environ)
             if nvcc and torch.version.cuda is None and not generic_stream:
-                raise BuildError(f"CUDA kernels beside a CPU-only torch need one newer than {torch.__version__}; set ADVFLOW_CUDA=0.")
+                raise BuildError(
+                    f"CUDA kernels beside a CPU-only torch need one newer than {torch.__version__}; set ADVFLOW_CUDA=0."
+                )
             architectures = architecture_flags(os.environ) if nvcc else []
             (extension,) = self.extensions
             if generic_stream:
@@ -186,13 +189,16 @@ def main() -> None:
             extension.include_dirs.append(str(generated))
             super().build_extensions()
             # Beside the module, because it is read before a module built for another torch could crash on loading.
-            folders = [Path(self.get_ext_fullpath(extension.name)).parent]
-            if self.editable_mode:
-                folders.append(ROOT / "advflow_ext")
-            for folder in folders:
-                (folder / "_build.json").write_text(record + "\n")
+            self.record = Path(self.get_ext_fullpath(extension.name)).with_name("_build.json")
+            self.record.write_text(record + "\n")
 
-    sources = sorted(str(path.relative_to(ROOT)) for folder in ("cpu", "torch") for path in (ROOT / "csrc" / folder).glob("*.cpp"))
+        def copy_extensions_to_source(self) -> None:  # an editable or in-place build
+            super().copy_extensions_to_source()
+            shutil.copy(self.record, ROOT / "advflow_ext")
+
+    sources = sorted(
+        str(path.relative_to(ROOT)) for folder in ("cpu", "torch") for path in (ROOT / "csrc" / folder).glob("*.cpp")
+    )
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
     extension = CppExtension(
         "advflow_ext._C",

@@ -66,6 +66,7 @@ class SampleScalars(NamedTuple):
     gamma: Tensor
     lam: Tensor
     curvature: Tensor
+    nonconvex: Tensor  # bool
     valid_t: Tensor  # bool
 
 
@@ -100,16 +101,12 @@ def advantage_flow_arguments(
     require_choice("reduction", reduction, REDUCTIONS)
 
     dtype = accumulate_dtype(v, x0, noise, v_old, v_ref)
+    t = t.detach().to(dtype)
     advantages = advantages.detach().to(dtype)
-    scalars = SampleScalars(
-        t=t.detach().to(dtype),
-        advantages=advantages,
-        gamma=_gamma_per_sample(gamma, advantages, v),
-        lam=torch.full_like(advantages, lam if v_ref is not None else 0.0),
-        curvature=advantages,
-        valid_t=(t > 0) & (t <= 1),
-    )
-    scalars = scalars._replace(curvature=scalars.advantages + scalars.gamma + scalars.lam)
+    gammas = _gamma_per_sample(gamma, advantages, v)
+    lams = torch.full_like(advantages, lam if v_ref is not None else 0.0)
+    curvature = advantages + gammas + lams
+    scalars = SampleScalars(t, advantages, gammas, lams, curvature, curvature <= 0, (t > 0) & (t <= 1))
     if v.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(scalars)
     return scalars
@@ -129,13 +126,13 @@ def _gamma_per_sample(gamma: float | Tensor | str, advantages: Tensor, v: Tensor
 
 
 def _check_values(scalars: SampleScalars) -> None:
-    # Only where reading a value costs no device wait; on CUDA the same facts are counted in the metrics.
-    out_of_range = scalars.t.isfinite() & ~scalars.valid_t
-    if out_of_range.any():
-        first = int(out_of_range.nonzero()[0])
+    # Only where reading a value costs no device wait; on CUDA the same facts are counted in the metrics. A t that is
+    # not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
+    t, curvature = scalars.t, scalars.curvature
+    if not scalars.valid_t.all() and (wrong := t.isfinite() & ~scalars.valid_t).any():
+        first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"t[{first}] is {scalars.t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
+            f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
-    nonconvex = scalars.curvature <= 0
-    if nonconvex.any():
-        warn_nonconvex(int(nonconvex.sum()), float(scalars.curvature[nonconvex].min()))
+    if scalars.nonconvex.any():
+        warn_nonconvex(int(scalars.nonconvex.sum()), float(curvature[scalars.nonconvex].min()))

@@ -72,20 +72,21 @@ def summarise(
     deviations: Tensor,  # [B, 3]: vu, vo, vp
     advantages: Tensor,  # [B]
     curvature: Tensor,  # [B]
+    nonconvex: Tensor,  # [B] bool
     finite: Tensor,  # [B] bool
     valid_t: Tensor,  # [B] bool
+    usable: Tensor,  # [B] bool
 ) -> LossMetrics:
     """The metrics of the three-term loss in few launches: they run in every training step."""
-    usable = finite & valid_t
     per_sample = torch.cat([torch.stack([losses, policy_term, advantages, advantages.abs()], 1), deviations], 1)
-    means = torch.where(usable[:, None], per_sample, 0).sum(0) / usable.sum().clamp(min=1)
-    counts = torch.stack([curvature <= 0, ~finite, ~valid_t]).sum(1).to(means.dtype)
+    counts = torch.stack([usable, nonconvex, ~finite, ~valid_t], 1).sum(0, dtype=losses.dtype)
+    means = torch.where(usable[:, None], per_sample, 0).sum(0) / counts[:1].clamp(min=1)
     if losses.shape[0] == 0:
         lowest = means.new_full((1,), torch.inf)
     else:
         lowest = torch.where(usable, curvature, torch.inf).amin(0, keepdim=True)
     loss_and_policy, advantage, deviation = means.split([2, 2, 3])
-    return LossMetrics(torch.cat([loss_and_policy, deviation, advantage, lowest, counts]))
+    return LossMetrics(torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:]]))
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:

@@ -39,7 +39,8 @@ def advantage_flow_loss(
         v: policy velocity ``[B, ...]``, any rank from 2: the only tensor that receives a gradient.
         x0, noise: clean latent and noise, shaped like v (t = 0 is data, t = 1 is noise; x_t is never needed).
         t: ``[B]`` in (0, 1]. advantages: ``[B]``, see :func:`group_advantages`.
-        v_old: velocity of the rollout policy, shaped like v. v_ref: velocity of the reference, or None for no such term.
+        v_old: velocity of the rollout policy, shaped like v.
+        v_ref: velocity of the reference policy, shaped like v, or None for no such term.
         gamma: weight of the rollout term: a number, a ``[B]`` tensor, or "1-A" (the paper's adaptive variant).
         lam: weight of the reference term, at least 0.
         weighting: "prediction" (m = t^2, the paper's prediction-space loss), "velocity" (m = 1), or "adaptive"
@@ -80,8 +81,17 @@ def advantage_flow_loss(
     values = terms.sum(1)
     # One non-finite input anywhere makes a statistic, and with it the sum, non-finite, even at weight zero.
     finite = torch.isfinite(values)
-    losses = residual_loss(v, x0, noise, v_old, v_ref, values, coef, finite & scalars.valid_t)
+    usable = finite & scalars.valid_t
+    losses = residual_loss(v, x0, noise, v_old, v_ref, values, coef, usable)
     metrics = summarise(
-        values, terms[:, 0], deviations, scalars.advantages, scalars.curvature, finite, scalars.valid_t
+        values,
+        terms[:, 0],
+        deviations,
+        scalars.advantages,
+        scalars.curvature,
+        scalars.nonconvex,
+        finite,
+        scalars.valid_t,
+        usable,
     )
     return LossOutput(reduce_losses(losses, reduction), metrics)

@@ -103,8 +103,10 @@ def _check_arguments(
         kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(f"rewards is {kind}; accepted is a real torch.Tensor of shape [L*K].")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
-        raise ValueError(f"group_size is {group_size!r}; accepted is an integer of at least 2, since one image alone "
-                         "has no group mean to differ from.")
+        raise ValueError(
+            f"group_size is {group_size!r}; accepted is an integer of at least 2, since one image alone "
+            "has no group mean to differ from."
+        )
     if rewards.dim() != 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)}; accepted is [L*K], a multiple of group_size {group_size}."

@@ -15,14 +15,15 @@ from advflow_ext import _native
 from advflow_ext._native import STATS
 from advflow_ext.ops._checks import accumulate_dtype
 
+
 def _register_fakes() -> None:
-    @torch.library.register_fake("advflow::residual_stats")
+    @torch.library.register_fake("advflow::residual_stats")  # type: ignore[untyped-decorator]
     def residual_stats_shape(
         v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None
     ) -> Tensor:
         return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, target, noise, v_old, v_ref))
 
-    @torch.library.register_fake("advflow::residual_grad")
+    @torch.library.register_fake("advflow::residual_grad")  # type: ignore[untyped-decorator]
     def residual_grad_shape(
         v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, coef: Tensor
     ) -> Tensor:
@@ -41,7 +42,9 @@ def residual_stats(
     ``target`` is x0 when ``noise`` is given (u = noise - x0 is formed in registers), otherwise u itself. float32, or
     float64 as soon as one input is. A row depends on its own sample only: not on batch, position or threads.
     """
-    return torch.ops.advflow.residual_stats.default(v.detach(), target.detach(), *map(_detached, (noise, v_old, v_ref)))
+    others = map(_detached, (target, noise, v_old, v_ref))
+    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others)
+    return stats
 
 
 class ResidualLoss(torch.autograd.Function):
@@ -67,7 +70,7 @@ class ResidualLoss(torch.autograd.Function):
         return torch.where(usable, values, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         v, target, noise, v_old, v_ref, coef, usable = ctx.saved_tensors
         scaled = torch.where(usable[:, None], coef * grad_values[:, None], 0)
         grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, scaled)

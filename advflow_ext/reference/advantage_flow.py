@@ -64,14 +64,17 @@ def advantage_flow_loss(
     losses = policy_term + weight * (scalars.gamma * rollout + scalars.lam * reference)
 
     finite = torch.isfinite(losses) & torch.isfinite(magnitude)
-    losses = torch.where(finite & scalars.valid_t, losses, 0)
+    usable = finite & scalars.valid_t
+    losses = torch.where(usable, losses, 0)
     metrics = summarise(
         losses.detach(),
         policy_term.detach(),
         torch.stack(deviations, 1).detach(),
         scalars.advantages,
         scalars.curvature,
+        scalars.nonconvex,
         finite,
         scalars.valid_t,
+        usable,
     )
     return LossOutput(reduce_losses(losses, reduction), metrics)

@@ -1,0 +1,41 @@
+"""``python -m advflow_ext.info``: what was built, for what, and what of it is usable here."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import advflow_ext
+from advflow_ext import _native
+
+
+def report() -> str:
+    lines = [
+        f"advflow_ext {advflow_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "",
+        "built",
+    ]
+    built = _native.build_info()
+    if built is None:
+        lines.append(f"  nothing usable: {_native.problem}")
+    else:
+        width = max(map(len, built))
+        for key, value in built.items():
+            lines.append(f"  {key:<{width}}  {' '.join(value) if isinstance(value, list) else value}")
+    lines += ["", "usable here", f"  cpu   {'native kernels' if 'cpu' in _native.DEVICES else 'PyTorch reference'}"]
+    lines.append(f"  cuda  {_cuda()}")
+    return "\n".join(lines)
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "not usable: this torch has no CUDA" + (" (the kernels are built)" if "cuda" in _native.DEVICES else "")
+    if not torch.cuda.is_available():
+        return "not usable: torch sees no CUDA device"
+    kind = "native kernels" if "cuda" in _native.DEVICES else "PyTorch reference"
+    return f"{kind} on {torch.cuda.get_device_name()}"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,98 @@
+"""Hypothesis strategies for training batches: any rank, shape, layout and mixture of dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "channels_last")
+HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+
+# One element, odd sizes, the lane (16), tile (512) and chunk (4096) of the CPU kernels and their neighbours.
+SAMPLE_SIZES = (1, 2, 7, 15, 16, 17, 33, 511, 512, 513, 1031, 4095, 4096, 4097, 12291)
+
+
+@dataclass
+class Batch:
+    """Arguments of ``advantage_flow_loss``; ``v`` is a leaf that requires a gradient."""
+
+    v: Tensor
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    advantages: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.v, self.x0, self.noise, self.t, self.advantages
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """The same rounded numbers in another dtype, as a new leaf."""
+
+        def convert(value: Any) -> Any:
+            return value.detach().to(dtype) if isinstance(value, Tensor) else value
+
+        options = {name: convert(value) for name, value in self.options.items()}
+        v, x0, noise, t, advantages = (convert(value) for value in self.arguments())
+        return Batch(v.requires_grad_(), x0, noise, t, advantages, options)
+
+
+def arrange(tensor: Tensor, layout: str) -> Tensor:
+    """The same shape in another memory layout; "expanded" repeats the first sample, the others keep the values."""
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
+    if layout == "offset":  # off the 16-byte alignment that wide loads want
+        buffer = tensor.new_empty(tensor.numel() + 1)
+        buffer[1:] = tensor.flatten()
+        return buffer[1:].view(tensor.shape)
+    if layout == "expanded" and tensor.shape[0]:
+        return tensor[:1].expand_as(tensor)
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """[B, ...] of rank 2 to 5: either a deliberate sample size, or small dimensions of any rank."""
+    batch = st.integers(1, 5)
+    flat = st.tuples(batch, st.sampled_from(SAMPLE_SIZES))
+    ranks = [st.tuples(batch, *[st.integers(1, 9)] * rank) for rank in (2, 3, 4)]
+    return st.one_of(flat, *ranks)
+
+
+@st.composite
+def batches(draw: st.DrawFn, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = HALVES_AND_FLOAT) -> Batch:
+    shape = draw(shapes())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def latent() -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return arrange(values.to(device, draw(st.sampled_from(dtypes))), draw(st.sampled_from(LAYOUTS)))
+
+    def per_sample(low: float, high: float) -> Tensor:
+        uniform = torch.rand(shape[0], generator=generator, dtype=torch.float64)
+        # float32 first: the truth must see the same numbers.
+        return (low + (high - low) * uniform).float().to(device)
+
+    gamma = draw(st.sampled_from(["number", "tensor", "1-A"]))
+    return Batch(
+        v=latent().detach().requires_grad_(),
+        x0=latent(),
+        noise=latent(),
+        t=per_sample(0.01, 1.0),
+        advantages=per_sample(-1.0, 1.0),
+        options={
+            "v_old": latent(),
+            "v_ref": latent() if draw(st.booleans()) else None,
+            "gamma": {"number": 1.1, "tensor": per_sample(1.01, 2.0), "1-A": "1-A"}[gamma],
+            "lam": draw(st.sampled_from([0.0, 1e-3, 0.7])),
+            "weighting": draw(st.sampled_from(["prediction", "velocity", "adaptive"])),
+            "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        },
+    )
