@@ -5,6 +5,8 @@ Runs on the launch shim everywhere and, unchanged, on a GPU (``-m gpu``).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -154,11 +156,12 @@ def test_a_zero_coefficient_hides_whatever_its_tensor_holds(
     for column, name in enumerate(["target", "v_old", "v_ref"]):
         if getattr(inputs, name) is None:
             continue
-        coef = coef.clone()
-        coef[:, column] = 0.0
-        clean = kernels.grad(on(kernels, inputs), coef.to(kernels.device))
-        inputs = Inputs(**{**vars(inputs), name: torch.full_like(getattr(inputs, name), poison)})
-        assert same_bits(kernels.grad(on(kernels, inputs), coef.to(kernels.device)), clean)
+        # The other coefficients stay, or the whole row would be skipped and the term never formed.
+        without = coef.clone()
+        without[:, column] = 0.0
+        poisoned_inputs = replace(inputs, **{name: torch.full_like(getattr(inputs, name), poison)})
+        clean = kernels.grad(on(kernels, inputs), without.to(kernels.device))
+        assert same_bits(kernels.grad(on(kernels, poisoned_inputs), without.to(kernels.device)), clean)
 
 
 @property_test
