@@ -87,10 +87,17 @@ def choice_list(allowed: list[str]) -> Any:
     return parse
 
 
+def shape_list(text: str) -> list[tuple[int, ...]]:
+    try:
+        return parse_shapes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # argparse would hide a ValueError's text
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     p.add_argument("--ops", type=choice_list(list(OPS)), default=list(OPS), help="comma-separated; default all")
-    p.add_argument("--shapes", type=parse_shapes, help="as 8x16x64x64,8x1024x64; default each op's own")
+    p.add_argument("--shapes", type=shape_list, help="as 8x16x64x64,8x1024x64; default each op's own")
     p.add_argument("--dtypes", type=choice_list(list(DTYPES)), default=["fp32", "bf16"], help="fp32,fp16,bf16")
     p.add_argument("--ref", choices=["both", "with", "without"], default="both", help="with or without v_ref")
     p.add_argument("--only", type=lambda text: text.split(","), help="implementations, as ours,eager")
@@ -104,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    known = {name for op in options.ops for name in OPS[op].implementations()}
+    if options.only is not None and not known.issuperset(options.only):
+        parser().error(f"--only {','.join(options.only)}: choose from {', '.join(sorted(known))}")
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
     if options.threads is not None:

@@ -37,9 +37,9 @@ struct AdvflowResidualInputs {
 };
 
 // residual_stats: stats[batch, ADVFLOW_RESIDUAL_STATS], see math/residual.h.
-// fp32, or fp64 when any input is fp64. The value of a row depends on that
-// row's data and on `elements` alone: not on batch, position, threads, or the
-// alignment of the pointers.
+// fp32, or fp64 when any input is fp64; 0 where a statistic needs an absent
+// tensor. The value of a row depends on that row's data and on `elements`
+// alone: not on batch, position, threads, or the alignment of the pointers.
 int64_t advflow_residual_stats_workspace_cpu(int64_t batch, int64_t elements);  // bytes
 int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements);
 int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where);

@@ -133,3 +133,10 @@ def test_a_whole_run_writes_a_complete_report(tmp_path: Path, monkeypatch: pytes
     for result in document["results"]:
         assert {each["implementation"] for each in result["implementations"]} == {"ours", "eager"}
         assert all(each["check"]["green"] and each["times"]["samples"] == 2 for each in result["implementations"])
+
+
+@pytest.mark.parametrize("bad", ["--only oars", "--ops nothing", "--dtypes fp8", "--shapes 8"])
+def test_unknown_names_are_refused(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(bad.split())
+    assert bad.split()[1] in capsys.readouterr().err
