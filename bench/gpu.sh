@@ -5,7 +5,7 @@
 #   bench/gpu.sh                  logs and JSON under bench/results/gpu
 #   OUT=somewhere bench/gpu.sh    ... or under $OUT
 #
-# A failing step does not stop the later ones, since a device may be lent only briefly; the exit status tells.
+# A failing step does not stop the later ones, since GPU time is dear; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
