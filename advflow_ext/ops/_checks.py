@@ -134,5 +134,5 @@ def _check_values(scalars: SampleScalars) -> None:
         raise ValueError(
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
-    if scalars.nonconvex.any():
-        warn_nonconvex(int(scalars.nonconvex.sum()), float(curvature[scalars.nonconvex].min()))
+    if scalars.nonconvex.any() and (below := curvature[scalars.nonconvex & curvature.isfinite()]).numel():
+        warn_nonconvex(below.numel(), float(below.min()))

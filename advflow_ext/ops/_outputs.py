@@ -24,7 +24,7 @@ class LossMetrics(NamedTuple):
     mean_advantage       mean of A
     mean_abs_advantage   mean of |A|
     min_curvature        smallest A + gamma + lam; at or below 0 the sample's loss has no minimum
-    nonconvex_samples    how many samples have A + gamma + lam <= 0
+    nonconvex_samples    how many usable samples have A + gamma + lam <= 0
     nonfinite_samples    how many were dropped because an input or their loss is not finite
     invalid_timesteps    how many were dropped because t is outside (0, 1]
     ==================== ==============================================================================
@@ -79,7 +79,7 @@ def summarise(
 ) -> LossMetrics:
     """The metrics of the three-term loss in few launches: they run in every training step."""
     per_sample = torch.cat([torch.stack([losses, policy_term, advantages, advantages.abs()], 1), deviations], 1)
-    counts = torch.stack([usable, nonconvex, ~finite, ~valid_t], 1).sum(0, dtype=losses.dtype)
+    counts = torch.stack([usable, nonconvex & usable, ~finite, ~valid_t], 1).sum(0, dtype=losses.dtype)
     means = torch.where(usable[:, None], per_sample, 0).sum(0) / counts[:1].clamp(min=1)
     if losses.shape[0] == 0:
         lowest = means.new_full((1,), torch.inf)

@@ -79,8 +79,9 @@ def advantage_flow_loss(
 
     terms = coef * deviations
     values = terms.sum(1)
-    # One non-finite input anywhere makes a statistic, and with it the sum, non-finite, even at weight zero.
-    finite = torch.isfinite(values)
+    # One non-finite input anywhere makes a statistic, and with it the sum, non-finite, even at weight zero. t is not
+    # part of every weight, so it is brought in here.
+    finite = torch.isfinite(values * scalars.t)
     usable = finite & scalars.valid_t
     losses = residual_loss(v, x0, noise, v_old, v_ref, values, coef, usable)
     metrics = summarise(

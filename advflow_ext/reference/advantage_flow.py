@@ -41,17 +41,19 @@ def advantage_flow_loss(
     if v_ref is not None:
         anchors.append(flat(v_ref.detach()))
 
-    # A finite total of magnitudes means no residual below can be infinite. The mask sits at the entrance because the
-    # backward of `where` writes exact zeros there, whatever NaN arises further on.
+    # The mask sits at the entrance because the backward of `where` writes exact zeros there, whatever NaN arises
+    # further on. Finite norms also mean that no residual below is infinite.
     with torch.no_grad():
-        magnitude = sum(torch.linalg.vector_norm(x, 1, dim=1) for x in (policy, *anchors))
-    policy = torch.where(torch.isfinite(magnitude)[:, None], policy, 0)
+        norms = torch.stack([torch.linalg.vector_norm(latent, dim=1) for latent in (policy, *anchors)])
+        clean = torch.isfinite(norms.sum(0) + scalars.t + scalars.curvature)
+    policy = torch.where(clean[:, None], policy, 0)
 
     deviations = [(policy - anchor).square().sum(1) / max(policy.shape[1], 1) for anchor in anchors]
     if v_ref is None:
         deviations.append(torch.zeros_like(scalars.t))
     data, rollout, reference = deviations
 
+    advantages, gammas = (torch.where(clean, scalar, 0) for scalar in (scalars.advantages, scalars.gamma))
     if weighting == "velocity":
         weight = torch.ones_like(scalars.t)
     elif weighting == "prediction":
@@ -60,10 +62,10 @@ def advantage_flow_loss(
         distance = (policy.detach() - target).abs().sum(1) / max(policy.shape[1], 1)
         weight = scalars.t.square() / (scalars.t * distance).clamp(min=1e-5)
 
-    policy_term = weight * scalars.advantages * data
-    losses = policy_term + weight * (scalars.gamma * rollout + scalars.lam * reference)
+    policy_term = weight * advantages * data
+    losses = policy_term + weight * (gammas * rollout + scalars.lam * reference)
 
-    finite = torch.isfinite(losses) & torch.isfinite(magnitude)
+    finite = clean & torch.isfinite(losses)
     usable = finite & scalars.valid_t
     losses = torch.where(usable, losses, 0)
     metrics = summarise(
