@@ -135,4 +135,4 @@ def _check_values(scalars: SampleScalars) -> None:
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
     if scalars.nonconvex.any() and (below := curvature[scalars.nonconvex & curvature.isfinite()]).numel():
-        warn_nonconvex(below.numel(), float(below.min()))
+        warn_nonconvex(below.numel(), float(below.min()), stacklevel=5)  # the caller of the loss

@@ -40,7 +40,7 @@ class LossMetrics(NamedTuple):
         """All metrics as Python floats; waits for the device once, and gives the warnings the step could not."""
         numbers = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
         if numbers["nonconvex_samples"] > 0:
-            warn_nonconvex(int(numbers["nonconvex_samples"]), numbers["min_curvature"])
+            warn_nonconvex(int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
         return numbers
 
 
@@ -100,7 +100,7 @@ def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
 _already_warned: set[str] = set()
 
 
-def warn_nonconvex(count: int, lowest: float) -> None:
+def warn_nonconvex(count: int, lowest: float, stacklevel: int) -> None:
     if "nonconvex" in _already_warned:
         return
     _already_warned.add("nonconvex")
@@ -109,5 +109,5 @@ def warn_nonconvex(count: int, lowest: float) -> None:
         "pushes the policy away without limit. Use gamma above the largest |A| (1.1 for advantages clipped to "
         '[-1, 1]) or gamma="1-A". Said once; metrics.nonconvex_samples keeps counting.',
         UserWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )

@@ -66,6 +66,11 @@ def advantage_flow_loss(
     scalars = _checks.advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, weighting, reduction
     )
+    if scalars.t.dtype == torch.float64 and v.is_cuda:
+        raise ValueError(
+            "a latent is float64 on CUDA; accepted there are float32, float16 and bfloat16 (float64 is served on CPU, and "
+            "by advflow_ext.reference.advantage_flow_loss everywhere)."
+        )
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     deviations = stats[:, :3]
 

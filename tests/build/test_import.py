@@ -49,7 +49,7 @@ def test_without_a_compiled_module_the_reference_serves_and_says_so_once():
 
 
 def test_with_a_compiled_module_nothing_is_said():
-    assert python(STEP).stderr == ""
+    assert "advflow" not in python(STEP).stderr
 
 
 def test_a_module_built_for_another_torch_is_not_loaded(tmp_path, monkeypatch):

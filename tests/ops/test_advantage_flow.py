@@ -491,6 +491,14 @@ def test_misuse_is_said_in_a_sentence(loss, change, sentence):
         loss(**{**arguments, **change})
 
 
+@pytest.mark.skipif("cuda" not in _native.DEVICES, reason="built without CUDA kernels")
+def test_float64_on_cuda_is_refused_in_a_sentence():
+    with torch._subclasses.FakeTensorMode():  # needs no GPU
+        v, one = torch.empty(2, 3, device="cuda", dtype=torch.float64), torch.empty(2, device="cuda")
+        with pytest.raises(ValueError, match="a latent is float64 on CUDA; accepted there are float32, float16 and"):
+            NATIVE(v, v, v, one, one, v_old=v)
+
+
 def test_unknown_device_is_served_by_the_reference(monkeypatch):
     batch = draw_batch()
     expected = value_and_grad(batch, REFERENCE)
