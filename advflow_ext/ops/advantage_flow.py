@@ -68,8 +68,8 @@ def advantage_flow_loss(
     )
     if scalars.t.dtype == torch.float64 and v.is_cuda:
         raise ValueError(
-            "a latent is float64 on CUDA; accepted there are float32, float16 and bfloat16 (float64 is served on CPU, and "
-            "by advflow_ext.reference.advantage_flow_loss everywhere)."
+            "a latent is float64 on CUDA; accepted there are float32, float16 and bfloat16 (float64 is served on CPU, "
+            "and everywhere by advflow_ext.reference.advantage_flow_loss)."
         )
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     deviations = stats[:, :3]
