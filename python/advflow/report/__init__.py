@@ -1,0 +1,25 @@
+"""report.html: one self-contained page about a run, finished or not, that needs no server and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from advflow.report.data import load_run
+from advflow.report.page import render
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `folder`/report.html from what the run has left there so far, and returns its path.
+
+    The same files give the same page, byte for byte. Raises FileNotFoundError where `folder` is no run, ValueError
+    where its config.yaml cannot be read.
+    """
+    page = render(load_run(folder))
+    path = folder / "report.html"
+    scratch = folder / ".report.html.partial"
+    scratch.write_text(page, encoding="utf-8")
+    os.replace(scratch, path)  # a browser that reloads never sees half a page
+    return path

@@ -1,0 +1,211 @@
+"""Reads a run's folder into plain numbers, tolerating what a killed or diverged run leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import yaml
+from PIL import Image
+
+from advflow.config import TrainConfig
+from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
+
+_MOST_GRIDS = 12
+_GRID_WIDTH = 760  # pixels; what a half-width column shows on a dense screen
+_GRID_BYTES = 52_000  # twelve of these in base64, and the charts, stay below 1 MB
+_QUALITIES = (92, 80, 65, 50)
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One sample grid: `uri` is a data: address, `width` and `height` are pixels of the file in the run's folder."""
+
+    iteration: int
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known about a run.
+
+    `config` maps dotted names to values. `metrics` and `evals` are rows in order of `iteration`; a metrics row's
+    iteration counts from 0, an evaluation's is how many iterations were done before it.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[Row]
+    evals: list[Row]
+    grids: list[Grid]
+    summary: dict[str, Any]
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that were asked for."""
+        return int(self.config["iterations"])
+
+    @property
+    def done(self) -> int:
+        """Iterations that were finished."""
+        return max([row["iteration"] + 1 for row in self.metrics] + [row["iteration"] for row in self.evals], default=0)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary) and self.done >= self.iterations
+
+    @property
+    def images(self) -> int | None:
+        """Training images drawn so far."""
+        prompts, group = (self.config.get(f"rollout.{name}") for name in ("prompts", "images_per_prompt"))
+        return self.done * prompts * group if isinstance(prompts, int) and isinstance(group, int) else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time: the run's own count, else that of its last evaluation and of the iterations since."""
+        if self.finished and (total := number(self.summary.get("seconds"))) is not None:
+            return total
+        last = self.evals[-1] if self.evals else {"iteration": 0, "seconds": 0.0}
+        since = (_duration(row) or 0.0 for row in self.metrics if row["iteration"] >= last["iteration"])
+        total = (number(last.get("seconds")) or 0.0) + sum(since)
+        return total or None
+
+    @property
+    def seconds_per_iteration(self) -> float | None:
+        """Median over iterations of rollout plus update, without evaluation."""
+        durations = [t for row in self.metrics if (t := _duration(row)) is not None]
+        return median(durations) if durations else None
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the held-out categories, in the order in which they were evaluated."""
+        return list(dict.fromkeys(name for row in self.evals for name in row["categories"]))
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """The highest overall held-out score and the iteration that first reached it."""
+        pairs = zip(self.scores(), self.evals, strict=True)
+        scored = [(score, row["iteration"]) for score, row in pairs if score is not None]
+        return max(scored, key=lambda pair: (pair[0], -pair[1]), default=None)
+
+    def ends(self, category: str | None = None) -> tuple[float | None, float | None]:
+        """Held-out score before training and at the last evaluation."""
+        scores = self.scores(category)
+        return (scores[0], scores[-1]) if scores else (None, None)
+
+    def scores(self, category: str | None = None) -> list[float | None]:
+        """Held-out score of every evaluation, of one category or overall."""
+        rows = self.evals
+        return [number(row.get("overall") if category is None else row["categories"].get(category)) for row in rows]
+
+
+def load_run(folder: Path) -> Run:
+    """Reads what is there. Only config.yaml has to be."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: there is no {path}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("iterations"), int):
+        raise ValueError(f"{path} is not the config of a run: it does not say how many iterations")
+    evals = [
+        row | {"categories": categories if isinstance(categories := row.get("categories"), dict) else {}}
+        for row in _numbered(read_rows(folder / EVALS))
+    ]
+    return Run(
+        name=folder.resolve().name,
+        config=flatten(config),
+        metrics=_numbered(read_rows(folder / METRICS)),
+        evals=evals,
+        grids=_load_grids(folder / SAMPLES),
+        summary=_load_summary(folder / "summary.json"),
+    )
+
+
+def default_config() -> dict[str, Any]:
+    """What every setting is when nobody sets it, by dotted name."""
+    return flatten(asdict(TrainConfig()))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; tuples become lists, as they do in YAML."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite float, None for anything else."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` (2 or more) of `items`, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _duration(row: Row) -> float | None:
+    rollout, train = number(row.get("seconds_rollout")), number(row.get("seconds_train"))
+    return None if rollout is None or train is None else rollout + train
+
+
+def _numbered(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("iteration"), int)]
+
+
+def _load_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _load_grids(folder: Path) -> list[Grid]:
+    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    return [grid for path in evenly_spaced(paths, _MOST_GRIDS) if (grid := _load_grid(path)) is not None]
+
+
+def _load_grid(path: Path) -> Grid | None:
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except OSError:
+        return None  # the run may be writing it at this moment, or was killed while it did
+    width, height = picture.size
+    if width > _GRID_WIDTH:
+        picture = picture.resize((_GRID_WIDTH, max(1, round(height * _GRID_WIDTH / width))), Image.Resampling.LANCZOS)
+    encoded = _encode(picture, lossless=True)
+    for quality in _QUALITIES:
+        if len(encoded) <= _GRID_BYTES:
+            break
+        encoded = _encode(picture, quality=quality)
+    return Grid(int(path.stem), "data:image/webp;base64," + base64.b64encode(encoded).decode(), width, height)
+
+
+def _encode(picture: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "webp", method=4, **options)
+    return buffer.getvalue()

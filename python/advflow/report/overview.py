@@ -1,0 +1,140 @@
+"""What the run is and how it went: the top of the page, and its settings and versions at the bottom."""
+
+from __future__ import annotations
+
+from html import escape
+
+from advflow.report.data import Run, default_config, flatten, number
+from advflow.report.panels import column, grouped_panels
+from advflow.report.text import DASH, direction, duration_text, gain_text, plain, score_text
+
+_NOTICEABLE_DROP = 0.02  # of a score between 0 and 1
+
+
+def headline(run: Run) -> str:
+    base, final = run.ends()
+    return f"held-out score {score_text(base)} \N{RIGHTWARDS ARROW} {score_text(final)}"
+
+
+def head_section(run: Run) -> str:
+    base, final = run.ends()
+    if run.finished:
+        state, css_class = f"Finished: {run.done:,} iterations", "finished"
+    else:
+        state, css_class = f"Not finished: iteration {run.done:,} of {run.iterations:,}, running or stopped", "open"
+    share = 100 * min(1.0, run.done / run.iterations)
+    progress = (
+        f'<svg class="progress" role="img" aria-label="{share:.0f} percent done">'
+        f'<rect class="track" width="100%" height="6"/><rect class="done" width="{share:.1f}%" height="6"/></svg>'
+    )
+    if len(run.evals) > 1:
+        last = run.evals[-1]["iteration"]
+        explanation = f"Held-out score before training and at iteration {last:,}, the mean over categories."
+    elif run.evals:
+        explanation = "Held-out score before training. There is no evaluation after it yet."
+    else:
+        explanation = "The run has not been evaluated yet."
+    gain = ""
+    if len(run.evals) > 1:
+        gain = f'<span class="gain {direction(base, final)}">{gain_text(base, final)}</span>'
+    after = score_text(final) if len(run.evals) > 1 else DASH
+    return (
+        f'<header>\n<div class="top"><h1>{escape(run.name)}</h1><span class="state {css_class}">{state}</span></div>\n'
+        f'<div class="headline"><p class="numbers"><span class="from">{score_text(base)}</span> '
+        f'<span class="arrow">\N{RIGHTWARDS ARROW}</span> {after}</p>{gain}</div>\n'
+        f'<p class="lead">{explanation}</p>\n{"" if run.finished else progress}\n'
+        f"{_stats(run)}\n{_remarks(run)}</header>"
+    )
+
+
+def _stats(run: Run) -> str:
+    config, summary = run.config, run.summary
+    known_versions = summary.get("versions")
+    torch = known_versions.get("torch") if isinstance(known_versions, dict) else None
+    best = run.best
+    per_iteration = [column(run.metrics, key) for key in ("seconds_rollout", "seconds_train")]
+    parts = [sum(known) / len(known) if (known := [v for v in c if v is not None]) else None for c in per_iteration]
+    images = run.images
+    cells = [
+        ("Images trained on", DASH if images is None else f"{images:,}", _groups_text(run)),
+        ("Wall time", duration_text(run.seconds), ""),
+        (
+            "Per iteration",
+            duration_text(run.seconds_per_iteration),
+            "" if None in parts else f"{parts[0]:.3g} s rollout, {parts[1]:.3g} s update",
+        ),
+        ("Best held-out", score_text(best and best[0]), f"at iteration {best[1]:,}" if best else ""),
+        ("Model", plain(config.get("model.pipeline")), f"{plain(config.get('model.trainable'))} training"),
+        ("Device", plain(summary.get("device", config.get("device"))), f"torch {torch}" if torch else ""),
+        ("Seed", plain(config.get("seed")), ""),
+        ("gamma, lambda", f"{plain(config.get('loss.gamma'))}, {plain(config.get('loss.lam'))}", ""),
+    ]
+    rows = (
+        f"<div><dt>{title}</dt><dd>{escape(value)}{f'<small>{escape(note)}</small>' if note else ''}</dd></div>"
+        for title, value, note in cells
+    )
+    return f'<dl class="stats">{"".join(rows)}</dl>'
+
+
+def _groups_text(run: Run) -> str:
+    prompts, group = (run.config.get(f"rollout.{name}") for name in ("prompts", "images_per_prompt"))
+    return f"{prompts} prompts \N{MULTIPLICATION SIGN} {group} a round" if prompts and group else ""
+
+
+def _remarks(run: Run) -> str:
+    """What someone looking after the run should know, in one sentence each."""
+    remarks = []
+    _, last = run.ends()
+    if run.best is not None and last is not None:
+        best, iteration = run.best
+        if best - last >= _NOTICEABLE_DROP * max(1.0, abs(best)):
+            remarks.append(
+                f"The held-out score fell by {best - last:.3f} after its best, {best:.3f} at iteration {iteration:,}."
+            )
+    for panel in grouped_panels(run.metrics).get("Faults", []):
+        hit = [row["iteration"] for row in run.metrics if number(row.get(panel.key))]
+        if hit:
+            remarks.append(
+                f"{panel.title} ({panel.note}) in {len(hit):,} of {len(run.metrics):,} iterations, first in {hit[0]:,}."
+            )
+    if not remarks:
+        return ""
+    return f'<ul class="remarks">{"".join(f"<li>{escape(remark)}</li>" for remark in remarks)}</ul>'
+
+
+def settings_section(run: Run) -> str:
+    defaults = default_config()
+    rows, changed = [], 0
+    for name, value in run.config.items():
+        differs = name not in defaults or defaults[name] != value
+        changed += differs
+        default = plain(defaults[name]) if differs and name in defaults else ""
+        rows.append(
+            f'<tr class="{"changed" if differs else "default"}"><th scope="row" class="mono">'
+            f'{escape(str(name))}</th><td class="mono">{escape(plain(value))}</td>'
+            f'<td class="mono quiet">{escape(default)}</td></tr>'
+        )
+    return (
+        "<section>\n<h2>Configuration</h2>\n"
+        f'<p class="lead">{changed} of {len(rows)} settings differ from their defaults. To run it again:</p>\n'
+        "<pre><code>advflow train --config config.yaml --out NEW_FOLDER</code></pre>\n"
+        "<details><summary>All settings</summary>\n"
+        '<div class="card scroll"><table class="settings"><thead><tr><th scope="col">setting</th>'
+        '<th scope="col">value</th><th scope="col">default, where it differs</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>\n</section>"
+    )
+
+
+def versions_section(run: Run) -> str:
+    versions = run.summary.get("versions")
+    known = flatten(versions) if isinstance(versions, dict) else {}
+    if "commit" in run.summary:
+        known["commit"] = run.summary["commit"]
+    if not known:
+        return '<section>\n<h2>Versions</h2>\n<p class="lead">They are recorded when the run finishes.</p>\n</section>'
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th><td class="mono">{escape(plain(value))}</td></tr>'
+        for name, value in known.items()
+    )
+    table = f'<table class="settings"><tbody>{rows}</tbody></table>'
+    return f'<section>\n<h2>Versions</h2>\n<div class="card">{table}</div>\n</section>'

@@ -1,0 +1,87 @@
+"""Puts the sections, the styles, the script and its data together to one HTML page."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from advflow.report.charts import Chart, swatch
+from advflow.report.data import Run
+from advflow.report.evaluation import categories_section, held_out_section, samples_section
+from advflow.report.overview import head_section, headline, settings_section, versions_section
+from advflow.report.training import metrics_section, reward_section
+
+# The policy makes the promise "no request leaves this page" one that the browser keeps.
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
+$style</style>
+</head>
+<body>
+<main>
+$body
+</main>
+<script type="application/json" id="data">$data</script>
+<script>
+$script</script>
+</body>
+</html>
+""")
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    curves, evaluation_chart = held_out_section(run)
+    reward, reward_chart = reward_section(run)
+    metrics, metric_charts = metrics_section(run)
+    charts = [*evaluation_chart, *reward_chart, *metric_charts]
+    sections = [
+        head_section(run),
+        curves,
+        samples_section(run),
+        categories_section(run),
+        reward,
+        metrics,
+        settings_section(run),
+        versions_section(run),
+    ]
+    files = resources.files("advflow.report")
+    return _PAGE.substitute(
+        title=escape(f"{run.name}: {headline(run)}"),
+        style=files.joinpath("style.css").read_text(encoding="utf-8"),
+        script=files.joinpath("script.js").read_text(encoding="utf-8"),
+        body="\n".join(section for section in sections if section),
+        data=_embedded_json({chart.key: _chart_data(chart) for chart in charts}),
+    )
+
+
+def _embedded_json(value: object) -> str:
+    """JSON in which no name can end the <script> element that holds it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    return {
+        "x": chart.x,
+        "unit": chart.unit,
+        "notes": chart.notes,
+        "series": [
+            {
+                "name": series.name,
+                "values": [None if value is None else float(f"{value:.5g}") for value in series.values],
+                "swatch": swatch(series.style),
+            }
+            for series in chart.series
+        ],
+    }

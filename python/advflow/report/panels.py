@@ -1,0 +1,97 @@
+"""Which metrics of a run are shown, under which names, and how many iterations become few enough points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from advflow.report.charts import Values
+from advflow.report.data import Row, number
+
+MOST_POINTS = 500  # of one line; a longer run is summed up, so that the page stays small
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric. `worst` picks the value that stands for several iterations; the mean does where there is none."""
+
+    key: str
+    title: str
+    note: str
+    unit: str = ""
+    smoothed: bool = True
+    worst: Callable[[Sequence[float]], float] | None = None
+    fault: bool = False
+    """Whether anything but zero means that something went wrong."""
+
+
+GROUPS: dict[str, list[Panel]] = {
+    "Objective": [
+        Panel("loss", "Loss", "mean per sample"),
+        Panel("policy_term", "Policy term", "the advantage-weighted part of the loss"),
+        Panel("target_error", "Target error", "mean square of v \N{MINUS SIGN} u"),
+        Panel("grad_norm", "Gradient norm", "before clipping"),
+    ],
+    "Distance from other policies": [
+        Panel("rollout_deviation", "Rollout deviation", "mean square of v \N{MINUS SIGN} v_old"),
+        Panel("reference_deviation", "Reference deviation", "mean square of v \N{MINUS SIGN} v_ref"),
+        Panel("rollout_policy_rho", "Rollout policy rho", "share of itself the rollout policy keeps", smoothed=False),
+    ],
+    "Rewards and advantages": [
+        Panel("score", "Training score", "of the rollout's images"),
+        Panel("uniform_groups", "Uniform groups", "share of prompts whose images all got one reward"),
+        Panel("advantage_rms", "Advantage RMS", "after normalising and clipping"),
+        Panel("mean_abs_advantage", "Mean |advantage|", "over usable samples"),
+        Panel("mean_advantage", "Mean advantage", "over usable samples; near zero is right"),
+        Panel(
+            "advantage_group_mean_worst",
+            "Worst group mean",
+            "largest |mean advantage| of a prompt; near zero is right",
+            worst=max,
+        ),
+        Panel("min_curvature", "Smallest curvature", "least A + gamma + lam; must stay above 0", worst=min),
+    ],
+    "Time": [
+        Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
+        Panel("seconds_train", "Update", "forward-process steps", unit=" s"),
+    ],
+    "Faults": [
+        Panel("nonconvex_samples", "Nonconvex samples", "A + gamma + lam at or below 0", fault=True),
+        Panel("nonfinite_samples", "Non-finite samples", "dropped by the loss", fault=True),
+        Panel("invalid_timesteps", "Invalid timesteps", "dropped: t outside (0, 1]", fault=True),
+        Panel("broken_images", "Broken images", "not finite", fault=True),
+        Panel("skipped_steps", "Skipped steps", "gradient not finite", fault=True),
+    ],
+}
+_SHOWN_ELSEWHERE = ("iteration", "reward")
+
+
+def grouped_panels(rows: Sequence[Row]) -> dict[str, list[Panel]]:
+    """The panels of every metric that is in `rows`; those unknown here come last, under their own names."""
+    present = dict.fromkeys(key for row in rows for key in row)
+    groups = {name: [panel for panel in panels if panel.key in present] for name, panels in GROUPS.items()}
+    known = {panel.key for panels in GROUPS.values() for panel in panels} | set(_SHOWN_ELSEWHERE)
+    groups["Others"] = [
+        Panel(key, key.replace("_", " "), "")
+        for key in present
+        if key not in known and any(number(row.get(key)) is not None for row in rows)
+    ]
+    return {name: panels for name, panels in groups.items() if panels}
+
+
+def column(rows: Sequence[Row], key: str) -> Values:
+    return [number(row.get(key)) for row in rows]
+
+
+def bin_size(count: int) -> int:
+    """How many of `count` iterations one point stands for."""
+    return max(1, -(-count // MOST_POINTS))
+
+
+def binned(values: Values, size: int, pick: Callable[[Sequence[float]], float] | None = None) -> Values:
+    """One value, the mean unless `pick` is given, for each `size` neighbours; None where all of them are."""
+    if size == 1:
+        return list(values)
+    choose = pick or (lambda known: sum(known) / len(known))
+    bins = (values[start : start + size] for start in range(0, len(values), size))
+    return [choose(known) if (known := [v for v in part if v is not None]) else None for part in bins]
