@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from advflow.config import TrainConfig
+from advflow.cpu_memory import keep_freed_memory
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -141,6 +142,7 @@ def _train(arguments: Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     _quiet_libraries()
+    keep_freed_memory()
     from advflow.report import write_report
     from advflow.train import train
 
@@ -182,6 +184,7 @@ def _report(arguments: Namespace) -> None:
 
 def _pretrain(arguments: Namespace) -> None:
     _quiet_libraries()
+    keep_freed_memory()
     from advflow.world.pretrain import pretrain
     from advflow.world.settings import PretrainSettings
 

@@ -39,7 +39,7 @@ def load_run(folder: Path, config: TrainConfig, base: bool) -> LoadedRun:
     if not base and not saved:
         raise FileNotFoundError(f"run {str(folder)!r} has no checkpoint yet; --base uses the model before training")
     pipeline = load_pipeline(config.model, pick_device(config.device))
-    policies = make_policies(pipeline.transformer, config.model)
+    policies = make_policies(pipeline.transformer, config.model, config.seed)
     if not base:
         load_checkpoint(saved[-1], policies, optimizer=None)
     return LoadedRun(config, pipeline, policies)

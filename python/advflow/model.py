@@ -32,13 +32,10 @@ def pick_device(name: str) -> torch.device:
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:
     """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        pipeline_folder(config.pipeline), torch_dtype=getattr(torch, config.dtype)
-    )
+    dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    pipeline.vae.to(torch.float32)
-    return pipeline
+    return pipeline.to(device)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Literal, Protocol
 
 import torch
@@ -25,12 +26,16 @@ class Policies(Protocol):
         ...
 
 
-def make_policies(transformer: SD3Transformer2DModel, config: ModelConfig) -> Policies:
-    """Sets up the three policies, equal at first, on a freshly loaded transformer."""
+def make_policies(transformer: SD3Transformer2DModel, config: ModelConfig, seed: int) -> Policies:
+    """Sets up the three policies, equal at first, on a freshly loaded transformer. `seed` is for new adapters."""
     transformer.requires_grad_(False)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return FullPolicies(transformer) if config.trainable == "full" else LoraPolicies(transformer, config)
+    if config.trainable == "full":
+        return FullPolicies(transformer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LoraPolicies(transformer, config)
 
 
 class FullPolicies:
@@ -64,8 +69,11 @@ class LoraPolicies:
             init_lora_weights="gaussian",
             target_modules=config.lora_targets,
         )
-        for adapter in self._ADAPTERS.values():
-            transformer.add_adapter(lora, adapter_name=adapter)
+        with warnings.catch_warnings():
+            # PEFT doubts that a second adapter is meant.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            for adapter in self._ADAPTERS.values():
+                transformer.add_adapter(lora, adapter_name=adapter)
         self.learner, self.rollout = (self._parameters_of(adapter) for adapter in self._ADAPTERS.values())
         with torch.no_grad():
             for learner, rollout in zip(self.learner, self.rollout, strict=True):

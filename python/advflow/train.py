@@ -49,7 +49,7 @@ class Trainer:
         length = config.model.max_sequence_length
         self.embeddings = encode_prompts(pipeline, self.prompts.texts, length)
         self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
-        self.policies = make_policies(pipeline.transformer, config.model)
+        self.policies = make_policies(pipeline.transformer, config.model, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
         self.draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
@@ -105,19 +105,26 @@ class Trainer:
             latents.append(sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows]))
             images.append(decode(self.sampler.vae, latents[-1]))
         scores = self.reward(torch.cat(images), [self.prompts.texts[i] for i in index.tolist()])
+        x0 = torch.cat(latents)
+        broken = ~x0.flatten(1).isfinite().all(1).cpu()
+        # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
+        x0[broken] = 0.0
+        scores.reward[broken] = torch.nan
         choice = self.config.advantage
         advantages = af.group_advantages(
             scores.reward, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode
         )
         groups = scores.reward.view(-1, group)
         row = {
-            "reward": scores.reward.mean().item(),
+            "reward": scores.reward.nanmean().item(),
             "score": scores.score.mean().item(),
+            "broken_images": int(broken.sum()),
             "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
             "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
             "advantage_rms": advantages.square().mean().sqrt().item(),
         }
-        return Rollout(torch.cat(latents), advantages.to(self.device), embeddings, group), row
+        advantages = advantages.masked_fill(broken, torch.nan)  # the loss gives such a sample no gradient and counts it
+        return Rollout(x0, advantages.to(self.device), embeddings, group), row
 
     def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
         """Takes this iteration's optimiser steps on the forward process of the rollout's images."""
@@ -139,14 +146,16 @@ class Trainer:
                     (out.loss * weight).backward()
                     values.append(out.metrics.values)
                     weights.append(weight)
-            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, config.optim.max_grad_norm)
-            self.optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, config.optim.max_grad_norm).item()
+            if math.isfinite(norm):
+                self.optimizer.step()
+                norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
-            norms.append(norm.item())
             mean = torch.stack(values).mul(torch.tensor(weights, device=values[0].device)[:, None]).sum(0).tolist()
             for name, value in zip(out.metrics.names, mean, strict=True):
                 totals[name] = totals.get(name, 0.0) + value / config.optim.steps_per_iteration
-        return totals | {"grad_norm": sum(norms) / len(norms)}
+        skipped = config.optim.steps_per_iteration - len(norms)
+        return totals | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
 
 
 def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:

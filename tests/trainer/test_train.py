@@ -95,7 +95,7 @@ def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
 
 
 def test_following_with_rho_zero_copies_the_learner() -> None:
-    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA)
+    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA, seed=0)
     with torch.no_grad():
         for parameter in policies.learner:
             parameter.normal_()
@@ -141,5 +141,14 @@ def test_a_broken_sample_does_not_poison_the_run(small_config: Make, monkeypatch
     monkeypatch.setattr(module, "sample_latents", with_nan)
     trainer = Trainer(small_config())
     row = trainer.iterate(0)
-    assert row["nonfinite_samples"] > 0
+    assert row["broken_images"] > 0 and row["nonfinite_samples"] > 0 and row["skipped_steps"] == 0
     assert all(torch.isfinite(p).all() for p in trainer.policies.learner)
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(small_config: Make) -> None:
+    trainer = Trainer(small_config())
+    before = [p.detach().clone() for p in trainer.policies.learner]
+    trainer.policies.learner[0].register_hook(lambda gradient: gradient * torch.inf)
+    row = trainer.iterate(0)
+    assert row["skipped_steps"] == 1 and row["grad_norm"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policies.learner, strict=True))

@@ -10,7 +10,10 @@ from advflow.world.scene import all_prompts
 
 
 class EmbeddedReward:
-    """Trains on the partial score (the share of a request that is met) and reports how often all of it is met."""
+    """Reports how often a request is met in full; trains on the mean of that and of the share that is met.
+
+    The share alone would be dense but content with half a scene; full success alone is too rare to learn from.
+    """
 
     def __init__(self) -> None:
         self._prompts = {prompt.text: prompt for prompt in all_prompts()}
@@ -18,7 +21,7 @@ class EmbeddedReward:
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
         scores = score_batch(images.cpu().numpy(), [self._prompts[text] for text in prompts])
         return Scores(
-            reward=torch.tensor([s.partial for s in scores], dtype=torch.float32),
+            reward=torch.tensor([(s.partial + s.correct) / 2 for s in scores], dtype=torch.float32),
             score=torch.tensor([float(s.correct) for s in scores]),
         )
 
