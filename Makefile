@@ -1,6 +1,8 @@
 # make demo: post-train the embedded world; make test: everything CI checks. Each sets up .venv by itself.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Waiting OpenMP threads must not spin: two cores are soon shared with something else.
+export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 0
 OUT ?= runs/demo-seed$(SEED)
 VENV := .venv

@@ -155,6 +155,9 @@ class OptimConfig:
 
     Args:
         lr: learning rate.
+        warmup: optimiser steps over which the learning rate rises linearly from 0. AdamW's first steps move every
+            weight by the learning rate however small its gradient, which a pretrained model remembers.
+        decay: "linear" lets the learning rate fall to 0 over the run, "none" keeps it.
         betas: decay rates of AdamW's two moments.
         eps: AdamW's denominator constant.
         weight_decay: decoupled weight decay.
@@ -163,7 +166,9 @@ class OptimConfig:
         micro_batch: samples in one forward and backward pass; gradients accumulate over a step.
     """
 
-    lr: float = 3e-4
+    lr: float = 2e-4
+    warmup: int = 10
+    decay: Literal["none", "linear"] = "linear"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -173,6 +178,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        _require(self.warmup >= 0, "optim.warmup", self.warmup, "zero or more steps")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.steps_per_iteration >= 1, "optim.steps_per_iteration", self.steps_per_iteration, "1 or more")
         _require(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "1 or more")
@@ -234,7 +240,7 @@ class TrainConfig:
     """
 
     algorithm: Literal["advantage_flow"] = "advantage_flow"
-    iterations: int = 200
+    iterations: int = 180
     seed: int = 0
     out: str = "runs/tiny"
     checkpoint_every: int = 20

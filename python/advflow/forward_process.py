@@ -79,9 +79,7 @@ class Draws:
         return (stratum + uniform) / config.per_image
 
 
-def forward_batch(
-    policies: Policies, rollout: Rollout, draw: Draw, rows: slice, with_reference: bool
-) -> ForwardBatch:
+def forward_batch(policies: Policies, rollout: Rollout, draw: Draw, rows: slice, with_reference: bool) -> ForwardBatch:
     """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
     x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
     x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from advflow.evaluate import Evaluation
+if TYPE_CHECKING:  # the report reads these files without loading any model code
+    from advflow.evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import advflow_ext as af
 import torch
 from tqdm import tqdm
 
+import advflow_ext as af
 from advflow.algorithms import advantage_flow
 from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from advflow.config import RolloutPolicyConfig, TrainConfig
+from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow.evaluate import Evaluation, evaluate
 from advflow.forward_process import Draws, Rollout, forward_batch
 from advflow.model import LatentShape, Sampler, encode_prompts, load_pipeline, pick_device
@@ -95,9 +96,7 @@ class Trainer:
         chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
         index = torch.tensor(chosen).repeat_interleave(group)
         embeddings = self.embeddings[index.to(self.embeddings.tokens.device)]
-        noise = self.sampler.latent.noise(
-            len(index), generator(self.config.seed, "rollout", iteration), self.device
-        )
+        noise = self.sampler.latent.noise(len(index), generator(self.config.seed, "rollout", iteration), self.device)
         transformer = self.policies.transformer("rollout")
         latents, images = [], []
         for start in range(0, len(index), config.batch):
@@ -148,6 +147,9 @@ class Trainer:
                     weights.append(weight)
             norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, config.optim.max_grad_norm).item()
             if math.isfinite(norm):
+                steps = config.optim.steps_per_iteration
+                for parameters in self.optimizer.param_groups:
+                    parameters["lr"] = learning_rate(config.optim, iteration * steps + step, config.iterations * steps)
                 self.optimizer.step()
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
@@ -156,6 +158,13 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value / config.optim.steps_per_iteration
         skipped = config.optim.steps_per_iteration - len(norms)
         return totals | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of optimiser step `step` (from 0) of a run of `steps`."""
+    risen = min(1.0, (step + 1) / max(config.warmup, 1))
+    left = 1.0 - step / steps if config.decay == "linear" else 1.0
+    return config.lr * min(risen, left)
 
 
 def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:
@@ -199,12 +208,12 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
                 log.close()
                 raise SystemExit(f"stopped after iteration {done}, saved; go on with --resume")
     log.close()
-    summary = summarise(config, folder, time.monotonic() - started)
+    summary = summarise(config, folder, time.monotonic() - started, trainer.device)
     _write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def summarise(config: TrainConfig, folder: Path, seconds: float) -> dict[str, Any]:
+def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.device) -> dict[str, Any]:
     """The numbers of a finished run."""
     evals = read_rows(folder / EVALS)
     base, final = evals[0], evals[-1]
@@ -219,7 +228,9 @@ def summarise(config: TrainConfig, folder: Path, seconds: float) -> dict[str, An
         "iterations": config.iterations,
         "images": final["images"],
         "seconds": round(seconds, 1),
+        "device": str(device),
         "versions": versions(),
+        "commit": _commit(),
     }
 
 
@@ -227,6 +238,15 @@ def versions() -> dict[str, str]:
     names = ("advflow", "advflow-ext", "torch", "diffusers", "transformers", "peft")
     found = {name: metadata.version(name) for name in names}
     return found | {"python": platform.python_version()}
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _grid_indices(trainer: Trainer) -> list[int]:

@@ -81,7 +81,9 @@ def test_train_eval_sample_report_resume(tmp_path: Path, capsys: pytest.CaptureF
     main(["eval", "--run", str(run)])
     assert "color_attribution" in capsys.readouterr().out
     picture = tmp_path / "samples.png"
-    main(["sample", "--run", str(run), "--prompt", "a red circle", "--count", "3", "--steps", "2", "--out", str(picture)])
+    main(
+        ["sample", "--run", str(run), "--prompt", "a red circle", "--count", "3", "--steps", "2", "--out", str(picture)]
+    )
     assert Image.open(picture).size[0] > Image.open(picture).size[1]
     (run / "report.html").unlink()
     main(["report", "--run", str(run)])

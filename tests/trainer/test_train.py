@@ -15,7 +15,7 @@ from advflow.model import load_pipeline
 from advflow.policies import Policies, follow, make_policies
 from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.sampling import velocity
-from advflow.train import Trainer, rollout_decay, train
+from advflow.train import Trainer, learning_rate, rollout_decay, train
 from safetensors.torch import load_file
 
 Make = Callable[..., TrainConfig]
@@ -43,12 +43,23 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_resuming_equals_never_having_stopped(small_config: Make, tmp_path: Path, model: ModelConfig, steps: int) -> None:
+def test_resuming_equals_never_having_stopped(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, steps: int
+) -> None:
     optim = OptimConfig(micro_batch=5, steps_per_iteration=steps)
     whole = small_config(model=model, optim=optim, out=str(tmp_path / "whole"), iterations=4)
     train(whole, resume=False)
     parts = replace(whole, out=str(tmp_path / "parts"))
-    train(replace(parts, iterations=2), resume=False)
+    iterate = Trainer.iterate
+
+    def killed_in_the_third(self: Trainer, iteration: int) -> dict[str, float]:
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return iterate(self, iteration)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "iterate", killed_in_the_third)
+        train(parts, resume=False)
     # What a killed run may leave behind: rows after its last checkpoint, and a line cut short.
     with (Path(parts.out) / METRICS).open("a") as handle:
         handle.write('{"iteration": 2, "reward": 9.0}\n{"iteration": 3, "rew')
@@ -81,7 +92,9 @@ def _velocities(policies: Policies, trainer: Trainer) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
 def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
-    trainer = Trainer(small_config(model=model, optim=OptimConfig(lr=1e-2), rollout_policy=RolloutPolicyConfig(1.0, 0, 0.5)))
+    trainer = Trainer(
+        small_config(model=model, optim=OptimConfig(lr=1e-2), rollout_policy=RolloutPolicyConfig(1.0, 0, 0.5))
+    )
     before = _velocities(trainer.policies, trainer)
     assert torch.equal(before["learner"], before["rollout"]) and torch.equal(before["learner"], before["reference"])
     start = [p.detach().clone() for p in trainer.policies.rollout]
@@ -107,6 +120,12 @@ def test_rollout_decay_schedules_of_diffusion_nft() -> None:
     default, ocr = RolloutPolicyConfig(0.001, 0, 0.5), RolloutPolicyConfig(0.0075, 75, 0.999)
     assert [rollout_decay(default, s) for s in (0, 100, 500, 9999)] == pytest.approx([0, 0.1, 0.5, 0.5])
     assert [rollout_decay(ocr, s) for s in (0, 75, 175, 9999)] == pytest.approx([0, 0, 0.75, 0.999])
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    linear, flat = OptimConfig(lr=1.0, warmup=4, decay="linear"), OptimConfig(lr=1.0, warmup=0, decay="none")
+    assert [learning_rate(linear, s, 10) for s in (0, 3, 5, 9)] == pytest.approx([0.25, 0.7, 0.5, 0.1])
+    assert [learning_rate(flat, s, 10) for s in (0, 9)] == [1.0, 1.0]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow_ext.ops.advantage_flow import LossOutput
-
 from advflow.config import LossConfig
 from advflow.forward_process import ForwardBatch
+from advflow_ext.ops.advantage_flow import LossOutput
 
 
 def loss(batch: ForwardBatch, config: LossConfig) -> LossOutput:

@@ -8,7 +8,6 @@ an `AutoencoderKL`, two CLIP text encoders and a T5 encoder with word-level toke
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from pathlib import Path
 

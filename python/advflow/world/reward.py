@@ -7,7 +7,7 @@ component's shape by the template it overlaps best. It is written for score, not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -65,7 +65,7 @@ def _classify(mask: np.ndarray) -> str | None:
     return SHAPES[best] if overlaps[best] >= _MIN_OVERLAP else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _templates(height: int, width: int) -> tuple[np.ndarray, ...]:
     """What each shape, drawn to fill a box of this size, covers by at least half a pixel."""
     scale = 8

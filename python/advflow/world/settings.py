@@ -12,7 +12,7 @@ class PretrainSettings:
     scenes: int = 40_000
     vae_steps: int = 2_500
     vae_lr: float = 2e-3
-    flow_steps: int = 4_000
+    flow_steps: int = 3_000
     flow_lr: float = 1.5e-3
     batch: int = 64
     seed: int = 0
