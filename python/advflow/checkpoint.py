@@ -57,7 +57,8 @@ def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optim
             )
         with torch.no_grad():
             tensor.copy_(stored[name])
-    return json.loads((path / _STATE).read_text())["iteration"]
+    iteration: int = json.loads((path / _STATE).read_text())["iteration"]
+    return iteration
 
 
 def _flatten(policies: Policies, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

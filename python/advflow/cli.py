@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from advflow.config import TrainConfig
 from advflow.cpu_memory import keep_freed_memory
@@ -49,7 +50,7 @@ def _resolve_packaged_configs(argv: list[str]) -> list[str]:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="advflow", description=_DESCRIPTION, formatter_class=_formatter())
+    parser = ArgumentParser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter)
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", train_parser(), help="post-train a pipeline")
     commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
@@ -59,15 +60,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _formatter() -> type:
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the line breaks of the examples."""
-
-    return Formatter
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
+    """Keeps the line breaks of the examples."""
 
 
 def train_parser() -> ArgumentParser:

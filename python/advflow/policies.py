@@ -100,4 +100,4 @@ class LoraPolicies:
 @torch.no_grad()
 def follow(policies: Policies, rho: float) -> None:
     """Moves the rollout policy towards the learner: theta_old <- rho theta_old + (1 - rho) theta."""
-    torch._foreach_lerp_(policies.rollout, policies.learner, 1.0 - rho)
+    torch._foreach_lerp_(tuple(policies.rollout), tuple(policies.learner), 1.0 - rho)

@@ -25,7 +25,8 @@ class PromptEmbeddings:
 def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
     """The scheduler's `steps + 1` noise levels, from 1 (noise) down to 0 (image)."""
     scheduler.set_timesteps(steps)
-    return scheduler.sigmas.tolist()
+    sigmas: list[float] = scheduler.sigmas.tolist()
+    return sigmas
 
 
 def velocity(
@@ -37,7 +38,8 @@ def velocity(
     """
     dtype = prompts.tokens.dtype
     with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, t * 1000.0, return_dict=False)[0]
+        v: torch.Tensor = transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, t * 1000.0, return_dict=False)[0]
+    return v
 
 
 @torch.no_grad()

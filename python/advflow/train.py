@@ -271,7 +271,7 @@ def _interruptible() -> Iterator[Any]:
     def ask(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signum, previous[signum])
+        signal.signal(signum, previous[signal.Signals(signum)])
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

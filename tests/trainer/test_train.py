@@ -102,6 +102,7 @@ def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
     after = _velocities(trainer.policies, trainer)
     assert torch.equal(after["reference"], before["reference"])
     assert not torch.equal(after["learner"], before["learner"])
+    trainer.policies.transformer("learner")
     for old, rollout, learner in zip(start, trainer.policies.rollout, trainer.policies.learner, strict=True):
         torch.testing.assert_close(rollout, 0.5 * old + 0.5 * learner)
         assert not rollout.requires_grad and learner.requires_grad

@@ -5,10 +5,9 @@ from __future__ import annotations
 import advflow_ext as af
 from advflow.config import LossConfig
 from advflow.forward_process import ForwardBatch
-from advflow_ext.ops.advantage_flow import LossOutput
 
 
-def loss(batch: ForwardBatch, config: LossConfig) -> LossOutput:
+def loss(batch: ForwardBatch, config: LossConfig) -> af.LossOutput:
     return af.advantage_flow_loss(
         batch.v,
         batch.x0,

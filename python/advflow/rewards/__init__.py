@@ -44,6 +44,7 @@ def load_reward(name: str) -> Reward:
         known = ", ".join(repr(k) for k in _BUILT_IN)
         raise ValueError(f'data.reward is {name!r}; accepted: {known} or a dotted path "package.module:Class"')
     try:
-        return getattr(importlib.import_module(module_name), class_name)()
+        reward: Reward = getattr(importlib.import_module(module_name), class_name)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"data.reward {name!r} cannot be loaded: {error}") from error
+    return reward

@@ -105,9 +105,9 @@ def train_vae(images: torch.Tensor, settings: PretrainSettings) -> AutoencoderKL
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Encodes `images` and sets the autoencoder's shift and scale so that its latents have mean 0 and variance 1."""
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in images.split(500)])
+    latents: torch.Tensor = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in images.split(500)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents.sub(latents.mean()).div(latents.std())
 
 
 def caption_words() -> list[str]:
