@@ -75,6 +75,24 @@ def encode_prompts(
     return PromptEmbeddings(torch.cat(tokens), torch.cat(pooled))
 
 
+class PromptEncoder:
+    """Embeddings of a list of prompts by number: computed once where they fit, else each time they are asked for."""
+
+    PRECOMPUTED_AT_MOST = 2048  # of SD3.5 Medium's embeddings this many take about 3.5 GB in bfloat16
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, texts: list[str], max_sequence_length: int) -> None:
+        self._texts, self._max_sequence_length = texts, max_sequence_length
+        few = len(texts) <= self.PRECOMPUTED_AT_MOST
+        self._stored = encode_prompts(pipeline, texts, max_sequence_length) if few else None
+        # Holding on to the pipeline keeps its text encoders in memory; they are not needed where all is stored.
+        self._pipeline = None if few else pipeline
+
+    def __call__(self, numbers: list[int]) -> PromptEmbeddings:
+        if self._stored is not None:
+            return self._stored[torch.tensor(numbers, device=self._stored.tokens.device)]
+        return encode_prompts(self._pipeline, [self._texts[i] for i in numbers], self._max_sequence_length)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The parts of a pipeline that stay after its text encoders have done their work."""

@@ -25,7 +25,7 @@ from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow.evaluate import Evaluation, evaluate
 from advflow.forward_process import Draws, Rollout, forward_batch
-from advflow.model import LatentShape, Sampler, encode_prompts, load_pipeline, pick_device
+from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, load_pipeline, pick_device
 from advflow.policies import follow, make_policies
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
@@ -48,7 +48,7 @@ class Trainer:
         self.prompts = load_training_prompts(config.data.prompts)
         self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
         length = config.model.max_sequence_length
-        self.embeddings = encode_prompts(pipeline, self.prompts.texts, length)
+        self.encode = PromptEncoder(pipeline, self.prompts.texts, length)
         self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
         self.policies = make_policies(pipeline.transformer, config.model, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
@@ -94,16 +94,16 @@ class Trainer:
         config = self.config.rollout
         group = config.images_per_prompt
         chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
-        index = torch.tensor(chosen).repeat_interleave(group)
-        embeddings = self.embeddings[index.to(self.embeddings.tokens.device)]
-        noise = self.sampler.latent.noise(len(index), generator(self.config.seed, "rollout", iteration), self.device)
+        texts = [self.prompts.texts[i] for i in chosen for _ in range(group)]
+        embeddings = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
+        noise = self.sampler.latent.noise(len(texts), generator(self.config.seed, "rollout", iteration), self.device)
         transformer = self.policies.transformer("rollout")
         latents, images = [], []
-        for start in range(0, len(index), config.batch):
+        for start in range(0, len(texts), config.batch):
             rows = slice(start, start + config.batch)
             latents.append(sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows]))
             images.append(decode(self.sampler.vae, latents[-1]))
-        scores = self.reward(torch.cat(images), [self.prompts.texts[i] for i in index.tolist()])
+        scores = self.reward(torch.cat(images), texts)
         x0 = torch.cat(latents)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
