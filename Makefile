@@ -12,7 +12,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test setup lint bench clean
 
 demo: setup
-	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT)
+	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
 test: setup lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
