@@ -59,7 +59,7 @@ class FullPolicies:
 class LoraPolicies:
     """Two PEFT adapters on one frozen base; the reference is the base with its adapters switched off."""
 
-    _ADAPTERS = {"learner": "learner", "rollout": "rollout"}
+    _ADAPTERS = ("learner", "rollout")  # named after their roles
 
     def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig) -> None:
         self._transformer = transformer
@@ -72,9 +72,9 @@ class LoraPolicies:
         with warnings.catch_warnings():
             # PEFT doubts that a second adapter is meant.
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            for adapter in self._ADAPTERS.values():
+            for adapter in self._ADAPTERS:
                 transformer.add_adapter(lora, adapter_name=adapter)
-        self.learner, self.rollout = (self._parameters_of(adapter) for adapter in self._ADAPTERS.values())
+        self.learner, self.rollout = (self._parameters_of(adapter) for adapter in self._ADAPTERS)
         with torch.no_grad():
             for learner, rollout in zip(self.learner, self.rollout, strict=True):
                 learner.data = learner.data.float()
@@ -88,7 +88,7 @@ class LoraPolicies:
             self._transformer.disable_adapters()
         else:
             self._transformer.enable_adapters()
-            self._transformer.set_adapter(self._ADAPTERS[role])
+            self._transformer.set_adapter(role)
             # Switching adapters also switches requires_grad; only the learner may ever collect gradients.
             for parameter in self.rollout:
                 parameter.requires_grad_(False)
