@@ -17,7 +17,7 @@ BUILD_RECORD = Path(__file__).with_name("_build.json")  # written by setup.py be
 # The numbers and columns that Python and C++ must agree on, checked when the module is loaded.
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 # Columns of residual_stats, each a mean over one sample's elements.
-STATS = ("vu_sq", "vo_sq", "vp_sq", "ou_sq", "vu_abs", "ou_abs")
+STATS = ("vu_sq", "vo_sq", "vp_sq", "ou_sq", "vu_abs", "ou_abs", "plus_abs", "minus_abs")
 
 
 def _release(version: str) -> str:

@@ -25,15 +25,23 @@ struct AdvflowParallelFor {
   void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 };
 
-// The tensors of one forward-process training batch, each [batch, elements].
+enum AdvflowTarget : int32_t {
+  ADVFLOW_TARGET_U = 0,    // target is u
+  ADVFLOW_TARGET_X0 = 1,   // target is x0, and u = noise - x0 is formed in registers
+  ADVFLOW_TARGET_EPS = 2,  // target is the noise eps of a sampler step
+};
+
+// The tensors of one training batch, each [batch, elements].
 struct AdvflowResidualInputs {
-  AdvflowTensor v;       // policy velocity
-  AdvflowTensor target;  // x0 when noise is present, otherwise u itself
-  AdvflowTensor noise;   // u = noise - x0, formed in registers
-  AdvflowTensor v_old;   // rollout-policy velocity, may be absent
-  AdvflowTensor v_ref;   // reference velocity, may be absent
+  AdvflowTensor v;  // policy velocity
+  AdvflowTensor target;
+  AdvflowTensor noise;  // present for ADVFLOW_TARGET_X0 alone
+  AdvflowTensor v_old;  // rollout-policy velocity, may be absent
+  AdvflowTensor v_ref;  // reference velocity, may be absent
   int64_t batch;
   int64_t elements;
+  double mix;  // of the mixed statistics; 0: not wanted
+  AdvflowTarget target_is;
 };
 
 // residual_stats: stats[batch, ADVFLOW_RESIDUAL_STATS], see math/residual.h.
@@ -47,7 +55,8 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
 
 // residual_grad: grad[batch, elements] in v's dtype, rounded once,
 //   grad = (2 / elements) * (a (v - u) + b (v - v_old) + c (v - v_ref))
-// with coef[batch, 3] = (a, b, c) in the accumulate type (fp32, or fp64 when
+// with eps itself in the place of (v - u) for ADVFLOW_TARGET_EPS, and
+// coef[batch, 3] = (a, b, c) in the accumulate type (fp32, or fp64 when
 // any input is fp64). A row whose three coefficients are all zero is written
 // as exact zeros whatever its inputs hold. A zero coefficient never reads NaN
 // into the result.

@@ -13,7 +13,7 @@ class LossMetrics(NamedTuple):
     """Named scalars of one loss call, kept in one tensor so that a training step never waits for them.
 
     ``values`` is ``[len(names)]`` on the device of the loss; ``as_dict()`` is the only place that synchronises.
-    Means run over the usable samples; a term whose tensor was not given is 0.
+    Means run over the usable samples; a term whose tensor was not given is 0. Losses of the forward process have
 
     ==================== ==============================================================================
     loss                 mean per-sample loss, whatever ``reduction`` was asked for
@@ -31,20 +31,17 @@ class LossMetrics(NamedTuple):
     """
 
     values: Tensor
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return METRIC_NAMES
+    names: tuple[str, ...]
 
     def as_dict(self) -> dict[str, float]:
         """All metrics as Python floats; waits for the device once, and gives the warnings the step could not."""
-        numbers = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
-        if numbers["nonconvex_samples"] > 0:
+        numbers = dict(zip(self.names, self.values.tolist(), strict=True))
+        if numbers.get("nonconvex_samples", 0) > 0:
             warn_nonconvex(int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
         return numbers
 
 
-METRIC_NAMES = (
+FORWARD_METRICS = (
     "loss",
     "policy_term",
     "target_error",
@@ -86,7 +83,7 @@ def summarise(
     else:
         lowest = torch.where(usable, curvature, torch.inf).amin(0, keepdim=True)
     loss_and_policy, advantage, deviation = means.split([2, 2, 3])
-    return LossMetrics(torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:]]))
+    return LossMetrics(torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:]]), FORWARD_METRICS)
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:

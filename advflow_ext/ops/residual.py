@@ -1,12 +1,14 @@
-"""The forward-process core: per-sample statistics of residuals, and a loss whose gradient is a linear combination.
+"""The loss core: per-sample statistics, and a loss whose gradient is a linear combination of the same tensors.
 
-Every forward-process algorithm is per-sample numbers a, b, c on top of these (docs of each algorithm's op):
-dL/dv = (2 / D) [a (v - u) + b (v - v_old) + c (v - v_ref)], u = noise - x0, D elements a sample.
+Every algorithm is per-sample numbers a, b, c on top of these (docs of each algorithm's op), D elements a sample:
+
+* forward process, u = noise - x0: dL/dv = (2 / D) [a (v - u) + b (v - v_old) + c (v - v_ref)];
+* reverse process, eps the noise of a sampler step: dL/dv = (2 / D) [a eps + b (v - v_old) + c (v - v_ref)].
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from advflow_ext.ops._checks import accumulate_dtype
 def _register_fakes() -> None:
     @torch.library.register_fake("advflow::residual_stats")  # type: ignore[untyped-decorator]
     def residual_stats_shape(
-        v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None
+        v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
     ) -> Tensor:
         return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, target, noise, v_old, v_ref))
 
@@ -29,26 +31,51 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
+    @torch.library.register_fake("advflow::transition_stats")  # type: ignore[untyped-decorator]
+    def transition_stats_shape(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> Tensor:
+        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, eps, v_old, v_ref))
+
+    @torch.library.register_fake("advflow::transition_grad")  # type: ignore[untyped-decorator]
+    def transition_grad_shape(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, coef: Tensor) -> Tensor:
+        return torch.empty_like(v, memory_format=torch.contiguous_format)
+
 
 if _native.module is not None:
     _register_fakes()
 
 
 def residual_stats(
-    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None
+    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
 ) -> Tensor:
-    """``[B, 6]`` means over each sample, columns :data:`STATS`, without gradient; a column of an absent tensor is 0.
+    """``[B, 8]`` means over each sample, columns :data:`STATS`, without gradient; a column of an absent tensor is 0.
 
-    ``target`` is x0 when ``noise`` is given (u = noise - x0 is formed in registers), otherwise u itself. float32, or
-    float64 as soon as one input is. A row depends on its own sample only: not on batch, position or threads.
+    ``target`` is x0 when ``noise`` is given (u = noise - x0 is formed in registers), otherwise u itself. The last two
+    columns, <|(v_old - u) + mix (v - v_old)|> and the same with minus, are computed for a ``mix`` other than 0.
+    float32, or float64 as soon as one input is. A row depends on its own sample only, not on batch or threads.
     """
     others = map(_detached, (target, noise, v_old, v_ref))
-    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others)
+    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, mix)
     return stats
 
 
-class ResidualLoss(torch.autograd.Function):
-    """Per-sample values ``[B]`` given from outside, with the gradient above attached to ``v``.
+class TransitionStats(NamedTuple):
+    """Means over each transition's elements, all ``[N]``."""
+
+    eps_vo: Tensor  # <eps (v - v_old)>
+    vo_sq: Tensor  # <(v - v_old)^2>
+    vp_sq: Tensor  # <(v - v_ref)^2>, 0 without v_ref
+    eps_sq: Tensor  # <eps^2>
+
+
+def transition_stats(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> TransitionStats:
+    """The statistics of sampler steps, without gradient; dtype and independence of rows as :func:`residual_stats`."""
+    others = map(_detached, (eps, v_old, v_ref))
+    stats: Tensor = torch.ops.advflow.transition_stats.default(v.detach(), *others)
+    return TransitionStats(*stats.unbind(1)[:4])
+
+
+class CoefficientLoss(torch.autograd.Function):
+    """Per-sample values ``[B]`` given from outside, with the gradient of this module's head attached to ``v``.
 
     ``coef`` ``[B, 3]`` is (a, b, c). Samples where ``usable`` is false give exact zeros, both ways. The upstream
     gradient (a loss scale, 1/B) joins the coefficients in float32: 2 / (D B) alone would underflow float16.
@@ -65,16 +92,21 @@ class ResidualLoss(torch.autograd.Function):
         values: Tensor,
         coef: Tensor,
         usable: Tensor,
+        target_is_eps: bool,
     ) -> Tensor:
         ctx.save_for_backward(v, target, noise, v_old, v_ref, coef, usable)
+        ctx.target_is_eps = target_is_eps
         return torch.where(usable, values, 0)
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         v, target, noise, v_old, v_ref, coef, usable = ctx.saved_tensors
         scaled = torch.where(usable[:, None], coef * grad_values[:, None], 0)
-        grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, scaled)
-        return grad, None, None, None, None, None, None, None
+        if ctx.target_is_eps:
+            grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, scaled)
+        else:
+            grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, scaled)
+        return grad, *[None] * 8
 
 
 def residual_loss(
@@ -87,9 +119,24 @@ def residual_loss(
     coef: Tensor,
     usable: Tensor,
 ) -> Tensor:
-    """Typed entry of :class:`ResidualLoss`; gradient flows to ``v`` only."""
+    """Typed entry of :class:`CoefficientLoss` for the forward process; gradient flows to ``v`` only."""
     others = map(_detached, (target, noise, v_old, v_ref))
-    losses: Tensor = ResidualLoss.apply(v, *others, values, coef, usable)
+    losses: Tensor = CoefficientLoss.apply(v, *others, values, coef, usable, False)
+    return losses
+
+
+def transition_loss(
+    v: Tensor,
+    eps: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    values: Tensor,
+    coef: Tensor,
+    usable: Tensor,
+) -> Tensor:
+    """Typed entry of :class:`CoefficientLoss` for the reverse process; gradient flows to ``v`` only."""
+    others = map(_detached, (v_old, v_ref))
+    losses: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, values, coef, usable, True)
     return losses
 
 

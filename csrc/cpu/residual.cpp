@@ -1,4 +1,4 @@
-// The forward-process core on the CPU: six statistics a row, and the gradient.
+// The loss core on the CPU: the statistics of a row, and the gradient.
 //
 // A row is cut into chunks of fixed length, and (row, chunk) pairs are spread
 // over threads, so one large sample is parallel too. A chunk is walked in tiles
@@ -47,6 +47,7 @@ struct Lanes {
   friend ADVFLOW_INLINE Lanes operator+(const Lanes& a, const Lanes& b) { return {a.x + b.x}; }
   friend ADVFLOW_INLINE Lanes operator-(const Lanes& a, const Lanes& b) { return {a.x - b.x}; }
   friend ADVFLOW_INLINE Lanes operator*(const Lanes& a, const Lanes& b) { return {a.x * b.x}; }
+  friend ADVFLOW_INLINE Lanes operator*(const Lanes& a, T b) { return {a.x * b}; }
   friend ADVFLOW_INLINE Lanes fabs(const Lanes& a) { return {a.x < 0 ? -a.x : a.x}; }
 
   ADVFLOW_INLINE T sum() const {
@@ -134,34 +135,35 @@ ADVFLOW_INLINE Tile<T> read_tiles(const AdvflowResidualInputs& in, int64_t index
 // ---------------------------------------------------------------------------
 // One chunk of one row
 
-template <bool kNoise, bool kOld, bool kRef, typename T>
-ADVFLOW_INLINE void accumulate_lanes(const Tile<T>& tile, int64_t i, int64_t valid, Lanes<T>* sums) {
+template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
+ADVFLOW_INLINE void accumulate_lanes(const Tile<T>& tile, int64_t i, int64_t valid, T mix, Lanes<T>* sums) {
   using L = Lanes<T>;
   const L v = L::load(tile.v + i, valid);
   const L target = L::load(tile.target + i, valid);
-  const L u = kNoise ? L::load(tile.noise + i, valid) - target : target;
+  const L u = kTarget == ADVFLOW_TARGET_X0 ? L::load(tile.noise + i, valid) - target : target;
   const L old = kOld ? L::load(tile.old + i, valid) : L{};
   const L ref = kRef ? L::load(tile.ref + i, valid) : L{};
-  advflow_residual_accumulate<kOld, kRef>(v, u, old, ref, sums);
+  advflow_residual_accumulate<kTarget == ADVFLOW_TARGET_EPS, kOld, kRef>(v, u, old, ref, mix, sums);
 }
 
-template <bool kNoise, bool kOld, bool kRef, typename T>
+template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
 ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t begin, int64_t end, double* partial) {
   alignas(64) Scratch<T> scratch;
   Lanes<T> chunk[ADVFLOW_RESIDUAL_STATS] = {};
+  const T mix = T(in.mix);
   for (int64_t index = begin; index < end; index += kTile) {
     const int64_t count = end - index < kTile ? end - index : kTile;
     const Tile<T> tile = read_tiles<T>(in, index, count, scratch);
     Lanes<T> sums[ADVFLOW_RESIDUAL_STATS] = {};
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) accumulate_lanes<kNoise, kOld, kRef>(tile, i, kLanes, sums);
-    if (i < count) accumulate_lanes<kNoise, kOld, kRef>(tile, i, count - i, sums);
+    for (; i + kLanes <= count; i += kLanes) accumulate_lanes<kTarget, kOld, kRef>(tile, i, kLanes, mix, sums);
+    if (i < count) accumulate_lanes<kTarget, kOld, kRef>(tile, i, count - i, mix, sums);
     for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) chunk[stat] += sums[stat];
   }
   for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) partial[stat] = double(chunk[stat].sum());
 }
 
-template <bool kNoise, bool kOld, bool kRef, typename T>
+template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
 ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t begin, int64_t end) {
   alignas(64) Scratch<T> scratch;
   alignas(64) T rounded_later[kTile];
@@ -173,10 +175,11 @@ ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, v
     const bool in_place = in.v.dtype == dtype_of<T>();
     T* __restrict__ out = in_place ? static_cast<T*>(grad) + index : rounded_later;
     for (int64_t i = 0; i < count; ++i) {
-      const T u = kNoise ? tile.noise[i] - tile.target[i] : tile.target[i];
+      const T u = kTarget == ADVFLOW_TARGET_X0 ? tile.noise[i] - tile.target[i] : tile.target[i];
       const T old = kOld ? tile.old[i] : T(0);
       const T ref = kRef ? tile.ref[i] : T(0);
-      out[i] = scale * advflow_residual_combine<kOld, kRef>(tile.v[i], u, old, ref, a, b, c);
+      out[i] =
+          scale * advflow_residual_combine<kTarget == ADVFLOW_TARGET_EPS, kOld, kRef>(tile.v[i], u, old, ref, a, b, c);
     }
     if (!in_place) write_tile(out, grad, in.v.dtype, index, count);
   }
@@ -185,24 +188,26 @@ ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, v
 // ---------------------------------------------------------------------------
 // Which tensors are there, then which vector unit
 
-#define ADVFLOW_FOR_PRESENT(function, in, ...)                                           \
-  switch ((in.noise.data ? 4 : 0) | (in.v_old.data ? 2 : 0) | (in.v_ref.data ? 1 : 0)) { \
-    case 0:                                                                              \
-      return function<false, false, false, T>(in, __VA_ARGS__);                          \
-    case 1:                                                                              \
-      return function<false, false, true, T>(in, __VA_ARGS__);                           \
-    case 2:                                                                              \
-      return function<false, true, false, T>(in, __VA_ARGS__);                           \
-    case 3:                                                                              \
-      return function<false, true, true, T>(in, __VA_ARGS__);                            \
-    case 4:                                                                              \
-      return function<true, false, false, T>(in, __VA_ARGS__);                           \
-    case 5:                                                                              \
-      return function<true, false, true, T>(in, __VA_ARGS__);                            \
-    case 6:                                                                              \
-      return function<true, true, false, T>(in, __VA_ARGS__);                            \
-    default:                                                                             \
-      return function<true, true, true, T>(in, __VA_ARGS__);                             \
+#define ADVFLOW_FOR_ANCHORS(function, kTarget, in, ...)           \
+  switch ((in.v_old.data ? 2 : 0) | (in.v_ref.data ? 1 : 0)) {    \
+    case 0:                                                       \
+      return function<kTarget, false, false, T>(in, __VA_ARGS__); \
+    case 1:                                                       \
+      return function<kTarget, false, true, T>(in, __VA_ARGS__);  \
+    case 2:                                                       \
+      return function<kTarget, true, false, T>(in, __VA_ARGS__);  \
+    default:                                                      \
+      return function<kTarget, true, true, T>(in, __VA_ARGS__);   \
+  }
+
+#define ADVFLOW_FOR_PRESENT(function, in, ...)                            \
+  switch (in.target_is) {                                                 \
+    case ADVFLOW_TARGET_U:                                                \
+      ADVFLOW_FOR_ANCHORS(function, ADVFLOW_TARGET_U, in, __VA_ARGS__);   \
+    case ADVFLOW_TARGET_X0:                                               \
+      ADVFLOW_FOR_ANCHORS(function, ADVFLOW_TARGET_X0, in, __VA_ARGS__);  \
+    case ADVFLOW_TARGET_EPS:                                              \
+      ADVFLOW_FOR_ANCHORS(function, ADVFLOW_TARGET_EPS, in, __VA_ARGS__); \
   }
 
 template <typename T>

@@ -1,11 +1,11 @@
-// The forward-process core on CUDA: six statistics a row, and the gradient.
+// The loss core on CUDA: the statistics of a row, and the gradient.
 //
 // Both kernels are bound by memory, so what matters is how often each tensor
 // crosses the bus. Eager PyTorch writes and rereads every residual and its
 // square; here u = noise - x0 and all residuals live in registers:
 //
-//   residual_stats   reads v, target, noise, v_old, v_ref once; writes 24 bytes
-//                    a row (and 24 a block, read back by the finishing kernel)
+//   residual_stats   reads v, target, noise, v_old, v_ref once; writes 32 bytes
+//                    a row (and 32 a block, read back by the finishing kernel)
 //   residual_grad    reads them once more, writes the gradient once
 //
 // Recomputing the residuals in the second kernel moves as many bytes as
@@ -68,10 +68,11 @@ RowPlan plan_row(int64_t elements) {
 // ---------------------------------------------------------------------------
 // Kernels
 
-template <bool kVector, bool kHasNoise, bool kHasOld, bool kHasRef>
+template <bool kVector, AdvflowTarget kTarget, bool kHasOld, bool kHasRef>
 struct Variant {
   static constexpr bool vector = kVector;
-  static constexpr bool noise = kHasNoise;
+  static constexpr bool noise = kTarget == ADVFLOW_TARGET_X0;
+  static constexpr bool eps = kTarget == ADVFLOW_TARGET_EPS;
   static constexpr bool old = kHasOld;
   static constexpr bool ref = kHasRef;
 };
@@ -118,12 +119,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t begin = split * plan.split_elements;
   const int64_t end = min(begin + plan.split_elements, in.elements);
 
+  const float mix = float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
   for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
     const Residuals8 x = load_residuals<V, false>(in, row * in.elements + i, valid_elements(i, end));
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
-      advflow_residual_accumulate<V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], sums);
+      advflow_residual_accumulate<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], mix, sums);
     }
   }
 
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Residuals8 x = load_residuals<V, true>(in, index, valid);
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
-      out[k] = scale * advflow_residual_combine<V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
+      out[k] = scale * advflow_residual_combine<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
     }
   }
   // Stored with the default policy: the next kernel of the backward reads it.
@@ -193,6 +195,18 @@ bool can_vectorize(const AdvflowResidualInputs& in, const void* grad) {
 }
 
 template <typename F>
+void with_target(AdvflowTarget target, F f) {
+  switch (target) {
+    case ADVFLOW_TARGET_U:
+      return f(std::integral_constant<AdvflowTarget, ADVFLOW_TARGET_U>{});
+    case ADVFLOW_TARGET_X0:
+      return f(std::integral_constant<AdvflowTarget, ADVFLOW_TARGET_X0>{});
+    case ADVFLOW_TARGET_EPS:
+      return f(std::integral_constant<AdvflowTarget, ADVFLOW_TARGET_EPS>{});
+  }
+}
+
+template <typename F>
 void with_bool(bool value, F f) {
   if (value) {
     f(std::true_type{});
@@ -205,10 +219,10 @@ void with_bool(bool value, F f) {
 template <typename F>
 void with_variant(const AdvflowResidualInputs& in, const void* grad, F f) {
   with_bool(can_vectorize(in, grad), [&](auto vector) {
-    with_bool(in.noise.data != nullptr, [&](auto noise) {
+    with_target(in.target_is, [&](auto target) {
       with_bool(in.v_old.data != nullptr, [&](auto old) {
         with_bool(in.v_ref.data != nullptr, [&](auto ref) {
-          f(Variant<decltype(vector)::value, decltype(noise)::value, decltype(old)::value, decltype(ref)::value>{});
+          f(Variant<decltype(vector)::value, decltype(target)::value, decltype(old)::value, decltype(ref)::value>{});
         });
       });
     });

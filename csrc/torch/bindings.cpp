@@ -34,5 +34,7 @@ PYBIND11_MODULE(_C, m) {
   stats[ADVFLOW_STAT_OU_SQ] = "ou_sq";
   stats[ADVFLOW_STAT_VU_ABS] = "vu_abs";
   stats[ADVFLOW_STAT_OU_ABS] = "ou_abs";
+  stats[ADVFLOW_STAT_PLUS_ABS] = "plus_abs";
+  stats[ADVFLOW_STAT_MINUS_ABS] = "minus_abs";
   m.attr("STATS") = stats;
 }

@@ -5,19 +5,27 @@
 #include "residual.h"
 
 TORCH_LIBRARY(advflow, m) {
-  m.def("residual_stats(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref) -> Tensor");
+  m.def(
+      "residual_stats(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, "
+      "float mix=0.0) -> Tensor");
   m.def("residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef) -> Tensor");
+  m.def("transition_stats(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref) -> Tensor");
+  m.def("transition_grad(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref, Tensor coef) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("residual_stats", residual_stats_cpu);
   m.impl("residual_grad", residual_grad_cpu);
+  m.impl("transition_stats", transition_stats_cpu);
+  m.impl("transition_grad", transition_grad_cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("residual_stats", residual_stats_cuda);
   m.impl("residual_grad", residual_grad_cuda);
+  m.impl("transition_stats", transition_stats_cuda);
+  m.impl("transition_grad", transition_grad_cuda);
 }
 #endif
 
@@ -26,4 +34,6 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
 TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
   m.impl("residual_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("residual_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_stats", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_grad", torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,5 +1,5 @@
 // Checks, allocation and the call of a launcher: the only file that sees both
-// torch tensors and the forward-process kernels.
+// torch tensors and the kernels of the loss core.
 #include "residual.h"
 
 #include <ATen/ATen.h>
@@ -36,7 +36,7 @@ AdvflowDtype dtype_of(const at::Tensor& tensor, const char* name) {
 class Inputs {
  public:
   Inputs(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise, const OptionalTensor& v_old,
-         const OptionalTensor& v_ref) {
+         const OptionalTensor& v_ref, double mix = 0.0) {
     TORCH_CHECK(v.dim() >= 1, "v has no dimension; accepted is a batch of samples, [B, ...].");
     like_ = v;
     accumulate_ = at::kFloat;
@@ -47,6 +47,15 @@ class Inputs {
     raw.v_ref = hold(v_ref, "v_ref");
     raw.batch = v.size(0);
     raw.elements = raw.batch ? v.numel() / raw.batch : 0;
+    raw.mix = mix;
+    raw.target_is = raw.noise.data ? ADVFLOW_TARGET_X0 : ADVFLOW_TARGET_U;
+  }
+
+  static Inputs of_transitions(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                               const OptionalTensor& v_ref) {
+    Inputs in(v, eps, {}, v_old, v_ref);
+    in.raw.target_is = ADVFLOW_TARGET_EPS;
+    return in;
   }
 
   bool empty() const { return raw.batch == 0 || raw.elements == 0; }
@@ -122,31 +131,68 @@ at::Tensor run_grad(const Inputs& in, const at::Tensor& v, const at::Tensor& coe
   return grad;
 }
 
+at::Tensor stats_cpu(const Inputs& in) {
+  return run_stats(in, advflow_residual_stats_workspace_cpu, advflow_residual_stats_cpu, where_cpu());
+}
+
+at::Tensor grad_cpu(const Inputs& in, const at::Tensor& v, const at::Tensor& coef) {
+  return run_grad(in, v, coef, advflow_residual_grad_cpu, where_cpu());
+}
+
+#ifdef ADVFLOW_WITH_CUDA
+at::Tensor stats_cuda(const Inputs& in, const at::Tensor& v) {
+  return run_stats(in, advflow_residual_stats_workspace_cuda, advflow_residual_stats_cuda, advflow_current_stream(v));
+}
+
+at::Tensor grad_cuda(const Inputs& in, const at::Tensor& v, const at::Tensor& coef) {
+  return run_grad(in, v, coef, advflow_residual_grad_cuda, advflow_current_stream(v));
+}
+#endif
+
 }  // namespace
 
 at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                              const OptionalTensor& v_old, const OptionalTensor& v_ref) {
-  return run_stats(Inputs(v, target, noise, v_old, v_ref), advflow_residual_stats_workspace_cpu,
-                   advflow_residual_stats_cpu, where_cpu());
+                              const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
+  return stats_cpu(Inputs(v, target, noise, v_old, v_ref, mix));
 }
 
 at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                              const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef) {
-  return run_grad(Inputs(v, target, noise, v_old, v_ref), v, coef, advflow_residual_grad_cpu, where_cpu());
+  return grad_cpu(Inputs(v, target, noise, v_old, v_ref), v, coef);
+}
+
+at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                                const OptionalTensor& v_ref) {
+  return stats_cpu(Inputs::of_transitions(v, eps, v_old, v_ref));
+}
+
+at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                               const OptionalTensor& v_ref, const at::Tensor& coef) {
+  return grad_cpu(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                               const OptionalTensor& v_old, const OptionalTensor& v_ref) {
+                               const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
   const c10::DeviceGuard guard(v.device());
-  return run_stats(Inputs(v, target, noise, v_old, v_ref), advflow_residual_stats_workspace_cuda,
-                   advflow_residual_stats_cuda, advflow_current_stream(v));
+  return stats_cuda(Inputs(v, target, noise, v_old, v_ref, mix), v);
 }
 
 at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                               const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef) {
   const c10::DeviceGuard guard(v.device());
-  return run_grad(Inputs(v, target, noise, v_old, v_ref), v, coef, advflow_residual_grad_cuda,
-                  advflow_current_stream(v));
+  return grad_cuda(Inputs(v, target, noise, v_old, v_ref), v, coef);
+}
+
+at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                                 const OptionalTensor& v_ref) {
+  const c10::DeviceGuard guard(v.device());
+  return stats_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v);
+}
+
+at::Tensor transition_grad_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                                const OptionalTensor& v_ref, const at::Tensor& coef) {
+  const c10::DeviceGuard guard(v.device());
+  return grad_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef);
 }
 #endif

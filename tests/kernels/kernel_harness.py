@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).resolve().parent / "shim"
 SOURCE = ROOT / "csrc" / "cuda" / "residual.cu"
 
-STATS = 6
+STATS = 8
 UNSUPPORTED_DTYPE = 1
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -94,10 +94,15 @@ class Inputs:
     noise: torch.Tensor | None = None
     v_old: torch.Tensor | None = None
     v_ref: torch.Tensor | None = None
+    mix: float = 0.0
+    target_is_eps: bool = False
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        return {name: getattr(self, name) for name in ("v", "target", "noise", "v_old", "v_ref")}
 
     def map(self, f) -> Inputs:  # type: ignore[no-untyped-def]
-        present = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: f(tensor) for name, tensor in present.items() if tensor is not None})
+        present = {name: f(tensor) for name, tensor in self.tensors().items() if tensor is not None}
+        return replace(self, **present)  # type: ignore[arg-type]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,16 +116,19 @@ class _CTensor(ctypes.Structure):
 
 class _CInputs(ctypes.Structure):
     _fields_ = [
-        *((field.name, _CTensor) for field in fields(Inputs)),
+        *((name, _CTensor) for name in ("v", "target", "noise", "v_old", "v_ref")),
         ("batch", ctypes.c_int64),
         ("elements", ctypes.c_int64),
+        ("mix", ctypes.c_double),
+        ("target_is", ctypes.c_int32),
     ]
 
 
 def _c_inputs(inputs: Inputs) -> _CInputs:
-    tensors = (getattr(inputs, field.name) for field in fields(Inputs))
+    tensors = inputs.tensors().values()
     c_tensors = (_CTensor(None, 0) if t is None else _CTensor(t.data_ptr(), _DTYPE_CODES[t.dtype]) for t in tensors)
-    return _CInputs(*c_tensors, *inputs.shape)
+    target_is = 2 if inputs.target_is_eps else int(inputs.noise is not None)
+    return _CInputs(*c_tensors, *inputs.shape, inputs.mix, target_is)
 
 
 class ResidualKernels:

@@ -219,8 +219,10 @@ def train_flow(
     average = float("nan")
     for step in progress:
         index = torch.randint(len(latents), (settings.batch,))
+        other = torch.randint(len(latents), (settings.batch,))
+        caption = torch.where(torch.rand(settings.batch) < settings.caption_noise, other, index)
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            [prompts[i].text for i in index.tolist()],
+            [prompts[i].text for i in caption.tolist()],
             None,
             None,
             do_classifier_free_guidance=False,

@@ -14,5 +14,6 @@ class PretrainSettings:
     vae_lr: float = 2e-3
     flow_steps: int = 3_000
     flow_lr: float = 1.5e-3
+    caption_noise: float = 0.35
     batch: int = 64
     seed: int = 0
