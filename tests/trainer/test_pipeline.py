@@ -74,7 +74,7 @@ def test_the_base_is_honestly_imperfect() -> None:
 
 
 def test_pretraining_makes_a_pipeline_from_nothing(tmp_path: Path) -> None:
-    settings = PretrainSettings(scenes=24, vae_steps=12, flow_steps=21, batch=4)
+    settings = PretrainSettings(scenes=24, vae_steps=12, flow_steps=21, tune_steps=3, batch=4)
     pretrain(tmp_path / "pipeline", settings)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")
     image = pipeline("a red circle", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images

@@ -52,7 +52,11 @@ def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
     vae_seconds = time.monotonic() - started
     torch.manual_seed(settings.seed)
     pipeline = build_pipeline(vae)
-    train_flow(pipeline, latents, prompts, settings)
+    train_flow(
+        pipeline, latents, prompts, settings.flow_steps, settings.batch, settings.flow_lr, settings.caption_noise
+    )
+    torch.manual_seed(settings.seed + 1)
+    train_flow(pipeline, latents, prompts, settings.tune_steps, settings.batch, settings.tune_lr, settings.tune_noise)
     pipeline.save_pretrained(out, safe_serialization=True)
     minutes = (time.monotonic() - started) / 60
     print(f"pretrained in {minutes:.1f} min (autoencoder {vae_seconds / 60:.1f} min); written to {out}")
@@ -207,20 +211,29 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def train_flow(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[Prompt], settings: PretrainSettings
+    pipeline: StableDiffusion3Pipeline,
+    latents: torch.Tensor,
+    prompts: list[Prompt],
+    steps: int,
+    batch: int,
+    lr: float,
+    caption_noise: float,
 ) -> None:
-    """Flow matching with logit-normal timesteps; the text encoders learn along with the transformer."""
+    """Flow matching with logit-normal timesteps; the text encoders learn along with the transformer.
+
+    A share `caption_noise` of the images carries the caption of another one.
+    """
     transformer = pipeline.transformer
     modules = (transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     parameters = [p for module in modules for p in module.train().requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.flow_lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.flow_lr, settings.flow_steps, pct_start=0.1)
-    progress = tqdm(range(settings.flow_steps), desc="flow matching", unit="step")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    progress = tqdm(range(steps), desc="flow matching", unit="step")
     average = float("nan")
     for step in progress:
-        index = torch.randint(len(latents), (settings.batch,))
-        other = torch.randint(len(latents), (settings.batch,))
-        caption = torch.where(torch.rand(settings.batch) < settings.caption_noise, other, index)
+        index = torch.randint(len(latents), (batch,))
+        other = torch.randint(len(latents), (batch,))
+        caption = torch.where(torch.rand(batch) < caption_noise, other, index)
         embeds, _, pooled, _ = pipeline.encode_prompt(
             [prompts[i].text for i in caption.tolist()],
             None,
