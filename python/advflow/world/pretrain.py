@@ -7,7 +7,6 @@ an `AutoencoderKL`, two CLIP text encoders and a T5 encoder with word-level toke
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -119,17 +117,24 @@ def caption_words() -> list[str]:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose every token is one word of the world's captions."""
+    """A CLIP tokenizer whose every token is one word of the world's captions.
+
+    Its merges are written down here, each word growing from the left: a trained BPE breaks ties differently in every
+    process, and so gives the words other numbers.
+    """
     words = caption_words()
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe.train_from_iterator(
-        words, trainers.BpeTrainer(vocab_size=10_000, special_tokens=special, end_of_word_suffix="</w>")
-    )
-    model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in model["merges"]]
-    tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    tokens = dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *sorted({letter for word in words for letter in word})])
+    merges: dict[tuple[str, str], None] = {}
+    # Longer words come first, or the start of a short one ("re-d") would tear them apart ("squa-re-s").
+    for word in sorted(words, key=len, reverse=True):
+        piece, *letters = [*word[:-1], word[-1] + "</w>"]
+        for letter in letters:
+            tokens |= dict.fromkeys([piece, letter, piece + letter])
+            merges[piece, letter] = None
+            piece += letter
+        tokens[piece] = None
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=MAX_TOKENS)
     for word in words:
         if len(tokenizer(word).input_ids) != 3:
             raise RuntimeError(f"the tokenizer splits {word!r}; every word of the world should be one token")
