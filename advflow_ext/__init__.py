@@ -3,13 +3,45 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from advflow_ext import reference
-from advflow_ext.ops._outputs import LossMetrics, LossOutput
+from advflow_ext.ops._outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
-from advflow_ext.ops.advantages import group_advantages
+from advflow_ext.ops.advantages import group_advantages, softmax_advantages
+from advflow_ext.ops.awm import awm_log_prob, awm_loss
+from advflow_ext.ops.diffusion_nft import diffusion_nft_loss
+from advflow_ext.ops.flow_awr import flow_awr_loss
+from advflow_ext.ops.flow_cps import flow_cps_loss
+from advflow_ext.ops.flow_dppo import flow_dppo_loss
+from advflow_ext.ops.flow_grpo import flow_grpo_loss
+from advflow_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
+from advflow_ext.ops.grpo_guard import grpo_guard_loss
+from advflow_ext.ops.reward_weighted import reward_weighted_loss
+from advflow_ext.ops.sde_step import sde_step
+from advflow_ext.ops.step_table import StepTable
 
 try:
     __version__ = version("advflow-ext")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
-__all__ = ["LossMetrics", "LossOutput", "advantage_flow_loss", "group_advantages", "reference"]
+__all__ = [
+    "LossMetrics",
+    "LossOutput",
+    "SdeStep",
+    "StepTable",
+    "advantage_flow_loss",
+    "awm_log_prob",
+    "awm_loss",
+    "diffusion_nft_loss",
+    "flow_awr_loss",
+    "flow_cps_loss",
+    "flow_dppo_loss",
+    "flow_grpo_loss",
+    "gaussian_kl",
+    "gaussian_kl_from_velocity",
+    "group_advantages",
+    "grpo_guard_loss",
+    "reference",
+    "reward_weighted_loss",
+    "sde_step",
+    "softmax_advantages",
+]

@@ -27,6 +27,23 @@ def require_number(name: str, value: object, *, low: float = -math.inf, exclusiv
         raise ValueError(f"{name} is {value!r}; accepted is a finite number{bound}.")
 
 
+def require_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; accepted are True and False.")
+
+
+def require_group_size(group_size: object, rewards: Tensor) -> None:
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(
+            f"group_size is {group_size!r}; accepted is an integer of at least 2, since one image alone has no group "
+            "to differ from."
+        )
+    if rewards.dim() != 1 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"rewards has shape {list(rewards.shape)}; accepted is [L*K], a multiple of group_size {group_size}."
+        )
+
+
 def require_float_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; accepted is a floating-point torch.Tensor.")
@@ -58,20 +75,21 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-class SampleScalars(NamedTuple):
-    """The per-sample numbers of the three-term loss in the accumulate dtype, detached. All [B]."""
+class Samples(NamedTuple):
+    """What every forward-process loss knows of its samples, detached and in the accumulate dtype. All [B]."""
 
     t: Tensor
-    advantages: Tensor
-    gamma: Tensor
-    lam: Tensor
-    curvature: Tensor
-    nonconvex: Tensor  # bool
+    advantages: Tensor  # of a reward-weighted loss: the rewards
+    finite: Tensor  # bool: t, the advantages and whatever else is given per sample
     valid_t: Tensor  # bool
 
 
 WEIGHTINGS = ("prediction", "velocity", "adaptive")
+NFT_MODES = ("all", "positive", "negative", "one", "binary")
+AWM_WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
+REWARD_METHODS = ("exp", "linear", "best")
 REDUCTIONS = ("mean", "sum", "none")
+_MAY_BE_ABSENT = ("v_ema", "v_ref")
 
 
 def advantage_flow_arguments(
@@ -84,55 +102,201 @@ def advantage_flow_arguments(
     v_ref: Tensor | None,
     gamma: float | Tensor | str,
     lam: float,
+    beta: float,
     weighting: str,
     reduction: str,
-) -> SampleScalars:
+) -> tuple[Samples, Tensor, str]:
+    """The samples, their (beta A, gamma, lam) ``[B, 3]``, and what to say when a row's sum is not positive."""
+    samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    require_number("beta", beta, low=0.0, exclusive=True)
+    require_number("lam", lam, low=0.0)
+    require_choice("weighting", weighting, WEIGHTINGS)
+    gammas = _gamma_per_sample(gamma, beta, samples.advantages, v)
+    lams = torch.full_like(gammas, lam if v_ref is not None else 0.0)
+    weights = torch.stack([beta * samples.advantages, gammas, lams], 1)
+    unbounded = (
+        f"{{count}} sample(s) have {'A' if beta == 1 else 'beta A'} + gamma + lam <= 0 (smallest {{lowest:.6g}}): "
+        "their loss is unbounded below and pushes the policy away without limit. Use gamma above the largest |beta A| "
+        '(1.1 for advantages clipped to [-1, 1] and beta = 1), gamma="1-A" or gamma="beta(beta-A)". Said once; '
+        "metrics.nonconvex_samples keeps counting."
+    )
+    curvature = weights.sum(1)
+    _warn_on_cpu(unbounded, curvature, curvature <= 0)
+    return samples._replace(finite=samples.finite & torch.isfinite(curvature)), weights, unbounded
+
+
+def diffusion_nft_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    beta: float,
+    adv_clip_max: float,
+    kl_weight: float,
+    adaptive: bool,
+    mode: str,
+    reduction: str,
+) -> Samples:
+    samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    require_number("beta", beta, low=0.0, exclusive=True)
+    require_number("adv_clip_max", adv_clip_max, low=0.0, exclusive=True)
+    require_number("kl_weight", kl_weight, low=0.0)
+    require_flag("adaptive", adaptive)
+    require_choice("mode", mode, NFT_MODES)
+    return samples
+
+
+def awm_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_ema: Tensor | None,
+    v_ref: Tensor | None,
+    log_prob_old: Tensor | None,
+    weighting: str,
+    power: float,
+    clip: float,
+    ema_weight: float,
+    kl_weight: float,
+    reduction: str,
+) -> Samples:
+    samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_ema=v_ema, v_ref=v_ref)
+    if log_prob_old is not None:
+        require_per_sample("log_prob_old", log_prob_old, v)
+        samples = samples._replace(finite=samples.finite & torch.isfinite(log_prob_old))
+    require_choice("weighting", weighting, AWM_WEIGHTINGS)
+    require_number("power", power, low=0.0, exclusive=True)
+    require_number("clip", clip, low=0.0, exclusive=True)
+    require_number("ema_weight", ema_weight, low=0.0)
+    require_number("kl_weight", kl_weight, low=0.0)
+    return samples
+
+
+def awm_log_prob_arguments(v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: str, power: float) -> Tensor:
+    """t in the accumulate dtype."""
+    dtype = _require_latents(v, x0=x0, noise=noise)
+    require_choice("weighting", weighting, AWM_WEIGHTINGS)
+    require_number("power", power, low=0.0, exclusive=True)
+    return _timesteps(t, v, dtype)[0]
+
+
+def flow_awr_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    reduction: str,
+) -> Samples:
+    samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    require_number("kl_weight", kl_weight, low=0.0)
+    return samples
+
+
+def reward_weighted_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    rewards: Tensor,
+    method: str,
+    tau: float,
+    group_size: int | None,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    reduction: str,
+) -> tuple[Samples, str]:
+    """The samples, and what to say where weight + kl_weight is negative."""
+    samples = _samples(v, t, "rewards", rewards, reduction, x0=x0, noise=noise, v_ref=v_ref)
+    require_choice("method", method, REWARD_METHODS)
+    require_number("tau", tau, low=0.0, exclusive=True)
+    require_number("kl_weight", kl_weight, low=0.0)
+    if method == "best" or group_size is not None:
+        require_group_size(group_size, rewards)
+    unbounded = (
+        "{count} sample(s) have reward + kl_weight < 0 (smallest {lowest:.6g}): their loss is unbounded below and "
+        'pushes the policy away without limit. Use rewards of at least 0, or method="exp". Said once; '
+        "metrics.nonconvex_samples keeps counting."
+    )
+    if method == "linear":
+        curvature = samples.advantages + (kl_weight if v_ref is not None else 0.0)
+        _warn_on_cpu(unbounded, curvature, curvature < 0)
+    return samples, unbounded
+
+
+def require_native_dtype(dtype: torch.dtype, v: Tensor, op: str) -> None:
+    """Refuses what the native core does not take and the reference does."""
+    if dtype == torch.float64 and v.is_cuda:
+        raise ValueError(
+            "a latent is float64 on CUDA; accepted there are float32, float16 and bfloat16 (float64 is served on CPU, "
+            f"and everywhere by advflow_ext.reference.{op})."
+        )
+
+
+def _samples(v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str, **latents: Tensor | None) -> Samples:
+    dtype = _require_latents(v, **latents)
+    require_per_sample(name, advantages, v)
+    require_choice("reduction", reduction, REDUCTIONS)
+    t, valid_t = _timesteps(t, v, dtype)
+    advantages = advantages.detach().to(dtype)
+    return Samples(t, advantages, torch.isfinite(t) & torch.isfinite(advantages), valid_t)
+
+
+def _require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
+    """The accumulate dtype of latents that fit together."""
     require_float_tensor("v", v)
     if v.dim() < 2:
         raise ValueError(f"v has shape {list(v.shape)}; accepted are a batch dimension and at least one more.")
-    for name, latent in (("x0", x0), ("noise", noise), ("v_old", v_old)):
-        require_like_v(name, latent, v)
-    if v_ref is not None:
-        require_like_v("v_ref", v_ref, v)
+    for name, latent in latents.items():
+        if latent is not None or name not in _MAY_BE_ABSENT:
+            require_like_v(name, latent, v)
+    return accumulate_dtype(v, *latents.values())
+
+
+def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """t in ``dtype``, and where it lies in (0, 1]."""
     require_per_sample("t", t, v)
-    require_per_sample("advantages", advantages, v)
-    require_number("lam", lam, low=0.0)
-    require_choice("weighting", weighting, WEIGHTINGS)
-    require_choice("reduction", reduction, REDUCTIONS)
-
-    dtype = accumulate_dtype(v, x0, noise, v_old, v_ref)
     t = t.detach().to(dtype)
-    advantages = advantages.detach().to(dtype)
-    gammas = _gamma_per_sample(gamma, advantages, v)
-    lams = torch.full_like(advantages, lam if v_ref is not None else 0.0)
-    curvature = advantages + gammas + lams
-    scalars = SampleScalars(t, advantages, gammas, lams, curvature, curvature <= 0, (t > 0) & (t <= 1))
-    if v.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(scalars)
-    return scalars
-
-
-def _gamma_per_sample(gamma: float | Tensor | str, advantages: Tensor, v: Tensor) -> Tensor:
-    if isinstance(gamma, Tensor):
-        require_per_sample("gamma", gamma, v)
-        return gamma.detach().to(advantages.dtype)
-    if isinstance(gamma, str):
-        if gamma != "1-A":
-            raise ValueError(f'gamma is {gamma!r}; accepted are a number, a [B] tensor and "1-A".')
-        return 1 - advantages
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma):
-        raise ValueError(f'gamma is {gamma!r}; accepted are a finite number, a [B] tensor and "1-A".')
-    return torch.full_like(advantages, gamma)
-
-
-def _check_values(scalars: SampleScalars) -> None:
-    # Only where reading a value costs no device wait; on CUDA the same facts are counted in the metrics. A t that is
-    # not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
-    t, curvature = scalars.t, scalars.curvature
-    if not scalars.valid_t.all() and (wrong := t.isfinite() & ~scalars.valid_t).any():
+    valid = (t > 0) & (t <= 1)
+    # A t that is not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
+    if _values_are_at_hand(t) and (wrong := t.isfinite() & ~valid).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
-    if scalars.nonconvex.any() and (below := curvature[scalars.nonconvex & curvature.isfinite()]).numel():
-        warn_nonconvex(below.numel(), float(below.min()), stacklevel=5)  # the caller of the loss
+    return t, valid
+
+
+def _values_are_at_hand(tensor: Tensor) -> bool:
+    # Elsewhere reading a value makes the step wait for the device; there the same facts are counted in the metrics.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _gamma_per_sample(gamma: float | Tensor | str, beta: float, advantages: Tensor, v: Tensor) -> Tensor:
+    if isinstance(gamma, Tensor):
+        require_per_sample("gamma", gamma, v)
+        return gamma.detach().to(advantages.dtype)
+    accepted = 'number, a [B] tensor, "1-A" and "beta(beta-A)"'
+    if isinstance(gamma, str):
+        if gamma not in ("1-A", "beta(beta-A)"):
+            raise ValueError(f"gamma is {gamma!r}; accepted are a {accepted}.")
+        return 1 - advantages if gamma == "1-A" else beta * (beta - advantages)
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma):
+        raise ValueError(f"gamma is {gamma!r}; accepted are a finite {accepted}.")
+    return torch.full_like(advantages, gamma)
+
+
+def _warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
+    if not _values_are_at_hand(curvature):
+        return
+    below = curvature[nonconvex & curvature.isfinite()]
+    if below.numel():
+        warn_nonconvex(message, below.numel(), float(below.min()), stacklevel=5)  # the caller of the loss

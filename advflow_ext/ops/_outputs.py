@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,27 +18,45 @@ class LossMetrics(NamedTuple):
 
     ==================== ==============================================================================
     loss                 mean per-sample loss, whatever ``reduction`` was asked for
-    policy_term          mean of the advantage-weighted data term alone
+    policy_term          mean of what the advantages act on, without the separate pulls to other policies
     target_error         mean of <(v-u)^2>
     rollout_deviation    mean of <(v-v_old)^2>
     reference_deviation  mean of <(v-v_ref)^2>
     mean_advantage       mean of A
     mean_abs_advantage   mean of |A|
-    min_curvature        smallest A + gamma + lam; at or below 0 the sample's loss has no minimum
-    nonconvex_samples    how many usable samples have A + gamma + lam <= 0
+    min_curvature        smallest curvature a + b + c of a sample's loss (AdvantageFlow: beta A + gamma + lam)
+    nonconvex_samples    how many usable samples have a curvature that leaves their quadratic without a minimum
     nonfinite_samples    how many were dropped because an input or their loss is not finite
     invalid_timesteps    how many were dropped because t is outside (0, 1]
+    ==================== ==============================================================================
+
+    (:func:`awm_loss` adds ``mean_log_ratio`` and ``clipped_fraction``), and losses of the reverse process, where a
+    sample is one sampler step,
+
+    ==================== ==============================================================================
+    loss                 mean per-sample loss, whatever ``reduction`` was asked for
+    policy_term          mean of the advantage-weighted term alone, after clipping or masking
+    mean_log_ratio       mean of the log-ratio as the method forms it
+    max_abs_log_ratio    largest magnitude of the same
+    mean_kl_old          mean of the exact KL to the rollout policy, kappa^2 / 2 <(v-v_old)^2>
+    mean_kl_ref          mean of the exact KL to the reference policy, kappa^2 / 2 <(v-v_ref)^2>
+    masked_samples       how many usable samples have no policy gradient because of the clip or the mask
+    mean_advantage       mean of A
+    mean_abs_advantage   mean of |A|
+    nonfinite_samples    how many were dropped because an input, their ratio or their loss is not finite
+    invalid_steps        how many were dropped because their step is deterministic or not in the table
     ==================== ==============================================================================
     """
 
     values: Tensor
     names: tuple[str, ...]
+    unbounded: str = ""  # what to say of nonconvex samples where that makes the loss unbounded below
 
     def as_dict(self) -> dict[str, float]:
         """All metrics as Python floats; waits for the device once, and gives the warnings the step could not."""
         numbers = dict(zip(self.names, self.values.tolist(), strict=True))
-        if numbers.get("nonconvex_samples", 0) > 0:
-            warn_nonconvex(int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
+        if self.unbounded and numbers["nonconvex_samples"] > 0:
+            warn_nonconvex(self.unbounded, int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
         return numbers
 
 
@@ -56,11 +75,34 @@ FORWARD_METRICS = (
 )
 
 
+TRANSITION_METRICS = (
+    "loss",
+    "policy_term",
+    "mean_log_ratio",
+    "max_abs_log_ratio",
+    "mean_kl_old",
+    "mean_kl_ref",
+    "masked_samples",
+    "mean_advantage",
+    "mean_abs_advantage",
+    "nonfinite_samples",
+    "invalid_steps",
+)
+
+
 class LossOutput(NamedTuple):
     """``loss``: a scalar, or ``[B]`` for reduction "none". ``metrics``: see :class:`LossMetrics`."""
 
     loss: Tensor
     metrics: LossMetrics
+
+
+class SdeStep(NamedTuple):
+    """One step of a sampler: see :func:`advflow_ext.sde_step`."""
+
+    x_next: Tensor
+    eps: Tensor
+    log_prob: Tensor
 
 
 def summarise(
@@ -72,18 +114,48 @@ def summarise(
     nonconvex: Tensor,  # [B] bool
     finite: Tensor,  # [B] bool
     valid_t: Tensor,  # [B] bool
-    usable: Tensor,  # [B] bool
+    *,
+    unbounded: str = "",
+    extra: Mapping[str, Tensor] | None = None,  # [B] each, reported as means
 ) -> LossMetrics:
-    """The metrics of the three-term loss in few launches: they run in every training step."""
-    per_sample = torch.cat([torch.stack([losses, policy_term, advantages, advantages.abs()], 1), deviations], 1)
+    """The metrics of a forward-process loss in few launches: they run in every training step."""
+    extra = extra or {}
+    usable = finite & valid_t
+    columns = torch.stack([losses, policy_term, advantages, advantages.abs(), *extra.values()], 1)
+    per_sample = torch.cat([columns, deviations], 1)
     counts = torch.stack([usable, nonconvex & usable, ~finite, ~valid_t], 1).sum(0, dtype=losses.dtype)
     means = torch.where(usable[:, None], per_sample, 0).sum(0) / counts[:1].clamp(min=1)
     if losses.shape[0] == 0:
         lowest = means.new_full((1,), torch.inf)
     else:
         lowest = torch.where(usable, curvature, torch.inf).amin(0, keepdim=True)
-    loss_and_policy, advantage, deviation = means.split([2, 2, 3])
-    return LossMetrics(torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:]]), FORWARD_METRICS)
+    loss_and_policy, advantage, others, deviation = means.split([2, 2, len(extra), 3])
+    values = torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:], others])
+    return LossMetrics(values, (*FORWARD_METRICS, *extra), unbounded)
+
+
+def summarise_transitions(
+    losses: Tensor,  # [N]
+    policy_term: Tensor,  # [N]
+    log_ratio: Tensor,  # [N]
+    kl_old: Tensor,  # [N]
+    kl_ref: Tensor,  # [N]
+    advantages: Tensor,  # [N]
+    masked: Tensor,  # [N] bool
+    finite: Tensor,  # [N] bool
+    valid_step: Tensor,  # [N] bool
+) -> LossMetrics:
+    """The metrics of a loss of the reverse process in few launches: they run in every training step."""
+    usable = finite & valid_step
+    per_sample = torch.stack([losses, policy_term, log_ratio, kl_old, kl_ref, advantages, advantages.abs()], 1)
+    per_sample = torch.where(usable[:, None], per_sample, 0)
+    counts = torch.stack([usable, masked & usable, ~finite, ~valid_step], 1).sum(0, dtype=losses.dtype)
+    means = per_sample.sum(0) / counts[:1].clamp(min=1)
+    largest = per_sample[:, 2].abs().amax(0, keepdim=True) if losses.shape[0] else means.new_zeros(1)
+    until_ratio, divergences, advantage = means.split([3, 2, 2])
+    return LossMetrics(
+        torch.cat([until_ratio, largest, divergences, counts[1:2], advantage, counts[2:]]), TRANSITION_METRICS
+    )
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
@@ -97,14 +169,8 @@ def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
 _already_warned: set[str] = set()
 
 
-def warn_nonconvex(count: int, lowest: float, stacklevel: int) -> None:
-    if "nonconvex" in _already_warned:
+def warn_nonconvex(message: str, count: int, lowest: float, stacklevel: int) -> None:
+    if message in _already_warned:
         return
-    _already_warned.add("nonconvex")
-    warnings.warn(
-        f"{count} sample(s) have A + gamma + lam <= 0 (smallest {lowest:.6g}): their loss is unbounded below and "
-        "pushes the policy away without limit. Use gamma above the largest |A| (1.1 for advantages clipped to "
-        '[-1, 1]) or gamma="1-A". Said once; metrics.nonconvex_samples keeps counting.',
-        UserWarning,
-        stacklevel=stacklevel,
-    )
+    _already_warned.add(message)
+    warnings.warn(message.format(count=count, lowest=lowest), UserWarning, stacklevel=stacklevel)

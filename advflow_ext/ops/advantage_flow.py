@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
-from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise
-from advflow_ext.ops.residual import residual_loss, residual_stats
+from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops.residual import residual_stats
 
 _VU_ABS = STATS.index("vu_abs")
 
@@ -25,6 +25,7 @@ def advantage_flow_loss(
     v_ref: Tensor | None = None,
     gamma: float | Tensor | str = 1.1,
     lam: float = 1e-3,
+    beta: float = 1.0,
     weighting: str = "prediction",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -32,8 +33,8 @@ def advantage_flow_loss(
 
     Per sample, with u = noise - x0, D elements and <.> the mean over them::
 
-        loss_i = m [ A <(v-u)^2> + gamma <(v-v_old)^2> + lam <(v-v_ref)^2> ]
-        d loss_i / dv = (2 m / D) [ A (v-u) + gamma (v-v_old) + lam (v-v_ref) ]
+        loss_i = m [ beta A <(v-u)^2> + gamma <(v-v_old)^2> + lam <(v-v_ref)^2> ]
+        d loss_i / dv = (2 m / D) [ beta A (v-u) + gamma (v-v_old) + lam (v-v_ref) ]
 
     Arguments:
         v: policy velocity ``[B, ...]``, any rank from 2: the only tensor that receives a gradient.
@@ -41,8 +42,11 @@ def advantage_flow_loss(
         t: ``[B]`` in (0, 1]. advantages: ``[B]``, see :func:`group_advantages`.
         v_old: velocity of the rollout policy, shaped like v.
         v_ref: velocity of the reference policy, shaped like v, or None for no such term.
-        gamma: weight of the rollout term: a number, a ``[B]`` tensor, or "1-A" (the paper's adaptive variant).
+        gamma: weight of the rollout term: a number, a ``[B]`` tensor, "1-A" (the paper's adaptive variant), or
+            "beta(beta-A)", which with ``beta`` has the gradient of plain DiffusionNFT (Proposition 3).
         lam: weight of the reference term, at least 0.
+        beta: weight of the data term, above 0. The paper's "AdvantageFlow(0.01-0.1A)" is beta = 0.1 and
+            gamma = "beta(beta-A)".
         weighting: "prediction" (m = t^2, the paper's prediction-space loss), "velocity" (m = 1), or "adaptive"
             (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: MeanFlowAdvantage's shared scale).
         reduction: "mean" over B, "sum", or "none" for ``[B]``.
@@ -52,8 +56,8 @@ def advantage_flow_loss(
     sample's loss and gradient are bitwise independent of the batch around it.
 
     A sample with a non-finite input or loss has zero loss and gradient, is counted in ``metrics`` and leaves every
-    other sample untouched. A + gamma + lam <= 0 makes a sample's loss unbounded below: warned of once with the numbers
-    (on CUDA when the metrics are read, since a step never waits for the device).
+    other sample untouched. beta A + gamma + lam <= 0 makes a sample's loss unbounded below: warned of once with the
+    numbers (on CUDA when the metrics are read, since a step never waits for the device).
 
     Raises ValueError, naming argument, value and what is accepted, for wrong shapes, dtypes, devices, names and
     numbers, and on CPU for t outside (0, 1]; on CUDA and under torch.compile such samples are dropped and counted.
@@ -61,43 +65,22 @@ def advantage_flow_loss(
     if not _native.serves(v):
         return reference.advantage_flow_loss(
             v, x0, noise, t, advantages,
-            v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, weighting=weighting, reduction=reduction,
+            v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, beta=beta, weighting=weighting, reduction=reduction,
         )  # fmt: skip
-    scalars = _checks.advantage_flow_arguments(
-        v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, weighting, reduction
+    samples, coef, unbounded = _checks.advantage_flow_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
-    if scalars.t.dtype == torch.float64 and v.is_cuda:
-        raise ValueError(
-            "a latent is float64 on CUDA; accepted there are float32, float16 and bfloat16 (float64 is served on CPU, "
-            "and everywhere by advflow_ext.reference.advantage_flow_loss)."
-        )
+    _checks.require_native_dtype(coef.dtype, v, "advantage_flow_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
-    deviations = stats[:, :3]
 
-    # This is all that tells one forward-process algorithm from another: three numbers a sample.
-    coef = torch.stack([scalars.advantages, scalars.gamma, scalars.lam], 1)  # [B, 3]
+    curvature = coef.sum(1)
     if weighting != "velocity":
-        weight = scalars.t.square()
+        weight = samples.t.square()
         if weighting == "adaptive":
-            weight = weight / (scalars.t * stats[:, _VU_ABS]).clamp(min=1e-5)
+            weight = weight / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
         coef = coef * weight[:, None]
-
-    terms = coef * deviations
-    values = terms.sum(1)
-    # One non-finite input anywhere makes a statistic, and with it the sum, non-finite, even at weight zero. t is not
-    # part of every weight, so it is brought in here.
-    finite = torch.isfinite(values * scalars.t)
-    usable = finite & scalars.valid_t
-    losses = residual_loss(v, x0, noise, v_old, v_ref, values, coef, usable)
-    metrics = summarise(
-        values,
-        terms[:, 0],
-        deviations,
-        scalars.advantages,
-        scalars.curvature,
-        scalars.nonconvex,
-        finite,
-        scalars.valid_t,
-        usable,
-    )
-    return LossOutput(reduce_losses(losses, reduction), metrics)
+    terms = coef * stats[:, :3]
+    return forward_output(
+        (v, x0, noise, v_old, v_ref), stats, samples, terms.sum(1), coef, reduction,
+        policy_term=terms[:, 0], curvature=curvature, nonconvex=curvature <= 0, unbounded=unbounded,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import require_choice, require_number
+from advflow_ext.ops._checks import require_choice, require_flag, require_group_size, require_number
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
 _CLIP_MODES = ("clip", "recentre", "scale", "clip_divide")
@@ -62,14 +62,46 @@ def group_advantages(
     elif norm == "group_std":
         scale = _rms(centred, finite, ddof, over_batch=False) + floor
     else:
-        lowest = torch.where(finite, raw, torch.inf).amin() if raw.numel() else raw.sum()
-        shifted = torch.where(finite, raw - lowest, 0)
-        mean = shifted.sum() / finite.sum().clamp(min=1)
-        scale = _rms(torch.where(finite, shifted - mean, 0), finite, ddof, over_batch=True) + floor
+        scale = _raw_std(raw, finite, ddof) + floor
     advantages = torch.where(centred == 0, 0, centred / scale)
 
     if clip is not None:
         advantages = _bound(advantages, finite, clip, clip_mode)
+    return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+
+
+@torch.no_grad()
+def softmax_advantages(
+    rewards: Tensor, group_size: int, *, temperature: float | None = None, scale_by_std: bool = False
+) -> Tensor:
+    """FlowAWR's advantages ``[L*K]`` (arXiv 2606.30376, eq. 11) of rewards ``[L*K]``, K = ``group_size`` consecutive
+    images a prompt: A = K softmax_k(R / g) - 1 within each group, in [-1, K-1] and with mean 0 there.
+
+    Pass the whole logical batch, never one device's shard of it: ``temperature`` g is None for the standard deviation
+    of all its raw rewards, at least 1e-6 (as public reproductions have it), or a number above 0. ``scale_by_std``
+    divides by the standard deviation of all advantages, at least 0.01: a reading of the paper's variance gate for
+    rule-based rewards (its appendix C.2, which gives no formula).
+
+    Non-finite rewards, equal rewards, dtypes and precision: as in :func:`group_advantages`; K counts finite rewards.
+
+    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, or a temperature that is not above 0.
+    """
+    _check_rewards(rewards, group_size)
+    if temperature is not None:
+        require_number("temperature", temperature, low=0.0, exclusive=True)
+    require_flag("scale_by_std", scale_by_std)
+
+    raw = rewards.detach().double().view(-1, group_size)  # [L, K]
+    finite = raw.isfinite()
+    raw = torch.where(finite, raw, 0)
+    scale = _raw_std(raw, finite, ddof=0).clamp(min=1e-6) if temperature is None else temperature
+    largest = torch.where(finite, raw, -torch.inf).amax(1, keepdim=True)
+    weights = torch.where(finite, ((raw - largest) / scale).exp(), 0)
+    count = finite.sum(1, keepdim=True)
+    # In this order equal rewards give exact zeros.
+    advantages = torch.where(finite, count * weights / weights.sum(1, keepdim=True) - 1, 0)
+    if scale_by_std:
+        advantages = advantages / _rms(advantages, finite, 0, over_batch=True).clamp(min=0.01)  # their mean is 0
     return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
@@ -86,6 +118,13 @@ def _rms(centred: Tensor, finite: Tensor, ddof: int, *, over_batch: bool) -> Ten
     return (squares / (count - ddof).clamp(min=1)).sqrt()
 
 
+def _raw_std(raw: Tensor, finite: Tensor, ddof: int) -> Tensor:
+    lowest = torch.where(finite, raw, torch.inf).amin() if raw.numel() else raw.sum()
+    shifted = torch.where(finite, raw - lowest, 0)
+    mean = shifted.sum() / finite.sum().clamp(min=1)
+    return _rms(torch.where(finite, shifted - mean, 0), finite, ddof, over_batch=True)
+
+
 def _bound(advantages: Tensor, finite: Tensor, clip: float, mode: str) -> Tensor:
     if mode == "scale":
         largest = advantages.abs().amax(1, keepdim=True)
@@ -99,18 +138,7 @@ def _bound(advantages: Tensor, finite: Tensor, clip: float, mode: str) -> Tensor
 def _check_arguments(
     rewards: Tensor, group_size: int, norm: str, clip: float | None, clip_mode: str, eps: float | None, ddof: int
 ) -> None:
-    if not isinstance(rewards, Tensor) or rewards.is_complex():
-        kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ValueError(f"rewards is {kind}; accepted is a real torch.Tensor of shape [L*K].")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
-        raise ValueError(
-            f"group_size is {group_size!r}; accepted is an integer of at least 2, since one image alone "
-            "has no group mean to differ from."
-        )
-    if rewards.dim() != 1 or rewards.shape[0] % group_size:
-        raise ValueError(
-            f"rewards has shape {list(rewards.shape)}; accepted is [L*K], a multiple of group_size {group_size}."
-        )
+    _check_rewards(rewards, group_size)
     require_choice("norm", norm, tuple(_DEFAULT_EPS))
     require_choice("clip_mode", clip_mode, _CLIP_MODES)
     if clip is not None:
@@ -119,3 +147,10 @@ def _check_arguments(
         require_number("eps", eps, low=0.0)
     if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
         raise ValueError(f"ddof is {ddof!r}; accepted is an integer of at least 0.")
+
+
+def _check_rewards(rewards: Tensor, group_size: int) -> None:
+    if not isinstance(rewards, Tensor) or rewards.is_complex():
+        kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"rewards is {kind}; accepted is a real torch.Tensor of shape [L*K].")
+    require_group_size(group_size, rewards)

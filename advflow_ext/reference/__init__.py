@@ -1,5 +1,29 @@
 """Plain PyTorch statements of every op: the fallback where nothing is compiled, the oracle, the bench baseline."""
 
 from advflow_ext.reference.advantage_flow import advantage_flow_loss
+from advflow_ext.reference.awm import awm_log_prob, awm_loss
+from advflow_ext.reference.diffusion_nft import diffusion_nft_loss
+from advflow_ext.reference.flow_awr import flow_awr_loss
+from advflow_ext.reference.flow_cps import flow_cps_loss
+from advflow_ext.reference.flow_dppo import flow_dppo_loss
+from advflow_ext.reference.flow_grpo import flow_grpo_loss
+from advflow_ext.reference.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
+from advflow_ext.reference.grpo_guard import grpo_guard_loss
+from advflow_ext.reference.reward_weighted import reward_weighted_loss
+from advflow_ext.reference.sde_step import sde_step
 
-__all__ = ["advantage_flow_loss"]
+__all__ = [
+    "advantage_flow_loss",
+    "awm_log_prob",
+    "awm_loss",
+    "diffusion_nft_loss",
+    "flow_awr_loss",
+    "flow_cps_loss",
+    "flow_dppo_loss",
+    "flow_grpo_loss",
+    "gaussian_kl",
+    "gaussian_kl_from_velocity",
+    "grpo_guard_loss",
+    "reward_weighted_loss",
+    "sde_step",
+]

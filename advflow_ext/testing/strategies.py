@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from advflow_ext.reference import awm_log_prob
+
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "channels_last")
 HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -18,13 +20,13 @@ SAMPLE_SIZES = (1, 2, 7, 15, 16, 17, 33, 511, 512, 513, 1031, 4095, 4096, 4097, 
 
 @dataclass
 class Batch:
-    """Arguments of ``advantage_flow_loss``; ``v`` is a leaf that requires a gradient."""
+    """Arguments of a forward-process loss; ``v`` is a leaf that requires a gradient."""
 
     v: Tensor
     x0: Tensor
     noise: Tensor
     t: Tensor
-    advantages: Tensor
+    advantages: Tensor  # the rewards of a reward-weighted loss
     options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -67,7 +69,13 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def batches(draw: st.DrawFn, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = HALVES_AND_FLOAT) -> Batch:
+def batches(
+    draw: st.DrawFn,
+    device: str = "cpu",
+    dtypes: tuple[torch.dtype, ...] = HALVES_AND_FLOAT,
+    loss: str = "advantage_flow_loss",
+) -> Batch:
+    """Arguments of any forward-process loss, all of its options drawn."""
     shape = draw(shapes())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -80,19 +88,51 @@ def batches(draw: st.DrawFn, device: str = "cpu", dtypes: tuple[torch.dtype, ...
         # float32 first: the truth must see the same numbers.
         return (low + (high - low) * uniform).float().to(device)
 
-    gamma = draw(st.sampled_from(["number", "tensor", "1-A"]))
-    return Batch(
-        v=latent().detach().requires_grad_(),
-        x0=latent(),
-        noise=latent(),
-        t=per_sample(0.01, 1.0),
-        advantages=per_sample(-1.0, 1.0),
-        options={
+    def choice(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    v, x0, noise, t = latent().detach().requires_grad_(), latent(), latent(), per_sample(0.01, 1.0)
+    options: dict[str, Any] = {"v_ref": latent() if choice(True, False) else None}
+    advantages = per_sample(-1.0, 1.0)
+    if loss == "advantage_flow_loss":
+        gamma = choice("number", "tensor", "1-A", "beta(beta-A)")
+        options |= {
             "v_old": latent(),
-            "v_ref": latent() if draw(st.booleans()) else None,
-            "gamma": {"number": 1.1, "tensor": per_sample(1.01, 2.0), "1-A": "1-A"}[gamma],
-            "lam": draw(st.sampled_from([0.0, 1e-3, 0.7])),
-            "weighting": draw(st.sampled_from(["prediction", "velocity", "adaptive"])),
-            "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
-        },
-    )
+            "gamma": {"number": 1.1, "tensor": per_sample(1.01, 2.0)}.get(gamma, gamma),
+            "lam": choice(0.0, 1e-3, 0.7),
+            "beta": choice(1.0, 0.1),
+            "weighting": choice("prediction", "velocity", "adaptive"),
+        }
+    elif loss == "diffusion_nft_loss":
+        advantages = per_sample(-7.0, 7.0)
+        options |= {
+            "v_old": latent(),
+            "beta": choice(1.0, 0.1, 2.0),
+            "adv_clip_max": choice(5.0, 1.0, 0.5),
+            "kl_weight": choice(0.0, 1e-4, 0.7),
+            "adaptive": choice(True, False),
+            "mode": choice("all", "positive", "negative", "one", "binary"),
+        }
+    elif loss == "awm_loss":
+        weighting = {"weighting": choice("uniform", "t", "t2", "huber", "ghuber"), "power": choice(0.25, 0.7)}
+        off_policy = awm_log_prob(v, x0, noise, t, **weighting) + per_sample(-1.0, 1.0)
+        options |= {
+            "v_ema": choice(None, latent()),
+            "log_prob_old": choice(None, off_policy),
+            "clip": choice(1.0, 0.2, 2.0),
+            "ema_weight": choice(0.0, 1.0),
+            "kl_weight": choice(0.0, 0.7),
+            **weighting,
+        }
+    elif loss == "flow_awr_loss":
+        advantages = per_sample(-1.0, 7.0)
+        options |= {"v_old": latent(), "kl_weight": choice(0.0, 0.7)}
+    else:
+        method = choice("exp", "linear", "best") if shape[0] > 1 else choice("exp", "linear")
+        options |= {
+            "method": method,
+            "tau": choice(0.5, 2.0),
+            "group_size": shape[0] if method == "best" else None,
+            "kl_weight": choice(1.0, 0.0),
+        }
+    return Batch(v, x0, noise, t, advantages, options | {"reduction": choice("mean", "sum", "none")})

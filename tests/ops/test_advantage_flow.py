@@ -25,7 +25,8 @@ def assert_matches_truth(batch: Batch) -> None:
     expected, expected_grad = truth(batch)
     accumulate = torch.float64 if batch.v.dtype == torch.float64 else torch.float32
     # Terms of opposite sign cancel, so the error of the value is measured against what was added up.
-    gamma = 1 - batch.advantages if batch.options.get("gamma") == "1-A" else batch.options.get("gamma", 1.1)
+    gamma, beta = batch.options.get("gamma", 1.1), batch.options.get("beta", 1.0)
+    gamma = {"1-A": 1 - batch.advantages, "beta(beta-A)": beta * (beta - batch.advantages)}.get(gamma, gamma)
     options = {**batch.options, "gamma": abs(gamma)}
     size = truth(Batch(*batch.arguments()[:4], batch.advantages.abs(), options))[0].loss
     assert ((out.loss.double() - expected.loss).abs() <= ACCUMULATED_ERROR[accumulate] * size).all()

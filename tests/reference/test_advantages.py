@@ -1,4 +1,4 @@
-"""group_advantages against numbers worked out by hand and the properties each mode promises."""
+"""Advantage maps against numbers worked out by hand and the properties each mode promises."""
 
 from __future__ import annotations
 
@@ -134,3 +134,93 @@ def test_rewards_keep_no_graph():
 def test_misuse_is_said_in_a_sentence(arguments, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         af.group_advantages(*arguments, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# softmax_advantages
+
+
+def test_softmax_by_hand():
+    # Weights 1/6, 1/3, 1/2 of 3 images at temperature 1; equal rewards beside them.
+    values = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    values[:3].log_()
+    A = af.softmax_advantages(values, 3, temperature=1.0)
+    torch.testing.assert_close(A, torch.tensor([-0.5, 0, 0.5, 0, 0, 0], dtype=torch.float64))
+    scaled = af.softmax_advantages(values, 3, temperature=1.0, scale_by_std=True)
+    torch.testing.assert_close(scaled, A / (0.5 / 6) ** 0.5)
+
+
+def test_default_temperature_is_the_deviation_of_all_raw_rewards():
+    for values in (REWARDS, REWARDS + torch.arange(8)):
+        explicit = af.softmax_advantages(values, 4, temperature=float(values.std(correction=0)))
+        torch.testing.assert_close(af.softmax_advantages(values, 4), explicit)
+
+
+def test_floors_of_temperature_and_deviation():
+    tiny = torch.tensor([0.0, 1e-9], dtype=torch.float64)
+    torch.testing.assert_close(af.softmax_advantages(tiny, 2), af.softmax_advantages(tiny, 2, temperature=1e-6))
+    small = af.softmax_advantages(tiny, 2)
+    torch.testing.assert_close(af.softmax_advantages(tiny, 2, scale_by_std=True), small / 0.01)
+
+
+@given(rewards, st.sampled_from([None, 0.1, 10.0]))
+def test_softmax_advantages_have_mean_zero_and_keep_their_range_and_order(values, temperature):
+    A = af.softmax_advantages(values, 4, temperature=temperature).view(-1, 4)
+    assert A.mean(1).abs().max() <= 1e-12 and A.min() >= -1 and A.max() <= 3
+    groups = values.view(-1, 4)
+    better = groups[:, :, None] > groups[:, None, :]
+    assert (A[:, :, None] >= A[:, None, :])[better].all()
+
+
+@given(rewards, st.floats(-50, 50), st.floats(0.5, 50))
+def test_softmax_of_the_default_temperature_ignores_shift_and_positive_scale(values, shift, scale):
+    if values.std(correction=0) < 1e-3:  # the floor on the temperature decides there
+        return
+    torch.testing.assert_close(
+        af.softmax_advantages(values * scale + shift, 4), af.softmax_advantages(values, 4), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e8, -7.7])
+@pytest.mark.parametrize("group_size", [3, 49])
+def test_equal_rewards_give_exact_zeros_by_softmax(value, group_size):
+    values = torch.full((2 * group_size,), value)
+    for options in ({}, {"temperature": 1e-3}, {"scale_by_std": True}):
+        assert not af.softmax_advantages(values, group_size, **options).any()
+
+
+def test_far_apart_rewards_do_not_overflow():
+    assert af.softmax_advantages(torch.tensor([1e6, -1e6, 0.0]), 3, temperature=1e-3).tolist() == [2, -1, -1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_reward_is_left_out_of_the_softmax(bad):
+    values = torch.tensor([3.0, bad, 1.0, 5.0, bad, bad, bad, bad])
+    A = af.softmax_advantages(values, 4)
+    kept = torch.tensor([3.0, 1.0, 5.0])
+    torch.testing.assert_close(A[[0, 2, 3]], af.softmax_advantages(kept, 3))
+    assert A[1] == 0 and not A[4:].any()
+    assert not af.softmax_advantages(torch.full((4,), bad), 2, scale_by_std=True).any()
+
+
+def test_softmax_dtypes_empty_batch_and_graph():
+    assert af.softmax_advantages(torch.tensor([1, 0, 0, 1]), 2).dtype == torch.float32
+    assert af.softmax_advantages(torch.tensor([1.0, 0.0]).bfloat16(), 2).dtype == torch.float32
+    assert af.softmax_advantages(REWARDS, 4).dtype == torch.float64
+    assert af.softmax_advantages(torch.empty(0), 4, scale_by_std=True).shape == (0,)
+    assert not af.softmax_advantages(REWARDS.clone().requires_grad_(), 4).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "sentence"),
+    [
+        ((REWARDS, 3), {}, r"rewards has shape \[8\].*multiple of group_size 3"),
+        ((REWARDS, 1), {}, r"group_size is 1; accepted is an integer of at least 2"),
+        (([1.0, 2.0], 2), {}, r"rewards is list; accepted"),
+        ((REWARDS, 4), {"temperature": 0.0}, r"temperature is 0.0; accepted is a finite number above 0"),
+        ((REWARDS, 4), {"scale_by_std": 0.01}, r"scale_by_std is 0.01; accepted are True and False"),
+    ],
+)
+def test_misuse_of_softmax_is_said_in_a_sentence(arguments, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        af.softmax_advantages(*arguments, **options)

@@ -1,0 +1,69 @@
+"""What every reverse-process loss shares: the clipped surrogate, and its turn into a loss, its gradient and metrics.
+
+A log-ratio is formed as its difference, linear <eps (v-v_old)> - quadratic <(v-v_old)^2>: two log-probabilities
+subtracted lose it in their rounding. Ratios are clipped before the exponential, where float32 still tells 2e-6 from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise_transitions
+from advflow_ext.ops._transition_checks import TransitionScalars
+from advflow_ext.ops.residual import TransitionStats, transition_loss
+
+Latents = tuple[Tensor, Tensor, Tensor, Tensor | None]  # v, eps, v_old, v_ref
+
+
+class Surrogate(NamedTuple):
+    """The policy term of every transition, all [N]."""
+
+    log_ratio: Tensor
+    ratio: Tensor
+    value: Tensor
+    slope: Tensor  # d value / d log_ratio
+    masked: Tensor  # bool
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Surrogate:
+    """max(-A r, -A clip(r, 1 - clip, 1 + clip)); a ratio on the bound still has its gradient."""
+    ratio = log_ratio.exp()
+    masked = ((advantages > 0) & (log_ratio > math.log1p(clip))) | ((advantages < 0) & (log_ratio < math.log1p(-clip)))
+    unclipped = -advantages * ratio
+    value = torch.where(masked, -advantages - clip * advantages.abs(), unclipped)
+    return Surrogate(log_ratio, ratio, value, torch.where(masked, 0, unclipped), masked)
+
+
+def reverse_output(
+    latents: Latents,
+    scalars: TransitionScalars,
+    stats: TransitionStats,
+    surrogate: Surrogate,
+    linear: Tensor,  # [N]
+    quadratic: Tensor,  # [N]
+    kl_scale: float | Tensor,  # what the loss adds of KL(policy || reference)
+    reduction: str,
+) -> LossOutput:
+    half_kappa_sq = scalars.step.kappa.square() / 2
+    kl_old, kl_ref = half_kappa_sq * stats.vo_sq, half_kappa_sq * stats.vp_sq
+    values = surrogate.value + kl_scale * kl_ref
+    coef = torch.stack([surrogate.slope * linear / 2, -surrogate.slope * quadratic, kl_scale * half_kappa_sq], 1)
+    # One non-finite latent makes a statistic non-finite, also where its weight is zero or the transition is masked.
+    finite = scalars.finite & torch.isfinite(sum(stats) + surrogate.log_ratio + surrogate.ratio + values + coef.sum(1))
+    losses = transition_loss(*latents, values, coef, finite & scalars.valid_step)
+    metrics = summarise_transitions(
+        values,
+        surrogate.value,
+        surrogate.log_ratio,
+        kl_old,
+        kl_ref,
+        scalars.advantages,
+        surrogate.masked,
+        finite,
+        scalars.valid_step,
+    )
+    return LossOutput(reduce_losses(losses, reduction), metrics)

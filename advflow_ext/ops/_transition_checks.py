@@ -1,0 +1,249 @@
+"""Argument checks of the ops on sampler steps, so that native and reference refuse the same calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advflow_ext.ops import _checks
+from advflow_ext.ops.step_table import StepRows, StepTable
+
+KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
+TIME_WEIGHTS = ("inverse_dt", "none")
+DIRECTIONS = ("ratio", "log_ratio_minus_kl")
+MASKS = ("current", "predictive")
+_SIGMA = StepRows._fields.index("sigma")
+
+
+class TransitionScalars(NamedTuple):
+    """What every reverse-process loss knows of its transitions, detached and in the accumulate dtype. All [N]."""
+
+    step: StepRows  # harmless numbers where the step is not valid
+    advantages: Tensor
+    finite: Tensor  # bool: the advantages
+    valid_step: Tensor  # bool: the step is in the table and stochastic
+
+
+def flow_grpo_arguments(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    clip: float,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    kl_convention: str,
+    reduction: str,
+) -> TransitionScalars:
+    """Flow-CPS takes the same arguments."""
+    _require_clip(clip)
+    _checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)
+    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
+
+
+def grpo_guard_arguments(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    clip: float,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    time_weight: str,
+    reduction: str,
+) -> TransitionScalars:
+    _require_clip(clip)
+    _checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
+    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
+
+
+def flow_dppo_arguments(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    threshold: float,
+    direction: str,
+    mask: str,
+    step_size: float | None,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    reduction: str,
+) -> TransitionScalars:
+    _checks.require_number("threshold", threshold, low=0.0)
+    _checks.require_choice("direction", direction, DIRECTIONS)
+    _checks.require_choice("mask", mask, MASKS)
+    if mask == "predictive":
+        _checks.require_number("step_size", step_size, low=0.0, exclusive=True)
+    elif step_size is not None:
+        raise ValueError(f"step_size is {step_size!r}; accepted with mask 'current' is None.")
+    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
+
+
+def sde_step_arguments(
+    v: Tensor,
+    x: Tensor,
+    table: StepTable,
+    index: int | Tensor,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+) -> tuple[StepRows, torch.dtype]:
+    """The coefficients, one row a sample, and the dtype of the next x."""
+    _require_latent("v", v)
+    _checks.require_like_v("x", x, v)
+    if noise is not None:
+        _checks.require_like_v("noise", noise, v)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator is a {type(generator).__name__}; accepted are a torch.Generator and None.")
+        if noise is not None:
+            raise ValueError("generator is given beside noise; accepted is one of them, or neither.")
+        if generator.device.type != v.device.type:
+            raise ValueError(f"generator is on {generator.device}; accepted is the device of v, {v.device}.")
+    if dtype is not None and dtype not in _checks.FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted are float32, float16, bfloat16, float64 and None.")
+    _require_table(table)
+    if isinstance(index, Tensor):
+        _require_index(index, v)
+    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < table.steps:
+        raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
+    else:
+        index = torch.full(v.shape[:1], index, device=v.device)
+    if _values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
+    dtype = dtype or x.dtype
+    accumulate = torch.float64 if dtype == torch.float64 else _checks.accumulate_dtype(v, x, noise)
+    return table.rows(index, accumulate), dtype
+
+
+def gaussian_kl_arguments(
+    mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both standard deviations in float64, ``[N]``: the difference of their logarithms cancels."""
+    _require_latent("mean1", mean1)
+    _checks.require_float_tensor("mean2", mean2)
+    if mean2.shape != mean1.shape:
+        raise ValueError(f"mean2 has shape {list(mean2.shape)}; accepted is that of mean1, {list(mean1.shape)}.")
+    if mean2.device != mean1.device:
+        raise ValueError(f"mean2 is on {mean2.device}; accepted is the device of mean1, {mean1.device}.")
+    first = _std_per_sample("std1", std1, mean1)
+    return first, first if std2 is None else _std_per_sample("std2", std2, mean1)
+
+
+def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
+    if not isinstance(std, Tensor):
+        _checks.require_number(name, std, low=0.0, exclusive=True)
+        return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
+    if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
+        raise ValueError(
+            f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
+            f"tensor [{mean.shape[0]}] on {mean.device}."
+        )
+    if _values_are_at_hand(std) and (wrong := std <= 0).any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
+    return std.detach().double()
+
+
+def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+    """kappa of the transitions in the accumulate dtype."""
+    _require_latent("v", v)
+    _checks.require_like_v("v_old", v_old, v)
+    columns, _ = _steps(v, table, index, _checks.accumulate_dtype(v, v_old))
+    return StepRows(*columns.unbind(1)).kappa
+
+
+def kl_factor(kl_convention: str, step: StepRows) -> float | Tensor:
+    """What a convention makes of the exact KL."""
+    if kl_convention == "dt":
+        return -step.dt
+    return 2 * step.sigma.square() if kl_convention == "two_sigma_squared" else 1.0
+
+
+def _transitions(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    v_ref: Tensor | None,
+    kl_weight: float,
+    reduction: str,
+) -> TransitionScalars:
+    _require_latent("v", v)
+    _checks.require_like_v("v_old", v_old, v)
+    _checks.require_like_v("eps", eps, v)
+    if v_ref is not None:
+        _checks.require_like_v("v_ref", v_ref, v)
+    _checks.require_per_sample("advantages", advantages, v)
+    _checks.require_number("kl_weight", kl_weight, low=0.0)
+    if kl_weight > 0 and v_ref is None:
+        raise ValueError(f"kl_weight is {kl_weight!r} without v_ref; accepted are 0, or v_ref beside it.")
+    _checks.require_choice("reduction", reduction, _checks.REDUCTIONS)
+    dtype = _checks.accumulate_dtype(v, v_old, eps, v_ref)
+    columns, valid_step = _steps(v, table, index, dtype)
+    step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
+    advantages = advantages.detach().to(dtype)
+    return TransitionScalars(step, advantages, torch.isfinite(advantages), valid_step)
+
+
+def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[N, 5]``, the columns of :class:`StepRows`, and which of them belong to a step that can be trained."""
+    _require_table(table)
+    _require_index(index, v)
+    columns = table.columns(index, dtype)
+    valid = columns[:, _SIGMA] > 0  # false for the NaN of a step outside the table
+    if _values_are_at_hand(index) and not valid.all():
+        first = int((~valid).nonzero()[0])
+        step = int(index[first])
+        if 0 <= step < table.steps:
+            reason = "a deterministic step (sigma = 0)"
+        else:
+            reason = f"outside the table of {table.steps} steps"
+        accepted = ", ".join(map(str, table.stochastic_steps)) or "(none in this table)"
+        raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the stochastic steps {accepted}.")
+    return columns, valid
+
+
+def _require_latent(name: str, value: object) -> None:
+    _checks.require_float_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() < 2:
+        raise ValueError(f"{name} has shape {list(value.shape)}; accepted are a batch dimension and at least one more.")
+
+
+def _require_table(table: object) -> None:
+    if not isinstance(table, StepTable):
+        raise ValueError(f"table is a {type(table).__name__}; accepted is a StepTable.")
+
+
+def _require_index(index: object, v: Tensor) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        kind = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}"
+        raise ValueError(f"index is {kind}; accepted is an int64 tensor, each transition's step in the table.")
+    if index.shape != v.shape[:1]:
+        raise ValueError(f"index has shape {list(index.shape)}; accepted is one step a transition, [{v.shape[0]}].")
+    if index.device != v.device:
+        raise ValueError(f"index is on {index.device}; accepted is the device of v, {v.device}.")
+
+
+def _require_clip(clip: float) -> None:
+    _checks.require_number("clip", clip, low=0.0)
+    if clip >= 1:
+        raise ValueError(f"clip is {clip!r}; accepted is a number of at least 0 and below 1.")
+
+
+def _values_are_at_hand(tensor: Tensor) -> bool:
+    # Elsewhere reading a value makes the step wait for the device; there the same facts are counted in the metrics.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

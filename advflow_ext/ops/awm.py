@@ -1,0 +1,145 @@
+"""Advantage-weighted matching (AWM, arXiv 2509.25050) on the native forward-process core."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext.ops import _checks
+from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops.residual import residual_stats
+
+
+def awm_loss(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    *,
+    v_ema: Tensor | None = None,
+    v_ref: Tensor | None = None,
+    log_prob_old: Tensor | None = None,
+    weighting: str = "ghuber",
+    power: float = 0.25,
+    clip: float = 1.0,
+    ema_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    reduction: str = "mean",
+) -> LossOutput:
+    """PPO's clipped objective with the matching error as log-probability (scxue/advantage_weighted_matching).
+
+    Per sample, with u = noise - x0, D elements, <.> the mean over them, k = ``clip`` and L = <(v-u)^2>::
+
+        ratio = exp(lp(L, t) - log_prob_old)
+        loss_i = max(-A ratio, -A clip(ratio, 1-k, 1+k)) + ema_weight <(v-v_ema)^2> + kl_weight <(v-v_ref)^2>
+
+    with the log-probability lp of :func:`awm_log_prob`. With omega = -d lp / dL, and active = 0 where the clip holds
+    the ratio (A > 0 and ratio > 1+k, or A < 0 and ratio < 1-k), else 1, the gradient is exactly::
+
+        d loss_i / dv = (2 / D) [ A omega ratio active (v-u) + ema_weight (v-v_ema) + kl_weight (v-v_ref) ]
+
+    =========== ================================================== ============================
+    weighting   lp                                                 omega
+    =========== ================================================== ============================
+    "uniform"   -L                                                 1
+    "t"         -t L                                               t
+    "t2"        -t^2 L                                             t^2
+    "huber"     -t (sqrt(L + 1e-10) - 1e-5)                        t / (2 sqrt(L + 1e-10))
+    "ghuber"    -(t / q) ((L + 1e-10)^q - 1e-10^q), q = ``power``  t (L + 1e-10)^(q-1)
+    =========== ================================================== ============================
+
+    Arguments:
+        v, x0, noise, t, v_ref, reduction: as in :func:`advantage_flow_loss`; v is the only tensor with a gradient.
+        advantages: ``[B]``; the released configurations divide by the clip outside:
+            ``group_advantages(rewards, K, norm="raw_global_std", clip=5.0, clip_mode="clip_divide")``.
+        v_ema: velocity of the slowly following policy that anchors the step, shaped like v, or None for no such term.
+        log_prob_old: ``[B]``, :func:`awm_log_prob` of the policy that is the ratio's denominator, at the same x0, noise
+            and t; None is on-policy: the ratio is 1 and has a gradient, as in every released configuration.
+        power: q of "ghuber", above 0.
+        clip: k, above 0. The clip is decided on log ratios, so that no ratio overflows before it is clipped.
+        ema_weight, kl_weight: at least 0, both terms in velocity space (the released "Uniform" weights).
+
+    Every sample has its own ratio (the released ``loss_type="exp_first"``). Dtypes, layouts, precision, non-finite
+    samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`; a sample whose unclipped ratio overflows
+    counts as non-finite. In the metrics ``policy_term`` is the clipped objective, ``rollout_deviation`` the one from
+    v_ema, and ``min_curvature`` the sum of the gradient's coefficients. That may be negative without a warning, since
+    the clipped objective is bounded. ``mean_log_ratio`` and ``clipped_fraction`` (active = 0) follow at the end.
+    """
+    if not _native.serves(v):
+        return reference.awm_loss(
+            v, x0, noise, t, advantages,
+            v_ema=v_ema, v_ref=v_ref, log_prob_old=log_prob_old, weighting=weighting, power=power, clip=clip,
+            ema_weight=ema_weight, kl_weight=kl_weight, reduction=reduction,
+        )  # fmt: skip
+    samples = _checks.awm_arguments(
+        v, x0, noise, t, advantages, v_ema, v_ref, log_prob_old, weighting, power, clip, ema_weight, kl_weight,
+        reduction,
+    )  # fmt: skip
+    _checks.require_native_dtype(samples.t.dtype, v, "awm_loss")
+    stats = residual_stats(v, x0, noise, v_ema, v_ref)
+    vu_sq, vo_sq, vp_sq = stats[:, :3].unbind(1)
+
+    A = samples.advantages
+    log_prob, omega = _log_prob(vu_sq, samples.t, weighting, power)
+    if log_prob_old is None:
+        log_ratio = torch.zeros_like(log_prob)
+    else:
+        log_ratio = log_prob - log_prob_old.detach().to(log_prob.dtype)
+    highest = math.log1p(clip)
+    lowest = math.log1p(-clip) if clip < 1 else -math.inf
+    bounded = torch.where(A > 0, log_ratio.clamp(max=highest), log_ratio.clamp(min=lowest))
+    ratio = bounded.exp()
+    active = bounded == log_ratio
+
+    a = torch.where(active, A * omega * ratio, 0)
+    b = torch.full_like(a, ema_weight if v_ema is not None else 0.0)
+    c = torch.full_like(a, kl_weight if v_ref is not None else 0.0)
+    policy_term = -A * ratio
+    curvature = a + b + c
+    return forward_output(
+        (v, x0, noise, v_ema, v_ref), stats, samples, policy_term + b * vo_sq + c * vp_sq, torch.stack([a, b, c], 1),
+        reduction,
+        policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
+        extra={"mean_log_ratio": log_ratio, "clipped_fraction": (~active).to(a.dtype)},
+    )  # fmt: skip
+
+
+def awm_log_prob(
+    v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: float = 0.25
+) -> Tensor:
+    """The log-probability of :func:`awm_loss` ``[B]``, without gradient: what an off-policy trainer stores.
+
+    float32, or float64 when a latent is. The loss computes the same bits from the same v, so that an unchanged policy
+    has a ratio of exactly 1. Arguments, their requirements and their errors are those of the loss; a sample with a
+    non-finite input has a non-finite log-probability.
+    """
+    if not _native.serves(v):
+        return reference.awm_log_prob(v, x0, noise, t, weighting=weighting, power=power)
+    t = _checks.awm_log_prob_arguments(v, x0, noise, t, weighting, power)
+    _checks.require_native_dtype(t.dtype, v, "awm_log_prob")
+    return _log_prob(residual_stats(v, x0, noise, None, None)[:, 0], t, weighting, power)[0]
+
+
+def _log_prob(error: Tensor, t: Tensor, weighting: str, power: float) -> tuple[Tensor, Tensor]:
+    """lp and omega in the dtype of ``error``."""
+    # float64 inside, as in the released code. It also keeps a sample independent of its batch: PyTorch's pow differs in
+    # the last bit between a whole vector register and the remainder of one.
+    L, time = error.double(), t.double()
+    if weighting == "uniform":
+        log_prob, omega = -L, torch.ones_like(L)
+    elif weighting == "t":
+        log_prob, omega = -time * L, time
+    elif weighting == "t2":
+        log_prob, omega = -time.square() * L, time.square()
+    elif weighting == "huber":
+        root = (L + 1e-10).sqrt()
+        log_prob, omega = -time * (root - 1e-5), time / (2 * root)
+    else:
+        log_prob = -time / power * ((L + 1e-10).pow(power) - 1e-10**power)
+        omega = time * (L + 1e-10).pow(power - 1)
+    return log_prob.to(error.dtype), omega.to(error.dtype)

@@ -1,0 +1,56 @@
+"""The Flow-CPS loss (arXiv 2509.05952) on the native reverse-process core."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext.ops import _checks
+from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
+from advflow_ext.ops.residual import transition_stats
+from advflow_ext.ops.step_table import StepTable
+
+
+def flow_cps_loss(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 1e-4,
+    v_ref: Tensor | None = None,
+    kl_weight: float = 0.0,
+    kl_convention: str = "exact",
+    reduction: str = "mean",
+) -> LossOutput:
+    """Flow-GRPO's clipped policy gradient on a ratio whose log-probabilities have their variance dropped.
+
+    IamCreateAI/FlowCPS scores a transition by -<(x' - mean)^2>, so that its log-ratio is 2 sigma^2 times the true one::
+
+        log r = 2 sigma c_v <eps (v-v_old)> - c_v^2 <(v-v_old)^2>
+        d loss / dv = 2 A r c_v / D [c_v (v-v_old) - sigma eps], or 0 where clipped, + the reference term
+
+    The clip is looser in true nats the smaller sigma is; :func:`flow_grpo_loss` with a "cps" table has the true ratio.
+    Arguments, the loss around the ratio, result and errors are those of :func:`flow_grpo_loss`. That repository's KL to
+    the reference is ``kl_convention="two_sigma_squared"``.
+    """
+    if not _native.serves(v):
+        return reference.flow_cps_loss(
+            v, v_old, eps, table, index, advantages,
+            clip=clip, v_ref=v_ref, kl_weight=kl_weight, kl_convention=kl_convention, reduction=reduction,
+        )  # fmt: skip
+    scalars = checks.flow_grpo_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, reduction
+    )
+    _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_cps_loss")
+    stats = transition_stats(v, eps, v_old, v_ref)
+    c_v = scalars.step.c_v
+    linear, quadratic = 2 * scalars.step.sigma * c_v, c_v.square()
+    log_ratio = linear * stats.eps_vo - quadratic * stats.vo_sq
+    surrogate = clipped_surrogate(log_ratio, scalars.advantages, clip)
+    kl_scale = kl_weight * checks.kl_factor(kl_convention, scalars.step)
+    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, kl_scale, reduction)

@@ -1,0 +1,83 @@
+"""The Flow-DPPO loss (arXiv 2606.11025) on the native reverse-process core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext.ops import _checks
+from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops._reverse import Surrogate, reverse_output
+from advflow_ext.ops.residual import transition_stats
+from advflow_ext.ops.step_table import StepTable
+
+
+def flow_dppo_loss(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    *,
+    threshold: float = 1e-6,
+    direction: str = "ratio",
+    mask: str = "current",
+    step_size: float | None = None,
+    v_ref: Tensor | None = None,
+    kl_weight: float = 0.0,
+    reduction: str = "mean",
+) -> LossOutput:
+    """Policy gradient masked where it leads further away from a rollout policy that is already far (Flow-DPPO).
+
+    With log r and KL_ref as in :func:`flow_grpo_loss` and KL = kappa^2 / 2 <(v-v_old)^2> (eq. 17-18, 20, 23)::
+
+        M = 0 where A log r > 0 and KL >= threshold, 1 elsewhere (in particular for A = 0 or r = 1)
+        loss = -M A r + kl_weight KL_ref
+        d loss / dv = M A r kappa / D [kappa (v-v_old) - eps] + kl_weight kappa^2 / D (v-v_ref)
+
+    The reference term is not masked, and a masked transition stays in the denominator of reduction "mean". A KL equal
+    to the threshold counts as large, as Tencent-Hunyuan/UniRL, verl-project/verl-omni and X-GenGroup/Flow-Factory have
+    it; the paper's text has a strict >.
+
+    Arguments, beyond those of :func:`flow_grpo_loss`, whose result and errors hold here too:
+        threshold: at least 0, in mean-reduced KL. The paper uses 1e-7 with Flow-SDE and 1e-6 with CPS (App. F.2),
+            UniRL's recipe 1e-5.
+        direction: "ratio", sign of A log r, or "log_ratio_minus_kl", sign of A (log r - KL): which way the KL itself
+            moves under one step on the surrogate (App. E).
+        mask: "current" thresholds the KL; "predictive" thresholds the KL after one step of ``step_size`` on the mean of
+            the transition (eq. 24, App. E): with s = step_size A r / sigma^2,
+            KL + s (log r - KL) + s^2 / 2 <(x' - mean)^2> / sigma^2.
+        step_size: above 0, for mask "predictive" alone: the step on the mean per unit of A (x' - mean) / sigma^2.
+    """
+    if not _native.serves(v):
+        return reference.flow_dppo_loss(
+            v, v_old, eps, table, index, advantages,
+            threshold=threshold, direction=direction, mask=mask, step_size=step_size,
+            v_ref=v_ref, kl_weight=kl_weight, reduction=reduction,
+        )  # fmt: skip
+    scalars = checks.flow_dppo_arguments(
+        v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, reduction
+    )
+    _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_dppo_loss")
+    stats = transition_stats(v, eps, v_old, v_ref)
+    A, kappa = scalars.advantages, scalars.step.kappa
+    quadratic = kappa.square() / 2
+    kl = quadratic * stats.vo_sq
+    log_ratio = kappa * stats.eps_vo - kl
+    ratio = log_ratio.exp()
+
+    heading = log_ratio - kl if direction == "log_ratio_minus_kl" else log_ratio
+    leaving = ((A > 0) & (heading > 0)) | ((A < 0) & (heading < 0))
+    reach = kl
+    if step_size is not None:
+        step = step_size * A * ratio / scalars.step.sigma.square()
+        distance = stats.eps_sq - 2 * kappa * stats.eps_vo + 2 * kl  # <(x' - mean)^2> / sigma^2
+        reach = kl + step * (log_ratio - kl) + step.square() / 2 * distance
+    masked = leaving & ~(reach < threshold)  # an overflow to NaN is far too
+
+    value = torch.where(masked, 0, -A * ratio)
+    surrogate = Surrogate(log_ratio, ratio, value, slope=value, masked=masked)
+    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, kappa, quadratic, kl_weight, reduction)

@@ -1,0 +1,68 @@
+"""KL divergence of isotropic Gaussians (arXiv 2606.11025 eq. 14, 20) on the native loss core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext._native import STATS
+from advflow_ext.ops import _checks
+from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops.residual import residual_loss, residual_stats
+from advflow_ext.ops.step_table import StepTable
+
+_SQUARE = STATS.index("vu_sq")
+
+
+def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
+    """KL(N(mean1, std1^2) || N(mean2, std2^2)) of every sample, ``[N]``, averaged over its D elements.
+
+    ::
+
+        ln(std2 / std1) + std1^2 / (2 std2^2) - 1/2 + <(mean1 - mean2)^2> / (2 std2^2)
+
+    Arguments:
+        mean1, mean2: ``[N, ...]`` of one shape, any rank from 2, any mix of floating-point dtypes. Both receive a
+            gradient, (mean1 - mean2) / (D std2^2) and its negative. Means in half precision have lost the KL of a
+            trust region before this is called: see :func:`gaussian_kl_from_velocity`.
+        std1, std2: numbers above 0 or ``[N]`` tensors; no gradient. Without std2 the two are one.
+
+    Result in float32, or float64 as soon as one mean is float64 on CPU. One native launch, and one more for each mean
+    that receives a gradient. A sample with NaN or an infinite difference shows it in its value and has zero gradient;
+    so has, on CUDA and under torch.compile, one whose std is not above 0.
+
+    Raises ValueError, naming argument, value and what is accepted.
+    """
+    if not _native.serves(mean1):
+        return reference.gaussian_kl(mean1, mean2, std1, std2)
+    first, second = checks.gaussian_kl_arguments(mean1, mean2, std1, std2)
+    dtype = _checks.accumulate_dtype(mean1, mean2)
+    _checks.require_native_dtype(dtype, mean1, "gaussian_kl")
+    offset = second.log() - first.log() + (first / second).square() / 2 - 0.5
+    return _scaled_distance(mean1, mean2, (0.5 / second.square()).to(dtype), offset.to(dtype))
+
+
+def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+    """KL between the transitions of two velocities at the same x, ``[N]``: kappa^2 / 2 <(v-v_old)^2> (eq. 15, 22).
+
+    ``table`` and ``index`` as in :func:`flow_grpo_loss`; the gradient flows to ``v`` only. Exact where means of the
+    transitions, rounded to half precision, are not: their difference is below the rounding of either. Result, bad
+    samples and errors as in :func:`gaussian_kl`; a deterministic step raises on CPU and is inf or NaN on CUDA.
+    """
+    if not _native.serves(v):
+        return reference.gaussian_kl_from_velocity(v, v_old, table, index)
+    kappa = checks.velocity_kl_arguments(v, v_old, table, index)
+    _checks.require_native_dtype(kappa.dtype, v, "gaussian_kl_from_velocity")
+    return _scaled_distance(v, v_old.detach(), kappa.square() / 2, torch.zeros_like(kappa))
+
+
+def _scaled_distance(first: Tensor, second: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """offset + scale <(first - second)^2>, with a gradient to both."""
+    values = offset + scale * residual_stats(first, second, None, None, None)[:, _SQUARE]
+    finite = torch.isfinite(values)
+    coef = torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)], 1)
+    kl = residual_loss(first, second, None, None, None, values, coef, finite)
+    if second.requires_grad:
+        kl = kl + residual_loss(second, first, None, None, None, torch.zeros_like(values), coef, finite)
+    return torch.where(finite, kl, values)

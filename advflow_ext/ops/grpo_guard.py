@@ -1,0 +1,64 @@
+"""The GRPO-Guard loss (arXiv 2510.22319) on the native reverse-process core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native, reference
+from advflow_ext.ops import _checks
+from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
+from advflow_ext.ops.residual import transition_stats
+from advflow_ext.ops.step_table import StepTable
+
+
+def grpo_guard_loss(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 2e-6,
+    v_ref: Tensor | None = None,
+    kl_weight: float = 0.0,
+    time_weight: str = "inverse_dt",
+    reduction: str = "mean",
+) -> LossOutput:
+    """Flow-GRPO's clipped policy gradient on a ratio normalised to be centred and alike at every step (GRPO-Guard).
+
+    RatioNorm, sigma (log r + KL_old), is exactly one statistic, with standard deviation rms(c_v (v-v_old)) / sqrt(D)
+    whatever the schedule::
+
+        log r = c_v <eps (v-v_old)>
+        loss = w max(-A r, -A clip(r, 1 - clip, 1 + clip)) + kl_weight KL_ref
+        d loss / dv = -w A r c_v / D eps, or 0 where clipped, + kl_weight kappa^2 / D (v-v_ref)
+
+    ``time_weight`` is "inverse_dt" (w = -1 / dt, yifan123/flow_grpo, train_sd3_GRPO_Guard.py) or "none" (w = 1,
+    X-GenGroup/Flow-Factory). sigma and dt are each transition's own; flow_grpo takes their mean over the batch, which
+    is the same only where all transitions are of one step. ``clip`` is 2e-6 there for OCR and GenEval, 4e-6 for
+    PickScore. Other arguments, result and errors are those of :func:`flow_grpo_loss`; the reference term is the exact
+    KL and carries no time weight.
+    """
+    if not _native.serves(v):
+        return reference.grpo_guard_loss(
+            v, v_old, eps, table, index, advantages,
+            clip=clip, v_ref=v_ref, kl_weight=kl_weight, time_weight=time_weight, reduction=reduction,
+        )  # fmt: skip
+    scalars = checks.grpo_guard_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, time_weight, reduction
+    )
+    _checks.require_native_dtype(scalars.advantages.dtype, v, "grpo_guard_loss")
+    stats = transition_stats(v, eps, v_old, v_ref)
+    linear = scalars.step.c_v
+    surrogate = clipped_surrogate(linear * stats.eps_vo, scalars.advantages, clip)
+    if time_weight == "inverse_dt":
+        surrogate = surrogate._replace(
+            value=surrogate.value / -scalars.step.dt, slope=surrogate.slope / -scalars.step.dt
+        )
+    return reverse_output(
+        (v, eps, v_old, v_ref), scalars, stats, surrogate, linear, torch.zeros_like(linear), kl_weight, reduction
+    )

@@ -1,0 +1,71 @@
+"""The DiffusionNFT loss in plain differentiable PyTorch, written as NVlabs/DiffusionNFT's train_nft_sd3.py does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext.ops import _checks
+from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.reference._forward import flatten, forward_output, mean
+
+
+def diffusion_nft_loss(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    *,
+    v_old: Tensor,
+    v_ref: Tensor | None = None,
+    beta: float = 1.0,
+    adv_clip_max: float = 5.0,
+    kl_weight: float = 1e-4,
+    adaptive: bool = True,
+    mode: str = "all",
+    reduction: str = "mean",
+) -> LossOutput:
+    """Same arguments, result and errors as :func:`advflow_ext.diffusion_nft_loss`, by PyTorch autograd.
+
+    x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits as t goes to 0 (about
+    1e-7 / t relative), which the fused op does not lose.
+    """
+    samples = _checks.diffusion_nft_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, adaptive, mode, reduction
+    )
+    latents = flatten(samples, v, x0, noise, v_old, v_ref)
+    assert latents.v_old is not None
+    time = samples.t[:, None]
+    x_t = (1 - time) * latents.x0 + time * latents.noise
+
+    advantages_clip = samples.advantages.clamp(-adv_clip_max, adv_clip_max)
+    if mode == "positive":
+        advantages_clip = advantages_clip.clamp(0, adv_clip_max)
+    elif mode == "negative":
+        advantages_clip = advantages_clip.clamp(-adv_clip_max, 0)
+    elif mode == "one":
+        advantages_clip = torch.where(advantages_clip > 0, 1.0, 0.0).to(advantages_clip)
+    elif mode == "binary":
+        advantages_clip = torch.sign(advantages_clip)
+    r = (advantages_clip / adv_clip_max / 2.0 + 0.5).clamp(0, 1)
+
+    def branch(implicit_velocity: Tensor) -> tuple[Tensor, Tensor]:
+        error = x_t - time * implicit_velocity - latents.x0
+        weight = mean(error.detach().abs()).clamp(min=1e-5) if adaptive else torch.ones_like(samples.t)
+        return mean(error.square()) / weight, weight
+
+    positive_loss, positive_weight = branch(beta * latents.v + (1 - beta) * latents.v_old)
+    negative_loss, negative_weight = branch((1 + beta) * latents.v_old - beta * latents.v)
+    policy_term = (r * positive_loss / beta + (1 - r) * negative_loss / beta) * adv_clip_max
+    reference = latents.deviation(latents.v_ref)
+    with torch.no_grad():
+        data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
+
+    curvature = adv_clip_max * samples.t.square() * beta * (r / positive_weight + (1 - r) / negative_weight)
+    curvature = curvature + (kl_weight if v_ref is not None else 0.0)
+    return forward_output(
+        latents, samples, policy_term + kl_weight * reference, reduction,
+        policy_term=policy_term, deviations=(data, rollout, reference),
+        curvature=curvature, nonconvex=curvature <= 0,
+    )  # fmt: skip
