@@ -18,7 +18,8 @@ _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image m
 
 examples:
   advflow train                                       post-train the embedded world, CPU, minutes
-  advflow train --loss.gamma 1-A --seed 1             change settings by their dotted names
+  advflow train --advantage_flow.gamma 1-A            change settings by their dotted names
+  advflow train --algorithm flow_dppo                 another algorithm, with its own settings
   advflow train --config sd35_medium --out runs/sd35  Stable Diffusion 3.5 Medium, the paper's settings
   advflow train --out runs/tiny --resume              go on where a run stopped
   advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
@@ -29,7 +30,7 @@ examples:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(_resolve_packaged_configs(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_args(_resolve_configs(sys.argv[1:] if argv is None else argv))
     command: str = arguments.subcommand
     try:
         _COMMANDS[command](arguments[command])
@@ -43,10 +44,30 @@ def packaged_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _resolve_packaged_configs(argv: list[str]) -> list[str]:
+def algorithm_settings(config: str, algorithm: str) -> Path | None:
+    """What the built-in `config` changes for `algorithm`; None where that is nothing."""
+    path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
+    return path if path.is_file() else None
+
+
+def _resolve_configs(argv: list[str]) -> list[str]:
+    """Puts configs first, built-in ones by their paths and followed by --algorithm's settings, then everything else.
+
+    So the command line has the last word whatever its order.
+    """
+    if argv[:1] != ["train"]:
+        return argv
+    words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    following = list(zip(words, words[1:], strict=False))
+    algorithm = dict(following).get("--algorithm")
     known = packaged_configs()
-    after_flag = [previous == "--config" for previous in [""] + argv[:-1]]
-    return [str(known[word]) if flag and word in known else word for word, flag in zip(argv, after_flag, strict=True)]
+    files: list[str] = []
+    for name in [value for word, value in following if word == "--config"] or ["tiny"]:
+        files.append(str(known.get(name, name)))
+        if name in known and algorithm and (settings := algorithm_settings(name, algorithm)):
+            files.append(str(settings))
+    rest = [word for before, word in zip([""] + words, words, strict=False) if "--config" not in (before, word)]
+    return ["train", *(word for file in files for word in ("--config", file)), *rest]
 
 
 def _parser() -> ArgumentParser:

@@ -71,19 +71,24 @@ class DataConfig:
 
 @dataclass
 class RolloutConfig:
-    """How images are drawn from the rollout policy: deterministic ODE, no classifier-free guidance.
+    """How images are drawn, without classifier-free guidance.
 
     Args:
         prompts: prompts per iteration (L of the paper).
         images_per_prompt: images per prompt, one group (K of the paper).
-        steps: Euler steps from noise to image.
+        steps: steps from noise to image.
         batch: images sampled at a time.
+        solver: of the ODE: "euler", or "dpm" for second-order multistep DPM-Solver++. Reverse-process methods use the
+            sampler of `sde` instead.
+        policy: who draws them: the "rollout" policy, or the "learner" itself (AWM).
     """
 
     prompts: int = 16
     images_per_prompt: int = 8
     steps: int = 10
     batch: int = 128
+    solver: Literal["euler", "dpm"] = "euler"
+    policy: Literal["rollout", "learner"] = "rollout"
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", self.prompts, "1 or more")
@@ -97,12 +102,13 @@ class AdvantageConfig:
     """How rewards become advantages; the arguments of `advflow_ext.group_advantages`.
 
     Args:
-        norm: "batch_rms" (the paper's eq. 6), "group_std" or "raw_global_std" (DiffusionNFT's code).
+        norm: "batch_rms" (the paper's eq. 6), "group_std", "raw_global_std" (DiffusionNFT's code), or "softmax"
+            (FlowAWR; `advflow_ext.softmax_advantages`, which knows no clip).
         clip: bound of an advantage, in units of the norm.
         clip_mode: "clip" (the paper), "recentre", "scale" or "clip_divide" (DiffusionNFT's code: +-5, then / 5).
     """
 
-    norm: Literal["batch_rms", "group_std", "raw_global_std"] = "batch_rms"
+    norm: Literal["batch_rms", "group_std", "raw_global_std", "softmax"] = "batch_rms"
     clip: float = 5.0
     clip_mode: Literal["clip", "recentre", "scale", "clip_divide"] = "clip_divide"
 
@@ -111,22 +117,234 @@ class AdvantageConfig:
 
 
 @dataclass
-class LossConfig:
-    """The coefficients of the AdvantageFlow loss; see `advflow_ext.advantage_flow_loss`.
+class AdvantageFlowConfig:
+    """AdvantageFlow; see `advflow_ext.advantage_flow_loss`.
 
     Args:
-        gamma: rollout regularisation, a number or "1-A".
+        gamma: rollout regularisation, a number, "1-A" or "beta(beta-A)".
         lam: reference regularisation.
         weighting: "prediction" (t^2), "velocity" (1) or "adaptive" (t^2 over the detached prediction error).
+        beta: weight of the data term.
     """
 
-    gamma: float | Literal["1-A"] = 1.1
+    gamma: float | Literal["1-A", "beta(beta-A)"] = 1.1
     lam: float = 1e-3
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.gamma == "1-A" or self.gamma >= 0, "loss.gamma", self.gamma, 'zero, a positive number or "1-A"')
-        _require(self.lam >= 0, "loss.lam", self.lam, "zero or a positive number")
+        _require(
+            isinstance(self.gamma, str) or self.gamma >= 0,
+            "advantage_flow.gamma",
+            self.gamma,
+            'zero, a positive number, "1-A" or "beta(beta-A)"',
+        )
+        _require(self.lam >= 0, "advantage_flow.lam", self.lam, "zero or a positive number")
+        _require(self.beta > 0, "advantage_flow.beta", self.beta, "a positive number")
+
+
+@dataclass
+class DiffusionNFTConfig:
+    """DiffusionNFT; see `advflow_ext.diffusion_nft_loss`.
+
+    Args:
+        beta: how far the implicit positive and negative policies stand from the rollout policy.
+        adv_clip_max: advantages are clipped to this.
+        kl_weight: reference regularisation, in velocity space.
+        adaptive: divide each branch by its detached prediction error.
+        mode: which advantages are used.
+    """
+
+    beta: float = 1.0
+    adv_clip_max: float = 5.0
+    kl_weight: float = 1e-4
+    adaptive: bool = True
+    mode: Literal["all", "positive", "negative", "one", "binary"] = "all"
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, "diffusion_nft.beta", self.beta, "a positive number")
+        _require(self.adv_clip_max > 0, "diffusion_nft.adv_clip_max", self.adv_clip_max, "a positive number")
+        _require(self.kl_weight >= 0, "diffusion_nft.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class AWMConfig:
+    """Advantage-weighted matching; see `advflow_ext.awm_loss`. The rollout policy is its EMA anchor.
+
+    Args:
+        weighting: how the matching error becomes a log-probability.
+        power: exponent of "ghuber".
+        ema_weight: pull towards the EMA policy.
+        kl_weight: pull towards the reference.
+    """
+
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
+    power: float = 0.25
+    ema_weight: float = 1.0
+    kl_weight: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require(self.power > 0, "awm.power", self.power, "a positive number")
+        _require(self.ema_weight >= 0, "awm.ema_weight", self.ema_weight, "zero or a positive number")
+        _require(self.kl_weight >= 0, "awm.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class FlowAWRConfig:
+    """FlowAWR; see `advflow_ext.flow_awr_loss`.
+
+    Args:
+        kl_weight: pull towards the reference.
+    """
+
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require(self.kl_weight >= 0, "flow_awr.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class RewardWeightedConfig:
+    """Reward-weighted flow matching; see `advflow_ext.reward_weighted_loss`.
+
+    Args:
+        method: weight exp(tau R) (ORW-CFM-W2), R itself (RWR), or 1 for the best of a group and else 0 (RAFT).
+        tau: inverse temperature of "exp".
+        kl_weight: pull towards the reference.
+    """
+
+    method: Literal["exp", "linear", "best"] = "exp"
+    tau: float = 0.5
+    kl_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.tau > 0, "reward_weighted.tau", self.tau, "a positive number")
+        _require(self.kl_weight >= 0, "reward_weighted.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class FlowGRPOConfig:
+    """Flow-GRPO, and DanceGRPO and MixGRPO, which differ in the sampler; see `advflow_ext.flow_grpo_loss`.
+
+    Args:
+        clip: the mean-reduced ratio is clipped to 1 +- this.
+        kl_weight: weight of the KL divergence to the reference.
+        kl_convention: which public trainer's KL divergence.
+    """
+
+    clip: float = 1e-4
+    kl_weight: float = 0.0
+    kl_convention: Literal["exact", "dt", "two_sigma_squared"] = "exact"
+
+    def __post_init__(self) -> None:
+        _require(self.clip > 0, "flow_grpo.clip", self.clip, "a positive number")
+        _require(self.kl_weight >= 0, "flow_grpo.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class GRPOGuardConfig:
+    """GRPO-Guard; see `advflow_ext.grpo_guard_loss`.
+
+    Args:
+        clip: the normalised ratio is clipped to 1 +- this.
+        kl_weight: weight of the KL divergence to the reference.
+        time_weight: "inverse_dt" divides a step's loss by its length, "none" does not.
+    """
+
+    clip: float = 2e-6
+    kl_weight: float = 0.0
+    time_weight: Literal["inverse_dt", "none"] = "inverse_dt"
+
+    def __post_init__(self) -> None:
+        _require(self.clip > 0, "grpo_guard.clip", self.clip, "a positive number")
+        _require(self.kl_weight >= 0, "grpo_guard.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class FlowCPSConfig:
+    """Flow-CPS; see `advflow_ext.flow_cps_loss`.
+
+    Args:
+        clip: the ratio, without its variance, is clipped to 1 +- this.
+        kl_weight: weight of the KL divergence to the reference.
+    """
+
+    clip: float = 1e-4
+    kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.clip > 0, "flow_cps.clip", self.clip, "a positive number")
+        _require(self.kl_weight >= 0, "flow_cps.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class FlowDPPOConfig:
+    """Flow-DPPO; see `advflow_ext.flow_dppo_loss`.
+
+    Args:
+        threshold: mean-reduced KL divergence from which an outward step is masked.
+        direction: what tells outward from corrective.
+        mask: threshold the divergence as it is, or as it would be after the step.
+        step_size: size of that step, for mask "predictive".
+        kl_weight: weight of the KL divergence to the reference.
+    """
+
+    threshold: float = 1e-6
+    direction: Literal["ratio", "log_ratio_minus_kl"] = "ratio"
+    mask: Literal["current", "predictive"] = "current"
+    step_size: float | None = None
+    kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.threshold > 0, "flow_dppo.threshold", self.threshold, "a positive number")
+        _require(
+            (self.mask == "predictive") == (self.step_size is not None),
+            "flow_dppo.step_size",
+            self.step_size,
+            "a number for mask predictive, null otherwise",
+        )
+        _require(self.kl_weight >= 0, "flow_dppo.kl_weight", self.kl_weight, "zero or a positive number")
+
+
+@dataclass
+class SDEConfig:
+    """The stochastic sampler of the reverse-process methods, and which of its steps are learnt from.
+
+    Args:
+        sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps" (Flow-CPS).
+        noise_level: a of Flow-SDE, eta of the other two.
+        window: which steps are stochastic, the others being Euler steps of the ODE: the "first" `steps`, `steps`
+            drawn at "random" or in a "random_window" from the first `within`, a window "sliding" from the noisy end to
+            the clean one and over again (MixGRPO), or a "branch" (Flow-GRPO-Fast): one trajectory a group up to a
+            random window within the first `within` steps, where its images part.
+        steps: stochastic steps.
+        within: the steps that "random", "random_window" and "branch" choose from; null is the first half.
+        shift_every: iterations after which a sliding window moves on by one step.
+        shared_noise: all images of a group start from the same noise (DanceGRPO).
+        trained_share: share of an image's stochastic steps that are learnt from, drawn anew for each image.
+        anchor: "stored" keeps the rollout's own velocities as v_old; "replay" computes them again in the batches
+            that training uses, for networks whose output depends on the batch.
+        epochs: how often a rollout's images are learnt from.
+    """
+
+    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    noise_level: float = 0.7
+    window: Literal["first", "random", "random_window", "sliding", "branch"] = "first"
+    steps: int = 9
+    within: int | None = None
+    shift_every: int = 25
+    shared_noise: bool = False
+    trained_share: float = 1.0
+    anchor: Literal["stored", "replay"] = "stored"
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.noise_level > 0, "sde.noise_level", self.noise_level, "a positive number")
+        _require(self.steps >= 1, "sde.steps", self.steps, "1 or more")
+        _require(self.within is None or self.within >= self.steps, "sde.within", self.within, "sde.steps or more")
+        _require(self.shift_every >= 1, "sde.shift_every", self.shift_every, "1 or more")
+        _require(0 < self.trained_share <= 1, "sde.trained_share", self.trained_share, "a number in (0, 1]")
+        _require(self.epochs >= 1, "sde.epochs", self.epochs, "1 or more")
 
 
 @dataclass
@@ -162,7 +380,8 @@ class OptimConfig:
         eps: AdamW's denominator constant.
         weight_decay: decoupled weight decay.
         max_grad_norm: gradients are scaled down to this norm.
-        steps_per_iteration: optimiser steps made of one rollout; each takes an equal share of the draws.
+        steps_per_iteration: optimiser steps made of one rollout: each takes an equal share of the draws of the forward
+            process, or of the images in the reverse process.
         micro_batch: samples in one forward and backward pass; gradients accumulate over a step.
     """
 
@@ -226,12 +445,33 @@ class EvalConfig:
         _require(self.prompts_per_category >= 1, "evaluation.prompts_per_category", self.prompts_per_category, ">= 1")
 
 
+Algorithm = Literal[
+    "advantage_flow",
+    "diffusion_nft",
+    "awm",
+    "flow_awr",
+    "reward_weighted",
+    "flow_grpo",
+    "dance_grpo",
+    "mix_grpo",
+    "flow_cps",
+    "grpo_guard",
+    "flow_dppo",
+]
+
+
+REVERSE_PROCESS: frozenset[Algorithm] = frozenset(
+    ["flow_grpo", "dance_grpo", "mix_grpo", "flow_cps", "grpo_guard", "flow_dppo"]
+)
+
+
 @dataclass
 class TrainConfig:
-    """Everything `advflow train` needs. The defaults post-train the embedded world.
+    """Everything `advflow train` needs. The defaults post-train the embedded world with AdvantageFlow.
 
     Args:
-        algorithm: which policy-improvement method.
+        algorithm: which policy-improvement method. On the command line the name also brings in that method's own
+            settings, where the chosen --config has some for it.
         iterations: rollout-and-update rounds.
         seed: seed of all randomness of the run.
         out: folder of the run.
@@ -239,8 +479,8 @@ class TrainConfig:
         device: "auto" is cuda where there is one, else cpu.
     """
 
-    algorithm: Literal["advantage_flow"] = "advantage_flow"
-    iterations: int = 180
+    algorithm: Algorithm = "advantage_flow"
+    iterations: int = 160
     seed: int = 0
     out: str = "runs/tiny"
     checkpoint_every: int = 20
@@ -249,19 +489,34 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     draws: DrawConfig = field(default_factory=DrawConfig)
+    sde: SDEConfig = field(default_factory=SDEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rollout_policy: RolloutPolicyConfig = field(default_factory=RolloutPolicyConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    advantage_flow: AdvantageFlowConfig = field(default_factory=AdvantageFlowConfig)
+    diffusion_nft: DiffusionNFTConfig = field(default_factory=DiffusionNFTConfig)
+    awm: AWMConfig = field(default_factory=AWMConfig)
+    flow_awr: FlowAWRConfig = field(default_factory=FlowAWRConfig)
+    reward_weighted: RewardWeightedConfig = field(default_factory=RewardWeightedConfig)
+    flow_grpo: FlowGRPOConfig = field(default_factory=FlowGRPOConfig)
+    grpo_guard: GRPOGuardConfig = field(default_factory=GRPOGuardConfig)
+    flow_cps: FlowCPSConfig = field(default_factory=FlowCPSConfig)
+    flow_dppo: FlowDPPOConfig = field(default_factory=FlowDPPOConfig)
 
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
-        share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
-        _require(
-            share >= 1 and rest == 0,
-            "optim.steps_per_iteration",
-            self.optim.steps_per_iteration,
-            f"a divisor of draws.per_image, which is {self.draws.per_image}",
-        )
+        if self.algorithm not in REVERSE_PROCESS:
+            share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
+            _require(
+                share >= 1 and rest == 0,
+                "optim.steps_per_iteration",
+                self.optim.steps_per_iteration,
+                f"a divisor of draws.per_image, which is {self.draws.per_image}",
+            )
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps in an iteration."""
+        return self.optim.steps_per_iteration * (self.sde.epochs if self.algorithm in REVERSE_PROCESS else 1)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from advflow.config import DrawConfig
+from advflow.algorithms import FORWARD
+from advflow.batch import ForwardBatch, Rollout, WeightedLoss
+from advflow.config import DrawConfig, TrainConfig
 from advflow.model import LatentShape
 from advflow.policies import Policies, Role
 from advflow.randomness import generator
-from advflow.sampling import PromptEmbeddings, velocity
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Images of one iteration, group after group: x0 [N, C, H, W], advantages [N], embeddings of each one's prompt."""
-
-    x0: torch.Tensor
-    advantages: torch.Tensor
-    prompts: PromptEmbeddings
-    images_per_prompt: int
+from advflow.sampling import velocity
 
 
 @dataclass(frozen=True)
@@ -29,19 +22,6 @@ class Draw:
 
     t: torch.Tensor
     noise: torch.Tensor
-
-
-@dataclass(frozen=True)
-class ForwardBatch:
-    """What a loss of the forward process needs; `v` alone carries gradients, `v_ref` may be left out."""
-
-    v: torch.Tensor
-    v_old: torch.Tensor
-    v_ref: torch.Tensor | None
-    x0: torch.Tensor
-    noise: torch.Tensor
-    t: torch.Tensor
-    advantages: torch.Tensor
 
 
 class Draws:
@@ -79,17 +59,41 @@ class Draws:
         return (stratum + uniform) / config.per_image
 
 
-def forward_batch(policies: Policies, rollout: Rollout, draw: Draw, rows: slice, with_reference: bool) -> ForwardBatch:
-    """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
-    x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
-    x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+class ForwardProcess:
+    """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    def frozen(role: Role) -> torch.Tensor:
-        with torch.no_grad():
-            return velocity(policies.transformer(role), x_t, t, prompts)
+    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws) -> None:
+        self._config, self._policies, self._draws = config, policies, draws
+        self._algorithm = FORWARD[config.algorithm]
+        self._needs = self._algorithm.needs(config)
 
-    v_old = frozen("rollout")
-    v_ref = frozen("reference") if with_reference else None
-    # The learner comes last: with adapters, asking for another policy would switch its gradients off.
-    v = velocity(policies.transformer("learner"), x_t, t, prompts)
-    return ForwardBatch(v, v_old, v_ref, x0, noise, t, rollout.advantages[rows])
+    def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
+        share = self._config.draws.per_image // self._config.optim.steps_per_iteration
+        for step in range(self._config.optim.steps_per_iteration):
+            yield self._losses(iteration, rollout, range(step * share, (step + 1) * share))
+
+    def _losses(self, iteration: int, rollout: Rollout, pairs: range) -> Iterator[WeightedLoss]:
+        count, size = len(rollout.x0), self._config.optim.micro_batch
+        for index in pairs:
+            draw = self._draws.draw(iteration, index, rollout)
+            for start in range(0, count, size):
+                rows = slice(start, min(start + size, count))
+                batch = self._batch(rollout, draw, rows)
+                weight = (rows.stop - rows.start) / (count * len(pairs))
+                yield WeightedLoss(self._algorithm.loss(batch, self._config), weight)
+
+    def _batch(self, rollout: Rollout, draw: Draw, rows: slice) -> ForwardBatch:
+        """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
+        x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+
+        def frozen(role: Role) -> torch.Tensor:
+            with torch.no_grad():
+                return velocity(self._policies.transformer(role), x_t, t, prompts)
+
+        v_old = frozen("rollout") if self._needs.old else None
+        v_ref = frozen("reference") if self._needs.reference else None
+        # The learner comes last: with adapters, asking for another policy would switch its gradients off.
+        v = velocity(self._policies.transformer("learner"), x_t, t, prompts)
+        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rollout.rewards[rows], rollout.advantages[rows])

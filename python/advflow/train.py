@@ -1,4 +1,4 @@
-"""The training loop: roll out, score, turn rewards into advantages, take forward-process steps, follow."""
+"""The training loop: roll out, score, turn rewards into advantages, improve the learner, let the rollout follow."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ import torch
 from tqdm import tqdm
 
 import advflow_ext as af
-from advflow.algorithms import advantage_flow
+from advflow.algorithms import REVERSE
+from advflow.batch import Rollout, Transitions
 from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow.evaluate import Evaluation, evaluate
-from advflow.forward_process import Draws, Rollout, forward_batch
+from advflow.forward_process import Draws, ForwardProcess
 from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, load_pipeline, pick_device
 from advflow.policies import follow, make_policies
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
+from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
 from advflow.run_log import EVALS, RunLog, read_rows
-from advflow.sampling import decode, sample_latents, sigma_grid
+from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
 
 GRID_COLUMNS = 6  # images of each category in the sample grids
 
@@ -53,7 +55,14 @@ class Trainer:
         self.policies = make_policies(pipeline.transformer, config.model, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
-        self.draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
+        self.stochastic_sampler: StochasticSampler | None = None
+        self.process: ForwardProcess | ReverseProcess
+        if config.algorithm in REVERSE:
+            self.stochastic_sampler = StochasticSampler(config, self.sigmas)
+            self.process = ReverseProcess(config, self.policies, self.sigmas)
+        else:
+            draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
+            self.process = ForwardProcess(config, self.policies, draws)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -70,7 +79,7 @@ class Trainer:
         rolled_out = time.monotonic()
         row |= self._improve(iteration, rollout)
         trained = time.monotonic()
-        rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.optim.steps_per_iteration)
+        rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
         return row | {
             "rollout_policy_rho": rho,
@@ -97,22 +106,16 @@ class Trainer:
         texts = [self.prompts.texts[i] for i in chosen for _ in range(group)]
         embeddings = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
         noise = self.sampler.latent.noise(len(texts), generator(self.config.seed, "rollout", iteration), self.device)
-        transformer = self.policies.transformer("rollout")
-        latents, images = [], []
-        for start in range(0, len(texts), config.batch):
-            rows = slice(start, start + config.batch)
-            latents.append(sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows]))
-            images.append(decode(self.sampler.vae, latents[-1]))
-        scores = self.reward(torch.cat(images), texts)
-        x0 = torch.cat(latents)
+        x0, transitions = self._sample(noise, embeddings, iteration)
+        images = torch.cat([decode(self.sampler.vae, latents) for latents in x0.split(config.batch)])
+        scores = self.reward(images, texts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
+        if transitions is not None:
+            transitions.x[broken.to(x0.device)] = 0.0
         scores.reward[broken] = torch.nan
-        choice = self.config.advantage
-        advantages = af.group_advantages(
-            scores.reward, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode
-        )
+        advantages = self._advantages(scores.reward)
         groups = scores.reward.view(-1, group)
         row = {
             "reward": scores.reward.nanmean().item(),
@@ -123,41 +126,65 @@ class Trainer:
             "advantage_rms": advantages.square().mean().sqrt().item(),
         }
         advantages = advantages.masked_fill(broken, torch.nan)  # the loss gives such a sample no gradient and counts it
-        return Rollout(x0, advantages.to(self.device), embeddings, group), row
+        rewards, advantages = scores.reward.to(self.device), advantages.to(self.device)
+        return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
+
+    def _sample(
+        self, noise: torch.Tensor, embeddings: PromptEmbeddings, iteration: int
+    ) -> tuple[torch.Tensor, Transitions | None]:
+        """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
+        config = self.config.rollout
+        transformer = self.policies.transformer(config.policy)
+        starts = range(0, len(noise), config.batch)
+        if self.stochastic_sampler is None:
+            parts = [
+                sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows], config.solver)
+                for rows in (slice(start, start + config.batch) for start in starts)
+            ]
+            return torch.cat(parts), None
+        noise = self.stochastic_sampler.starting_noise(noise)
+        latents, transitions = [], []
+        for start in starts:
+            rows = slice(start, start + config.batch)
+            x0, steps = self.stochastic_sampler.sample(transformer, noise[rows], embeddings[rows], iteration, start)
+            latents.append(x0)
+            transitions.append(steps)
+        return torch.cat(latents), join(transitions)
+
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        group, choice = self.config.rollout.images_per_prompt, self.config.advantage
+        if choice.norm == "softmax":
+            return af.softmax_advantages(rewards, group)
+        return af.group_advantages(rewards, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
 
     def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
-        """Takes this iteration's optimiser steps on the forward process of the rollout's images."""
-        config = self.config
-        share = config.draws.per_image // config.optim.steps_per_iteration
-        count = len(rollout.x0)
-        totals: dict[str, float] = {}
+        """Takes this iteration's optimiser steps."""
+        updates: list[dict[str, float]] = []
         norms: list[float] = []
-        for step in range(config.optim.steps_per_iteration):
+        for losses in self.process.steps(iteration, rollout):
             values: list[torch.Tensor] = []
-            weights: list[float] = []
-            for index in range(step * share, (step + 1) * share):
-                draw = self.draws.draw(iteration, index, rollout)
-                for start in range(0, count, config.optim.micro_batch):
-                    rows = slice(start, min(start + config.optim.micro_batch, count))
-                    batch = forward_batch(self.policies, rollout, draw, rows, with_reference=config.loss.lam > 0)
-                    out = advantage_flow.loss(batch, config.loss)
-                    weight = (rows.stop - rows.start) / (count * share)
-                    (out.loss * weight).backward()
-                    values.append(out.metrics.values)
-                    weights.append(weight)
-            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, config.optim.max_grad_norm).item()
+            for loss in losses:
+                (loss.out.loss * loss.weight).backward()
+                values.append(loss.out.metrics.values * loss.weight)
+            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, self.config.optim.max_grad_norm).item()
             if math.isfinite(norm):
-                steps = config.optim.steps_per_iteration
-                for parameters in self.optimizer.param_groups:
-                    parameters["lr"] = learning_rate(config.optim, iteration * steps + step, config.iterations * steps)
-                self.optimizer.step()
+                self._step(iteration, len(updates))
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
-            mean = torch.stack(values).mul(torch.tensor(weights, device=values[0].device)[:, None]).sum(0).tolist()
-            for name, value in zip(out.metrics.names, mean, strict=True):
-                totals[name] = totals.get(name, 0.0) + value / config.optim.steps_per_iteration
-        skipped = config.optim.steps_per_iteration - len(norms)
-        return totals | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
+            mean = torch.stack(values).sum(0).tolist()
+            updates.append(dict(zip(loss.out.metrics.names, mean, strict=True)))
+        row = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        if isinstance(self.process, ReverseProcess):
+            row |= self.process.mismatch(updates[0])
+        return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
+
+    def _step(self, iteration: int, update: int) -> None:
+        config = self.config
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(
+                config.optim, iteration * config.updates + update, config.iterations * config.updates
+            )
+        self.optimizer.step()
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from advflow.cli import load_run_config, main, packaged_configs, to_config, train_parser
-from advflow.config import TrainConfig
+from advflow.cli import (
+    _resolve_configs,
+    algorithm_settings,
+    load_run_config,
+    main,
+    packaged_configs,
+    to_config,
+    train_parser,
+)
+from advflow.config import Algorithm, TrainConfig
 from advflow.model import pipeline_folder
 from advflow.rewards import load_reward
 from advflow.train import Trainer
@@ -31,17 +41,17 @@ def test_the_default_is_the_tiny_config() -> None:
 
 def test_dotted_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("loss:\n  gamma: 2.0\n  lam: 0.5\n")
-    config = _parse("--config", str(file), "--loss.gamma", "1-A")
-    assert (config.loss.gamma, config.loss.lam) == ("1-A", 0.5)
+    file.write_text("advantage_flow:\n  gamma: 2.0\n  lam: 0.5\n")
+    config = _parse("--config", str(file), "--advantage_flow.gamma", "1-A")
+    assert (config.advantage_flow.gamma, config.advantage_flow.lam) == ("1-A", 0.5)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--loss.gama", "1"], "loss.gama"),
-        (["--loss.weighting", "cubic"], "loss.weighting"),
-        (["--loss.gamma", "-1"], "loss.gamma is -1"),
+        (["--advantage_flow.gama", "1"], "advantage_flow.gama"),
+        (["--advantage_flow.weighting", "cubic"], "advantage_flow.weighting"),
+        (["--advantage_flow.gamma", "-1"], "advantage_flow.gamma is -1"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--optim.lr", "0"], "optim.lr is 0"),
         (["--rollout.images_per_prompt", "1"], "rollout.images_per_prompt is 1"),
@@ -50,6 +60,9 @@ def test_dotted_overrides_win_over_the_file(tmp_path: Path) -> None:
         (["--data.reward", "no.such:Thing"], "data.reward 'no.such:Thing'"),
         (["--data.prompts", "nowhere.txt"], "data.prompts is 'nowhere.txt'"),
         (["--model.resolution", "33"], "model.resolution is 33"),
+        (["--algorithm", "flow_gpo"], "algorithm"),
+        (["--algorithm", "flow_grpo", "--sde.steps", "10"], "sde.steps is 10"),
+        (["--algorithm", "flow_grpo", "--optim.steps_per_iteration", "3"], "optim.steps_per_iteration is 3"),
         (["--device", "warp9"], "device is 'warp9'"),
     ],
 )
@@ -59,6 +72,26 @@ def test_a_bad_setting_is_named(
     with pytest.raises(SystemExit) as caught:
         main(["train", "--out", str(tmp_path / "run"), *words])
     assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def _resolved(*words: str) -> TrainConfig:
+    return _parse(*_resolve_configs(["train", *words])[1:])
+
+
+def test_an_algorithm_brings_its_settings_and_the_command_line_has_the_last_word() -> None:
+    config = _resolved("--flow_dppo.threshold", "0.5", "--algorithm=flow_dppo")
+    assert (config.algorithm, config.sde.window, config.flow_dppo.threshold) == ("flow_dppo", "random", 0.5)
+    large = _resolved("--algorithm", "flow_dppo", "--config", "sd35_medium")
+    assert (large.flow_dppo.threshold, large.rollout.prompts, large.model.resolution) == (1e-6, 64, 512)
+    assert _resolved("--seed", "3") == replace(TrainConfig(), seed=3)
+
+
+@pytest.mark.parametrize("name", ["tiny", "sd35_medium"])
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+def test_every_algorithm_has_valid_settings_for_every_config(name: str, algorithm: str) -> None:
+    config = _resolved("--config", name, "--algorithm", algorithm)
+    assert config.algorithm == algorithm
+    assert algorithm == "advantage_flow" or algorithm_settings(name, algorithm) is not None
 
 
 def test_an_unknown_key_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +139,7 @@ def test_the_sd35_config_trains_the_tiny_pipeline(tmp_path: Path) -> None:
         *("--data.prompts", str(prompts), "--data.eval_prompts", str(prompts), "--evaluation.steps", "2"),
         *("--data.reward", f"{__name__}:MeanRed"),
     )
-    assert (config.model.trainable, config.loss.gamma, config.advantage.clip_mode) == ("lora", 1.1, "clip")
+    assert (config.model.trainable, config.advantage_flow.gamma, config.advantage.clip_mode) == ("lora", 1.1, "clip")
     trainer = Trainer(config)
     row = trainer.iterate(0)
     assert row["grad_norm"] > 0 and row["nonfinite_samples"] == 0

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from advflow.batch import Rollout
 from advflow.config import DrawConfig
-from advflow.forward_process import Draws, Rollout
+from advflow.forward_process import Draws
 from advflow.model import LatentShape
 from advflow.sampling import PromptEmbeddings
 
 LATENT = LatentShape(2, 4)
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 ROLLOUT = Rollout(
-    torch.zeros(12, 2, 4, 4), torch.zeros(12), PromptEmbeddings(torch.zeros(12, 1, 1), torch.zeros(12, 1)), 4
+    torch.zeros(12, 2, 4, 4),
+    torch.zeros(12),
+    torch.zeros(12),
+    PromptEmbeddings(torch.zeros(12, 1, 1), torch.zeros(12, 1)),
+    4,
 )
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.config import LossConfig
-from advflow.forward_process import ForwardBatch
+from advflow.batch import ForwardBatch, Needs
+from advflow.config import TrainConfig
 
 
-def loss(batch: ForwardBatch, config: LossConfig) -> af.LossOutput:
+def needs(config: TrainConfig) -> Needs:
+    return Needs(old=True, reference=config.advantage_flow.lam > 0)
+
+
+def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
+    assert batch.v_old is not None
+    choice = config.advantage_flow
     return af.advantage_flow_loss(
         batch.v,
         batch.x0,
@@ -16,7 +22,8 @@ def loss(batch: ForwardBatch, config: LossConfig) -> af.LossOutput:
         batch.advantages,
         v_old=batch.v_old,
         v_ref=batch.v_ref,
-        gamma=config.gamma,
-        lam=config.lam,
-        weighting=config.weighting,
+        gamma=choice.gamma,
+        lam=choice.lam,
+        weighting=choice.weighting,
+        beta=choice.beta,
     )

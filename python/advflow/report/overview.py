@@ -67,13 +67,19 @@ def _stats(run: Run) -> str:
         ("Model", plain(config.get("model.pipeline")), f"{plain(config.get('model.trainable'))} training"),
         ("Device", plain(summary.get("device", config.get("device"))), f"torch {torch}" if torch else ""),
         ("Seed", plain(config.get("seed")), ""),
-        ("gamma, lambda", f"{plain(config.get('loss.gamma'))}, {plain(config.get('loss.lam'))}", ""),
+        ("Algorithm", plain(config.get("algorithm")), _coefficients_text(run)),
     ]
     rows = (
         f"<div><dt>{title}</dt><dd>{escape(value)}{f'<small>{escape(note)}</small>' if note else ''}</dd></div>"
         for title, value, note in cells
     )
     return f'<dl class="stats">{"".join(rows)}</dl>'
+
+
+def _coefficients_text(run: Run) -> str:
+    section = f"{run.config.get('algorithm')}."
+    chosen = {name.removeprefix(section): value for name, value in run.config.items() if name.startswith(section)}
+    return ", ".join(f"{name} {plain(value)}" for name, value in chosen.items())
 
 
 def _groups_text(run: Run) -> str:

@@ -1,0 +1,26 @@
+"""Flow-CPS (arXiv 2509.05952): the clipped ratio without its variance, as released."""
+
+from __future__ import annotations
+
+import advflow_ext as af
+from advflow.batch import Needs, TransitionBatch
+from advflow.config import TrainConfig
+
+
+def needs(config: TrainConfig) -> Needs:
+    return Needs(old=True, reference=config.flow_cps.kl_weight > 0)
+
+
+def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
+    choice = config.flow_cps
+    return af.flow_cps_loss(
+        batch.v,
+        batch.v_old,
+        batch.eps,
+        batch.table,
+        batch.index,
+        batch.advantages,
+        clip=choice.clip,
+        v_ref=batch.v_ref,
+        kl_weight=choice.kl_weight,
+    )

@@ -1,0 +1,29 @@
+"""Flow-DPPO (arXiv 2606.11025): the ratio, masked where the policy has moved far and would move further."""
+
+from __future__ import annotations
+
+import advflow_ext as af
+from advflow.batch import Needs, TransitionBatch
+from advflow.config import TrainConfig
+
+
+def needs(config: TrainConfig) -> Needs:
+    return Needs(old=True, reference=config.flow_dppo.kl_weight > 0)
+
+
+def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
+    choice = config.flow_dppo
+    return af.flow_dppo_loss(
+        batch.v,
+        batch.v_old,
+        batch.eps,
+        batch.table,
+        batch.index,
+        batch.advantages,
+        threshold=choice.threshold,
+        direction=choice.direction,
+        mask=choice.mask,
+        step_size=choice.step_size,
+        v_ref=batch.v_ref,
+        kl_weight=choice.kl_weight,
+    )

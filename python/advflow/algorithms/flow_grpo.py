@@ -1,0 +1,27 @@
+"""Flow-GRPO (arXiv 2505.05470): the clipped ratio of sampler steps."""
+
+from __future__ import annotations
+
+import advflow_ext as af
+from advflow.batch import Needs, TransitionBatch
+from advflow.config import TrainConfig
+
+
+def needs(config: TrainConfig) -> Needs:
+    return Needs(old=True, reference=config.flow_grpo.kl_weight > 0)
+
+
+def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
+    choice = config.flow_grpo
+    return af.flow_grpo_loss(
+        batch.v,
+        batch.v_old,
+        batch.eps,
+        batch.table,
+        batch.index,
+        batch.advantages,
+        clip=choice.clip,
+        kl_convention=choice.kl_convention,
+        v_ref=batch.v_ref,
+        kl_weight=choice.kl_weight,
+    )

@@ -1,0 +1,27 @@
+"""GRPO-Guard (arXiv 2510.22319): the clipped, normalised ratio."""
+
+from __future__ import annotations
+
+import advflow_ext as af
+from advflow.batch import Needs, TransitionBatch
+from advflow.config import TrainConfig
+
+
+def needs(config: TrainConfig) -> Needs:
+    return Needs(old=True, reference=config.grpo_guard.kl_weight > 0)
+
+
+def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
+    choice = config.grpo_guard
+    return af.grpo_guard_loss(
+        batch.v,
+        batch.v_old,
+        batch.eps,
+        batch.table,
+        batch.index,
+        batch.advantages,
+        clip=choice.clip,
+        time_weight=choice.time_weight,
+        v_ref=batch.v_ref,
+        kl_weight=choice.kl_weight,
+    )

@@ -1,0 +1,82 @@
+"""What passes between rollout, algorithm and optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import advflow_ext as af
+from advflow.sampling import PromptEmbeddings
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """The stochastic sampler steps of N images that are learnt from, S of each.
+
+    x, v_old, eps: [N, S, C, H, W], x being the latent before the step; index: [N, S], the steps' rows in `table`.
+    """
+
+    x: torch.Tensor
+    v_old: torch.Tensor
+    eps: torch.Tensor
+    index: torch.Tensor
+    table: af.StepTable
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], their prompts.
+
+    `transitions` is there for methods of the reverse process alone.
+    """
+
+    x0: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    prompts: PromptEmbeddings
+    images_per_prompt: int
+    transitions: Transitions | None = None
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """The loss of one micro-batch and its share of the optimiser step."""
+
+    out: af.LossOutput
+    weight: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which frozen policies' velocities a loss reads, so that no forward pass is made for nothing."""
+
+    old: bool
+    reference: bool
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B]."""
+
+    v: torch.Tensor
+    v_old: torch.Tensor | None
+    v_ref: torch.Tensor | None
+    x0: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """Sampler steps: velocities and eps [N, C, H, W], index [N] into `table`, advantages [N] of the steps' images."""
+
+    v: torch.Tensor
+    v_old: torch.Tensor
+    v_ref: torch.Tensor | None
+    eps: torch.Tensor
+    table: af.StepTable
+    index: torch.Tensor
+    advantages: torch.Tensor

@@ -1,0 +1,206 @@
+"""The reverse process of a rollout: stochastic sampling that keeps what is learnt from, and the steps of learning."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+import advflow_ext as af
+from advflow.algorithms import REVERSE
+from advflow.batch import Rollout, TransitionBatch, Transitions, WeightedLoss
+from advflow.config import SDEConfig, TrainConfig
+from advflow.policies import Policies, Role
+from advflow.randomness import generator
+from advflow.sampling import PromptEmbeddings, velocity
+
+
+def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed: int) -> list[int]:
+    """The sampler steps that are stochastic in this iteration, in order."""
+    size, usable = config.steps, sampler_steps - 1  # the last step ends at sigma 0 and is never learnt from
+    within = config.within if config.within is not None else max(size, sampler_steps // 2)
+    rng = generator(seed, "window", iteration)
+    if config.window == "first":
+        return list(range(size))
+    if config.window == "random":
+        return sorted(torch.randperm(within, generator=rng)[:size].tolist())
+    if config.window == "sliding":
+        start = (iteration // config.shift_every) % (usable - size + 1)
+    else:
+        start = int(torch.randint(within - size + 1, (1,), generator=rng))
+    return list(range(start, start + size))
+
+
+class StochasticSampler:
+    """Draws images by the SDE inside a window of steps and by the Euler ODE outside."""
+
+    def __init__(self, config: TrainConfig, sigmas: list[float]) -> None:
+        sde, steps = config.sde, len(sigmas) - 1
+        reach = sde.steps if sde.within is None else sde.within
+        if reach > steps - 1:
+            raise ValueError(
+                f"sde.{'steps' if sde.within is None else 'within'} is {reach}; with rollout.steps={steps} at most "
+                f"{steps - 1} is accepted (the last step ends at sigma 0, where it has no density)"
+            )
+        self._config, self._sigmas = config, sigmas
+
+    def window(self, iteration: int) -> list[int]:
+        return stochastic_steps(self._config.sde, len(self._sigmas) - 1, iteration, self._config.seed)
+
+    def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        """Lets the images of a group start from the first one's `noise` [N, C, H, W] where the method wants that."""
+        if self._config.sde.shared_noise or self._config.sde.window == "branch":
+            group = self._config.rollout.images_per_prompt
+            return noise[::group].repeat_interleave(group, dim=0)
+        return noise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: torch.Tensor,
+        prompts: PromptEmbeddings,
+        iteration: int,
+        first_image: int,
+    ) -> tuple[torch.Tensor, Transitions]:
+        """The latents [B, C, H, W] at sigma 0 and every stochastic step that led to them.
+
+        `first_image` is the place of these images in the iteration: it seeds their noise.
+        """
+        sde = self._config.sde
+        window = self.window(iteration)
+        table = af.StepTable(
+            self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=tuple(window)
+        )
+        number = iteration * self._config.rollout.prompts * self._config.rollout.images_per_prompt + first_image
+        rng = generator(self._config.seed, "sde", number, noise.device)
+        x = noise.float()
+        kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for step, sigma in enumerate(self._sigmas[:-1]):
+            v = velocity(transformer, x, torch.full((len(x),), sigma, device=x.device), prompts)
+            if step in window:
+                out = af.sde_step(v, x, table, step, generator=rng)
+                kept.append((x, v, out.eps))
+                x = out.x_next
+            else:
+                x = x + (self._sigmas[step + 1] - sigma) * v.float()
+        before, v_old, eps = (torch.stack(tensors, 1) for tensors in zip(*kept, strict=True))
+        index = torch.tensor(window, device=x.device).expand(len(x), -1)
+        return x, Transitions(before, v_old, eps, index, table)
+
+
+def join(parts: list[Transitions]) -> Transitions:
+    """The transitions of all images of an iteration."""
+    x, v_old, eps, index = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("x", "v_old", "eps", "index")
+    )
+    return Transitions(x, v_old, eps, index, parts[0].table)
+
+
+class ReverseProcess:
+    """Turns the sampler steps of a rollout into optimiser steps of a reverse-process algorithm."""
+
+    def __init__(self, config: TrainConfig, policies: Policies, sigmas: list[float]) -> None:
+        self._config, self._policies, self._sigmas = config, policies, sigmas
+        self._algorithm = REVERSE[config.algorithm]
+        self._needs = self._algorithm.needs(config)
+        self._warned = False
+        images = config.rollout.prompts * config.rollout.images_per_prompt
+        if images % config.optim.steps_per_iteration:
+            raise ValueError(
+                f"optim.steps_per_iteration is {config.optim.steps_per_iteration}; accepted are divisors of the "
+                f"{images} images of an iteration"
+            )
+
+    def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1.
+
+        Each epoch splits the images anew into `optim.steps_per_iteration` equal parts.
+        """
+        assert rollout.transitions is not None
+        steps = self._trained(iteration, rollout.transitions)
+        count = len(rollout.x0)
+        for epoch in range(self._config.sde.epochs):
+            number = iteration * self._config.sde.epochs + epoch
+            order = torch.randperm(count, generator=generator(self._config.seed, "split", number))
+            for images in order.chunk(self._config.optim.steps_per_iteration):
+                yield self._losses(rollout, steps, images.to(rollout.x0.device))
+
+    def _trained(self, iteration: int, all_steps: Transitions) -> Transitions:
+        """A random `trained_share` of each image's steps."""
+        count, steps = all_steps.index.shape
+        kept = max(1, int(steps * self._config.sde.trained_share))
+        if kept == steps:
+            return all_steps
+        rng = generator(self._config.seed, "trained_steps", iteration)
+        chosen = torch.rand(count, steps, generator=rng).argsort(1)[:, :kept].to(all_steps.index.device)
+        rows = torch.arange(count, device=chosen.device)[:, None]
+        return Transitions(
+            all_steps.x[rows, chosen],
+            all_steps.v_old[rows, chosen],
+            all_steps.eps[rows, chosen],
+            all_steps.index[rows, chosen],
+            all_steps.table,
+        )
+
+    def _losses(self, rollout: Rollout, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
+        each = steps.index.shape[1]
+        image = images.repeat_interleave(each)
+        step = torch.arange(each, device=images.device).repeat(len(images))
+        for start in range(0, len(image), self._config.optim.micro_batch):
+            rows = slice(start, start + self._config.optim.micro_batch)
+            batch = self._batch(rollout, steps, image[rows], step[rows])
+            yield WeightedLoss(self._algorithm.loss(batch, self._config), len(batch.index) / len(image))
+
+    def _batch(self, rollout: Rollout, steps: Transitions, image: torch.Tensor, step: torch.Tensor) -> TransitionBatch:
+        """Evaluates the policies where the chosen steps began, all steps in one forward pass."""
+        x, index, prompts = steps.x[image, step], steps.index[image, step], rollout.prompts[image]
+        t = torch.tensor(self._sigmas, device=x.device)[index]
+
+        def frozen(role: Role) -> torch.Tensor:
+            with torch.no_grad():
+                return velocity(self._policies.transformer(role), x, t, prompts)
+
+        v_old, eps = steps.v_old[image, step], steps.eps[image, step]
+        if self._config.sde.anchor == "replay":
+            replayed = frozen("rollout")
+            # The latent after the step stays what it was, so the noise that explains it moves with the mean.
+            kappa = steps.table.rows(index, torch.float32).kappa.view(-1, 1, 1, 1)
+            eps = (eps.float() - kappa * (replayed.float() - v_old.float())).to(eps.dtype)
+            v_old = replayed
+        v_ref = frozen("reference") if self._needs.reference else None
+        # The learner comes last: with adapters, asking for another policy would switch its gradients off.
+        v = velocity(self._policies.transformer("learner"), x, t, prompts)
+        return TransitionBatch(v, v_old, v_ref, eps, steps.table, index, rollout.advantages[image])
+
+    def mismatch(self, first: dict[str, float]) -> dict[str, float]:
+        """What the metrics of an iteration's first update say about the forward pass itself.
+
+        Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes
+        from the network giving other numbers in another batch, and a trust region below it cannot work.
+        """
+        floor = {"first_max_log_ratio": first["max_abs_log_ratio"], "first_kl": first["mean_kl_old"]}
+        limit, value = self._trust_region(), floor["first_max_log_ratio"]
+        if self._config.algorithm == "flow_dppo":
+            value = floor["first_kl"]
+        if value >= limit and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"before any update the learner already differs from the rollout's velocities by {value:.3g}, and "
+                f"{self._config.algorithm} acts on differences of {limit:.3g}: it would act on rounding. Use "
+                "sde.anchor=replay, the same batch sizes for rollout and training, or a higher precision.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return floor
+
+    def _trust_region(self) -> float:
+        config = self._config
+        return {
+            "flow_cps": math.log1p(config.flow_cps.clip),
+            "grpo_guard": math.log1p(config.grpo_guard.clip),
+            "flow_dppo": config.flow_dppo.threshold,
+        }.get(config.algorithm, math.log1p(config.flow_grpo.clip))

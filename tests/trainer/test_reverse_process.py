@@ -1,0 +1,158 @@
+"""Methods of the reverse process in the trainer, and that every algorithm trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from advflow.batch import Rollout
+from advflow.config import (
+    REVERSE_PROCESS,
+    Algorithm,
+    OptimConfig,
+    RolloutConfig,
+    RolloutPolicyConfig,
+    SDEConfig,
+    TrainConfig,
+)
+from advflow.reverse_process import stochastic_steps
+from advflow.sampling import MultistepDPM, euler_step
+from advflow.train import Trainer
+
+Make = Callable[..., TrainConfig]
+# On-policy as the published methods are: the rollout policy becomes the learner after every iteration.
+ON_POLICY = RolloutPolicyConfig(rate=0.0)
+
+
+def _trainer(small_config: Make, algorithm: str = "flow_grpo", **changes: object) -> Trainer:
+    settings: dict[str, object] = {"algorithm": algorithm, "sde": SDEConfig(steps=2), "rollout_policy": ON_POLICY}
+    return Trainer(small_config(**(settings | changes)))
+
+
+@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+def test_every_algorithm_moves_the_learner(small_config: Make, algorithm: str) -> None:
+    trainer = _trainer(small_config, algorithm)
+    before = [p.detach().clone() for p in trainer.policies.learner]
+    row = trainer.iterate(0)
+    assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["nonfinite_samples"] == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policies.learner, strict=True))
+    if algorithm in REVERSE_PROCESS:
+        # Before the first update both policies are the same network, run in different batches.
+        assert row["first_max_log_ratio"] < 1e-5 and row["first_kl"] < 1e-9
+
+
+def test_windows() -> None:
+    def steps(iteration: int = 0, seed: int = 0, **settings: object) -> list[int]:
+        return stochastic_steps(SDEConfig(**settings), 10, iteration, seed)  # type: ignore[arg-type]
+
+    assert steps(window="first", steps=9) == list(range(9))
+    drawn = [steps(i, window="random", steps=3, within=5) for i in range(60)]
+    assert all(len(set(s)) == 3 and s == sorted(s) and max(s) < 5 for s in drawn)
+    assert len({tuple(s) for s in drawn}) == 10  # every choice of 3 out of 5
+    for window in ("random_window", "branch"):
+        drawn = [steps(i, window=window, steps=3, within=5) for i in range(40)]
+        assert {s[0] for s in drawn} == {0, 1, 2} and all(s == list(range(s[0], s[0] + 3)) for s in drawn)
+    slid = [steps(i, window="sliding", steps=4, shift_every=2)[0] for i in range(16)]
+    assert slid == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0, 0, 1, 1]
+    assert steps(3, 1, window="random", steps=3) == steps(3, 1, window="random", steps=3)
+
+
+def test_a_window_must_leave_the_last_step_alone(small_config: Make) -> None:
+    with pytest.raises(ValueError, match="sde.steps is 3; with rollout.steps=3 at most 2"):
+        _trainer(small_config, sde=SDEConfig(steps=3))
+
+
+def _rollout(trainer: Trainer) -> Rollout:
+    rollout, _ = trainer._roll_out(0)
+    assert rollout.transitions is not None
+    return rollout
+
+
+def test_a_branch_starts_from_one_trajectory(small_config: Make) -> None:
+    rollout = _rollout(_trainer(small_config, sde=SDEConfig(window="branch", steps=1, within=2)))
+    groups = rollout.transitions.x[:, 0].unflatten(0, (-1, 4))  # type: ignore[union-attr]
+    assert torch.equal(groups, groups[:, :1].expand_as(groups))
+    assert not torch.equal(rollout.x0[0], rollout.x0[1])
+
+
+def test_stored_steps_lead_to_the_images(small_config: Make) -> None:
+    """mean + sigma eps of the last stochastic step, then Euler: the latent that was scored."""
+    trainer = _trainer(small_config)
+    rollout = _rollout(trainer)
+    steps = rollout.transitions
+    assert steps is not None
+    rows = steps.table.rows(steps.index.flatten(), torch.float64)
+    c_x, c_v, sigma = (c.view(12, 2, 1, 1, 1) for c in (rows.c_x, rows.c_v, rows.sigma))
+    after = c_x * steps.x + c_v * steps.v_old + sigma * steps.eps
+    torch.testing.assert_close(after[:, 0].float(), steps.x[:, 1], rtol=1e-5, atol=1e-5)
+
+
+def test_replaying_the_anchor_gives_what_was_stored(small_config: Make) -> None:
+    rows = [_trainer(small_config, sde=SDEConfig(steps=2, anchor=anchor)).iterate(0) for anchor in ("stored", "replay")]
+    assert rows[1]["first_max_log_ratio"] == 0 and rows[1]["first_kl"] == 0
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
+
+
+def test_later_updates_leave_the_anchor(small_config: Make) -> None:
+    optim = OptimConfig(micro_batch=24, steps_per_iteration=2, warmup=0)
+    row = _trainer(small_config, optim=optim, sde=SDEConfig(steps=2, epochs=2)).iterate(0)
+    assert row["mean_kl_old"] > 10 * row["first_kl"]
+
+
+def test_a_share_of_the_steps(small_config: Make) -> None:
+    trainer = _trainer(small_config, sde=SDEConfig(steps=2, trained_share=0.5), optim=OptimConfig(micro_batch=100))
+    rollout = _rollout(trainer)
+    assert rollout.transitions is not None
+    kept = trainer.process._trained(0, rollout.transitions)  # type: ignore[union-attr]
+    assert kept.index.shape == (12, 1) and set(kept.index.flatten().tolist()) == {0, 1}
+    losses = [list(step) for step in trainer.process.steps(0, rollout)]
+    assert [[loss.weight for loss in step] for step in losses] == [[1.0]]
+
+
+def test_a_trust_region_below_the_rounding_is_warned_of(small_config: Make) -> None:
+    trainer = _trainer(small_config)
+    with pytest.warns(UserWarning, match="sde.anchor=replay"):
+        trainer.process.mismatch({"max_abs_log_ratio": 1e-3, "mean_kl_old": 0.0})  # type: ignore[union-attr]
+
+
+def test_images_of_nan_do_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(small_config)
+    assert trainer.stochastic_sampler is not None
+    starting_noise = trainer.stochastic_sampler.starting_noise
+
+    def with_nan(noise: torch.Tensor) -> torch.Tensor:
+        noise = starting_noise(noise).clone()
+        noise[0] = torch.nan
+        return noise
+
+    monkeypatch.setattr(trainer.stochastic_sampler, "starting_noise", with_nan)
+    row = trainer.iterate(0)
+    assert row["broken_images"] == 1 and row["nonfinite_samples"] > 0 and row["skipped_steps"] == 0
+    assert all(torch.isfinite(p).all() for p in trainer.policies.learner)
+
+
+def test_dpm_is_of_second_order_and_beats_euler() -> None:
+    """Data N(1.5, 0.5^2): v = E[noise - x0 | x] is linear in x, and x(0) is known from x(1)."""
+
+    def final(steps: int, solver: str) -> float:
+        grid = [1.0 - i / steps for i in range(steps)] + [0.0]
+        step = MultistepDPM(grid) if solver == "dpm" else euler_step
+        x = torch.tensor([[2.0]], dtype=torch.float64)
+        for s, following in zip(grid, grid[1:], strict=False):
+            variance = 0.25 * (1 - s) ** 2 + s**2
+            centred = x - 1.5 * (1 - s)
+            v = s / variance * centred - (1.5 + 0.25 * (1 - s) / variance * centred)
+            x = step(x, v, s, following)
+        return abs(x.item() - (1.5 + 0.5 * 2.0))
+
+    assert final(20, "dpm") < final(20, "euler") / 3
+    assert 2.8 < final(40, "dpm") / final(80, "dpm") < 6.0
+    assert 1.8 < final(40, "euler") / final(80, "euler") < 2.3
+
+
+def test_dpm_rollouts_train(small_config: Make) -> None:
+    trainer = Trainer(small_config(rollout=RolloutConfig(prompts=3, images_per_prompt=4, steps=4, solver="dpm")))
+    assert trainer.iterate(0)["broken_images"] == 0
