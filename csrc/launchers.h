@@ -10,20 +10,11 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "common/parallel.h"
 #include "common/status.h"
 
 // C linkage, so that a test can call a launcher through ctypes.
 extern "C" {
-
-struct AdvflowTensor {
-  const void* data;  // null: this input is absent
-  AdvflowDtype dtype;
-};
-
-// Runs body(context, begin, end) over a partition of [0, count).
-struct AdvflowParallelFor {
-  void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
-};
 
 enum AdvflowTarget : int32_t {
   ADVFLOW_TARGET_U = 0,    // target is u
@@ -62,5 +53,31 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
 // into the result.
 int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
 int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
+
+// One sampler step of every row, [batch, elements].
+struct AdvflowSdeStepInputs {
+  AdvflowTensor v;
+  AdvflowTensor x;
+  AdvflowTensor noise;   // absent: drawn from `seeds`
+  const int64_t* seeds;  // [batch], null where noise is given
+  const void* coef;      // [batch, 3] = (c_x, c_v, sigma) in the accumulate type
+  int64_t batch;
+  int64_t elements;
+  AdvflowDtype dtype;  // of x_next and eps
+};
+
+// sde_step: with mean = c_x x + c_v v, x_next = mean + sigma noise rounded to
+// `dtype`; eps = (x_next - mean) / sigma of the rounded x_next, written in
+// `dtype` too; eps_sq[batch] = mean eps^2 before that last rounding, in the
+// accumulate type (fp32, or fp64 when an input or `dtype` is fp64). Where sigma
+// is 0, x_next is the rounded mean, eps and eps_sq are 0, and noise is not read.
+// Noise from seeds is that of math/philox.h: it depends on the row's seed and
+// the element's index in the row alone.
+int64_t advflow_sde_step_workspace_cpu(int64_t batch, int64_t elements);  // bytes
+int64_t advflow_sde_step_workspace_cuda(int64_t batch, int64_t elements);
+int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+                         void* where);
+int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+                          void* where);
 
 }  // extern "C"

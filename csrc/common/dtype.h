@@ -1,5 +1,5 @@
-// Element types of tensors that cross the launcher boundary. The values are
-// also exported to Python, which checks them against torch dtypes at import.
+// Tensors as they cross the launcher boundary. The dtype values are also
+// exported to Python, which checks them against torch dtypes at import.
 #pragma once
 
 #include <stdint.h>
@@ -9,4 +9,9 @@ enum AdvflowDtype : int32_t {
   ADVFLOW_FLOAT64 = 1,
   ADVFLOW_FLOAT16 = 2,
   ADVFLOW_BFLOAT16 = 3,
+};
+
+struct AdvflowTensor {
+  const void* data;  // null: this input is absent
+  AdvflowDtype dtype;
 };

@@ -16,54 +16,18 @@
 // same way in every thread, because a template for each mixture would mean
 // 3^5 of each kernel. What is a template is what changes the loop: 16-byte or
 // element access, and which tensors are present.
-//
-// Determinism: a row is cut into `splits` pieces by its length alone, a piece
-// is summed by one block in a fixed order, and one thread adds the pieces in
-// order. No atomics, so nothing depends on scheduling or on the other rows.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <type_traits>
 
 #include "common/macros.h"
 #include "common/reduce.cuh"
+#include "common/rows.cuh"
 #include "common/vec.h"
 #include "launchers.h"
 #include "math/residual.h"
 
 namespace {
-
-constexpr int kMaxThreads = 256;
-constexpr int kMinThreads = kAdvflowWarp;
-constexpr int kFinishThreads = 128;
-// Two tiles a block amortise its reduction; a 512 px latent (65,536 elements)
-// then gives 16 blocks a row.
-constexpr int kTilesPerSplit = 2;
-// One row alone should still occupy most of a large GPU, and one thread has to
-// add this many partial sums.
-constexpr int64_t kMaxSplits = 128;
-
-// How a row is cut. A function of its length only.
-struct RowPlan {
-  int threads;
-  int64_t tile;   // elements a block reads in one step
-  int64_t tiles;  // steps in a row
-  int64_t splits;
-  int64_t split_elements;
-};
-
-RowPlan plan_row(int64_t elements) {
-  RowPlan plan;
-  plan.threads = kMinThreads;
-  while (plan.threads < kMaxThreads && int64_t(plan.threads) * kAdvflowVec < elements) plan.threads *= 2;
-  plan.tile = int64_t(plan.threads) * kAdvflowVec;
-  plan.tiles = std::max<int64_t>(1, (elements + plan.tile - 1) / plan.tile);
-  const int64_t wanted = std::min(kMaxSplits, (plan.tiles + kTilesPerSplit - 1) / kTilesPerSplit);
-  const int64_t tiles_per_split = (plan.tiles + wanted - 1) / wanted;
-  plan.splits = (plan.tiles + tiles_per_split - 1) / tiles_per_split;
-  plan.split_elements = tiles_per_split * plan.tile;
-  return plan;
-}
 
 // ---------------------------------------------------------------------------
 // Kernels
@@ -75,6 +39,9 @@ struct Variant {
   static constexpr bool eps = kTarget == ADVFLOW_TARGET_EPS;
   static constexpr bool old = kHasOld;
   static constexpr bool ref = kHasRef;
+  // Blocks a multiprocessor holds at least; 0 leaves it to the compiler, which
+  // spills some element-wise variants to fit a fourth.
+  static constexpr int min_blocks = kVector ? 0 : 3;
 };
 
 struct Residuals8 {
@@ -106,14 +73,10 @@ __device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t in
   return x;
 }
 
-__device__ inline int valid_elements(int64_t begin, int64_t end) {
-  return end - begin < kAdvflowVec ? int(end - begin) : kAdvflowVec;
-}
-
 // partials[row][split][stat]
 template <typename V>
-__global__ void __launch_bounds__(kMaxThreads)
-    residual_stats_kernel(AdvflowResidualInputs in, RowPlan plan, float* partials) {
+__global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
+    residual_stats_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, float* partials) {
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
@@ -122,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float mix = float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
   for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
-    const Residuals8 x = load_residuals<V, false>(in, row * in.elements + i, valid_elements(i, end));
+    const Residuals8 x = load_residuals<V, false>(in, row * in.elements + i, advflow_valid_elements(i, end));
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       advflow_residual_accumulate<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], mix, sums);
@@ -135,30 +98,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// One thread for each (row, stat). Few numbers, so double costs nothing and
-// the finish adds no error of its own.
-__global__ void __launch_bounds__(kFinishThreads)
-    residual_stats_finish_kernel(const float* partials, float* stats, int64_t batch, int splits, int64_t elements) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= batch * ADVFLOW_RESIDUAL_STATS) return;
-  const int64_t row = i / ADVFLOW_RESIDUAL_STATS;
-  const int64_t stat = i % ADVFLOW_RESIDUAL_STATS;
-  const float* partial = partials + row * splits * ADVFLOW_RESIDUAL_STATS + stat;
-  double sum = 0.0;
-#pragma unroll 16
-  for (int split = 0; split < splits; ++split) sum += partial[split * ADVFLOW_RESIDUAL_STATS];
-  stats[i] = float(sum / double(elements));
-}
-
 template <typename V>
-__global__ void __launch_bounds__(kMaxThreads)
-    residual_grad_kernel(AdvflowResidualInputs in, RowPlan plan, const float* coef, void* grad, float scale) {
+__global__ void __launch_bounds__(kAdvflowMaxThreads)
+    residual_grad_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, const float* coef, void* grad, float scale) {
   const int64_t row = blockIdx.x / unsigned(plan.tiles);
   const int64_t tile = blockIdx.x % unsigned(plan.tiles);
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
   if (i >= in.elements) return;
   const int64_t index = row * in.elements + i;
-  const int valid = valid_elements(i, in.elements);
+  const int valid = advflow_valid_elements(i, in.elements);
   const float a = coef[row * 3], b = coef[row * 3 + 1], c = coef[row * 3 + 2];
 
   // A dropped row is not even read: its inputs may be anything.
@@ -177,14 +125,9 @@ __global__ void __launch_bounds__(kMaxThreads)
 // ---------------------------------------------------------------------------
 // Launchers
 
-bool is_supported(const AdvflowTensor& tensor) {
-  return tensor.data == nullptr || tensor.dtype == ADVFLOW_FLOAT32 || tensor.dtype == ADVFLOW_FLOAT16 ||
-         tensor.dtype == ADVFLOW_BFLOAT16;
-}
-
 bool are_supported(const AdvflowResidualInputs& in) {
-  return is_supported(in.v) && is_supported(in.target) && is_supported(in.noise) && is_supported(in.v_old) &&
-         is_supported(in.v_ref);
+  return advflow_is_supported(in.v) && advflow_is_supported(in.target) && advflow_is_supported(in.noise) &&
+         advflow_is_supported(in.v_old) && advflow_is_supported(in.v_ref);
 }
 
 // Null counts as aligned, so absent tensors do not decide.
@@ -206,22 +149,13 @@ void with_target(AdvflowTarget target, F f) {
   }
 }
 
-template <typename F>
-void with_bool(bool value, F f) {
-  if (value) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
-}
-
 // Calls f(Variant<...>{}) for what `in` holds.
 template <typename F>
 void with_variant(const AdvflowResidualInputs& in, const void* grad, F f) {
-  with_bool(can_vectorize(in, grad), [&](auto vector) {
+  advflow_with_bool(can_vectorize(in, grad), [&](auto vector) {
     with_target(in.target_is, [&](auto target) {
-      with_bool(in.v_old.data != nullptr, [&](auto old) {
-        with_bool(in.v_ref.data != nullptr, [&](auto ref) {
+      advflow_with_bool(in.v_old.data != nullptr, [&](auto old) {
+        advflow_with_bool(in.v_ref.data != nullptr, [&](auto ref) {
           f(Variant<decltype(vector)::value, decltype(target)::value, decltype(old)::value, decltype(ref)::value>{});
         });
       });
@@ -229,22 +163,18 @@ void with_variant(const AdvflowResidualInputs& in, const void* grad, F f) {
   });
 }
 
-bool fits_grid(int64_t blocks) { return blocks <= INT32_MAX; }
-
-int last_error() { return -int(cudaGetLastError()); }
-
 }  // namespace
 
 int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements) {
-  return batch * plan_row(elements).splits * ADVFLOW_RESIDUAL_STATS * int64_t(sizeof(float));
+  return batch * advflow_plan_row(elements).splits * ADVFLOW_RESIDUAL_STATS * int64_t(sizeof(float));
 }
 
 int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0) return ADVFLOW_OK;
-  const RowPlan plan = plan_row(in->elements);
+  const AdvflowRowPlan plan = advflow_plan_row(in->elements);
   const int64_t blocks = in->batch * plan.splits;
-  if (!fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+  if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
   const cudaStream_t stream = static_cast<cudaStream_t>(where);
   float* partials = static_cast<float*>(workspace);
@@ -252,21 +182,19 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
     const auto kernel = residual_stats_kernel<decltype(variant)>;
     ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan, partials);
   });
-  const int status = last_error();
+  const int status = advflow_last_error();
   if (status != ADVFLOW_OK) return status;
 
-  const int64_t finish_blocks = (in->batch * ADVFLOW_RESIDUAL_STATS + kFinishThreads - 1) / kFinishThreads;
-  ADVFLOW_LAUNCH(residual_stats_finish_kernel, dim3(unsigned(finish_blocks)), dim3(kFinishThreads), stream, partials,
-                 static_cast<float*>(stats), in->batch, int(plan.splits), in->elements);
-  return last_error();
+  return advflow_launch_row_means<ADVFLOW_RESIDUAL_STATS>(partials, static_cast<float*>(stats), in->batch, plan,
+                                                          in->elements, stream);
 }
 
 int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0 || in->elements == 0) return ADVFLOW_OK;
-  const RowPlan plan = plan_row(in->elements);
+  const AdvflowRowPlan plan = advflow_plan_row(in->elements);
   const int64_t blocks = in->batch * plan.tiles;
-  if (!fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+  if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
   const cudaStream_t stream = static_cast<cudaStream_t>(where);
   const float scale = float(2.0 / double(in->elements));
@@ -275,5 +203,5 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
     ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
                    static_cast<const float*>(coef), grad, scale);
   });
-  return last_error();
+  return advflow_last_error();
 }

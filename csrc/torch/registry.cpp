@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "residual.h"
+#include "sde_step.h"
 
 TORCH_LIBRARY(advflow, m) {
   m.def(
@@ -11,6 +12,9 @@ TORCH_LIBRARY(advflow, m) {
   m.def("residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef) -> Tensor");
   m.def("transition_stats(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref) -> Tensor");
   m.def("transition_grad(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref, Tensor coef) -> Tensor");
+  m.def(
+      "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "
+      "(Tensor x_next, Tensor eps, Tensor eps_sq)");
 }
 
 TORCH_LIBRARY_IMPL(advflow, CPU, m) {
@@ -18,6 +22,7 @@ TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("residual_grad", residual_grad_cpu);
   m.impl("transition_stats", transition_stats_cpu);
   m.impl("transition_grad", transition_grad_cpu);
+  m.impl("sde_step", sde_step_cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -26,6 +31,7 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("residual_grad", residual_grad_cuda);
   m.impl("transition_stats", transition_stats_cuda);
   m.impl("transition_grad", transition_grad_cuda);
+  m.impl("sde_step", sde_step_cuda);
 }
 #endif
 
@@ -36,4 +42,5 @@ TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
   m.impl("residual_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sde_step", torch::autograd::autogradNotImplementedFallback());
 }

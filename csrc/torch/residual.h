@@ -3,11 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <atomic>
 #include <optional>
-
-// Calls that reached a launcher; tests assert how many a training step makes.
-extern std::atomic<int64_t> advflow_launches;
 
 at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const std::optional<at::Tensor>& noise,
                               const std::optional<at::Tensor>& v_old, const std::optional<at::Tensor>& v_ref,

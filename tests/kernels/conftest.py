@@ -2,21 +2,33 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from kernel_harness import ResidualKernels, build_cuda, build_shim, nvcc
+from kernel_harness import RESIDUAL, SDE_STEP, ResidualKernels, SdeStepKernels, build_cuda, build_shim, nvcc
+
+BUILDS = ["shim", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(scope="session", params=["shim", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["shim", "cuda"])
-def kernels(request: pytest.FixtureRequest) -> ResidualKernels:
-    """The launchers of residual.cu, run by the launch shim and, where there is a GPU, by the GPU."""
-    if request.param == "shim":
+def library(source: Path, build: str) -> tuple[Path, str]:
+    """The launchers of ``source`` and their device: run by the launch shim and, where there is a GPU, by the GPU."""
+    if build == "shim":
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip("the launch shim needs g++")
-        return ResidualKernels(build_shim(), "cpu")
+        return build_shim(source), "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if nvcc() is None:
         pytest.skip("no nvcc")
-    return ResidualKernels(build_cuda(), "cuda")
+    return build_cuda(source), "cuda"
+
+
+@pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> ResidualKernels:
+    return ResidualKernels(*library(RESIDUAL, request.param))
+
+
+@pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
+def sde_kernels(request: pytest.FixtureRequest) -> SdeStepKernels:
+    return SdeStepKernels(*library(SDE_STEP, request.param))

@@ -11,14 +11,16 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).resolve().parent / "shim"
-SOURCE = ROOT / "csrc" / "cuda" / "residual.cu"
+RESIDUAL = ROOT / "csrc" / "cuda" / "residual.cu"
+SDE_STEP = ROOT / "csrc" / "cuda" / "sde_step.cu"
 
 STATS = 8
 UNSUPPORTED_DTYPE = 1
@@ -51,7 +53,7 @@ def compiled(name: str, command: list[str]) -> Path:
     return output
 
 
-def build_shim(source: Path = SOURCE) -> Path:
+def build_shim(source: Path) -> Path:
     # -ffp-contract=off: otherwise g++ decides per instantiation, on some targets, where to fuse a multiply-add.
     return compiled(
         f"{source.stem}_shim.so",
@@ -60,12 +62,12 @@ def build_shim(source: Path = SOURCE) -> Path:
     )
 
 
-def build_cuda() -> Path:
+def build_cuda(source: Path) -> Path:
     major, minor = torch.cuda.get_device_capability()
     return compiled(
-        "residual_cuda.so",
+        f"{source.stem}_cuda.so",
         f"{nvcc()} -O3 -std=c++17 -arch=sm_{major}{minor} -shared -Xcompiler -fPIC"
-        f" -I{ROOT / 'csrc'} {SOURCE} -o".split(),
+        f" -I{ROOT / 'csrc'} {source} -o".split(),
     )
 
 
@@ -94,6 +96,7 @@ class Inputs:
     noise: torch.Tensor | None = None
     v_old: torch.Tensor | None = None
     v_ref: torch.Tensor | None = None
+    _: KW_ONLY
     mix: float = 0.0
     target_is_eps: bool = False
 
@@ -101,13 +104,44 @@ class Inputs:
         return {name: getattr(self, name) for name in ("v", "target", "noise", "v_old", "v_ref")}
 
     def map(self, f) -> Inputs:  # type: ignore[no-untyped-def]
-        present = {name: f(tensor) for name, tensor in self.tensors().items() if tensor is not None}
-        return replace(self, **present)  # type: ignore[arg-type]
+        return replace(self, **{name: f(tensor) for name, tensor in self.tensors().items() if tensor is not None})
 
     @property
     def shape(self) -> tuple[int, int]:
         batch, elements = self.v.shape
         return batch, elements
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    v: torch.Tensor  # [batch, elements], like x and noise
+    x: torch.Tensor
+    coef: torch.Tensor  # [batch, 3]
+    noise: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None  # int64 [batch]
+    dtype: torch.dtype = torch.float32  # of x_next and eps
+
+    def rows(self, rows: slice) -> StepInputs:
+        present = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        parts: dict[str, Any] = {name: tensor[rows].contiguous() for name, tensor in present.items()}
+        return replace(self, **parts)
+
+    def on(self, device: str, offset: int = 0) -> StepInputs:
+        """A copy on the device, latents surrounded by NaN."""
+        return replace(
+            self,
+            v=placed(self.v, device, offset),
+            x=placed(self.x, device, offset),
+            noise=None if self.noise is None else placed(self.noise, device, offset),
+            coef=self.coef.to(device),
+            seeds=None if self.seeds is None else self.seeds.to(device),
+        )
+
+
+class StepOutputs(NamedTuple):
+    x_next: torch.Tensor  # [batch, elements]
+    eps: torch.Tensor
+    eps_sq: torch.Tensor  # [batch]
 
 
 class _CTensor(ctypes.Structure):
@@ -124,25 +158,56 @@ class _CInputs(ctypes.Structure):
     ]
 
 
+class _CStepInputs(ctypes.Structure):
+    _fields_ = [
+        *((name, _CTensor) for name in ("v", "x", "noise")),
+        ("seeds", ctypes.c_void_p),
+        ("coef", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("elements", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+def _c_tensor(tensor: torch.Tensor | None) -> _CTensor:
+    return _CTensor(None, 0) if tensor is None else _CTensor(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype])
+
+
 def _c_inputs(inputs: Inputs) -> _CInputs:
-    tensors = inputs.tensors().values()
-    c_tensors = (_CTensor(None, 0) if t is None else _CTensor(t.data_ptr(), _DTYPE_CODES[t.dtype]) for t in tensors)
     target_is = 2 if inputs.target_is_eps else int(inputs.noise is not None)
-    return _CInputs(*c_tensors, *inputs.shape, inputs.mix, target_is)
+    return _CInputs(*map(_c_tensor, inputs.tensors().values()), *inputs.shape, inputs.mix, target_is)
 
 
-class ResidualKernels:
+def _c_step_inputs(inputs: StepInputs) -> _CStepInputs:
+    seeds = None if inputs.seeds is None else inputs.seeds.data_ptr()
+    latents = map(_c_tensor, (inputs.v, inputs.x, inputs.noise))
+    return _CStepInputs(*latents, seeds, inputs.coef.data_ptr(), *inputs.v.shape, _DTYPE_CODES[inputs.dtype])
+
+
+class Kernels:
+    """One library of launchers, on the device it runs on."""
+
     def __init__(self, library: Path, device: str) -> None:
         self.device = device
         self._lib = ctypes.CDLL(str(library))
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._lib.advflow_residual_stats_workspace_cuda.argtypes = [count, count]
-        self._lib.advflow_residual_stats_workspace_cuda.restype = count
-        self._lib.advflow_residual_stats_cuda.argtypes = [ctypes.POINTER(_CInputs), pointer, pointer, pointer]
-        self._lib.advflow_residual_grad_cuda.argtypes = [ctypes.POINTER(_CInputs), pointer, pointer, pointer]
+
+    def _declare(self, name: str, inputs: type[ctypes.Structure], pointers: int) -> None:
+        getattr(self._lib, name).argtypes = [ctypes.POINTER(inputs), *[ctypes.c_void_p] * pointers]
+
+    def _declare_size(self, name: str) -> None:
+        function = getattr(self._lib, name)
+        function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
 
     def _stream(self) -> int | None:
         return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
+
+
+class ResidualKernels(Kernels):
+    def __init__(self, library: Path, device: str) -> None:
+        super().__init__(library, device)
+        self._declare_size("advflow_residual_stats_workspace_cuda")
+        self._declare("advflow_residual_stats_cuda", _CInputs, pointers=3)
+        self._declare("advflow_residual_grad_cuda", _CInputs, pointers=3)
 
     def workspace_bytes(self, batch: int, elements: int) -> int:
         return int(self._lib.advflow_residual_stats_workspace_cuda(batch, elements))
@@ -176,3 +241,32 @@ class ResidualKernels:
         assert status == 0, f"residual_grad returned {status}"
         assert guards_intact(grad), "residual_grad wrote outside its output"
         return grad.view(inputs.shape)
+
+
+class SdeStepKernels(Kernels):
+    def __init__(self, library: Path, device: str) -> None:
+        super().__init__(library, device)
+        self._declare_size("advflow_sde_step_workspace_cuda")
+        self._declare("advflow_sde_step_cuda", _CStepInputs, pointers=5)
+
+    def workspace_bytes(self, batch: int, elements: int) -> int:
+        return int(self._lib.advflow_sde_step_workspace_cuda(batch, elements))
+
+    def try_step(self, inputs: StepInputs, workspace: torch.Tensor, outputs: StepOutputs) -> int:
+        pointers = [tensor.data_ptr() for tensor in (workspace, *outputs)]
+        return int(self._lib.advflow_sde_step_cuda(ctypes.byref(_c_step_inputs(inputs)), *pointers, self._stream()))
+
+    def buffers(self, inputs: StepInputs, offset: int = 0) -> tuple[torch.Tensor, StepOutputs]:
+        """Workspace and outputs full of NaN."""
+        batch, elements = inputs.v.shape
+        workspace = poisoned(self.workspace_bytes(batch, elements) // 4, torch.float32, self.device)
+        x_next, eps = (poisoned(inputs.v.numel(), inputs.dtype, self.device, offset) for _ in range(2))
+        return workspace, StepOutputs(x_next, eps, poisoned(batch, torch.float32, self.device))
+
+    def step(self, inputs: StepInputs, offset: int = 0) -> StepOutputs:
+        workspace, outputs = self.buffers(inputs, offset)
+        status = self.try_step(inputs, workspace, outputs)
+        assert status == 0, f"sde_step returned {status}"
+        assert all(map(guards_intact, (workspace, *outputs))), "sde_step wrote outside its buffers"
+        x_next, eps, eps_sq = outputs
+        return StepOutputs(x_next.view(inputs.v.shape), eps.view(inputs.v.shape), eps_sq)

@@ -2,88 +2,118 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from kernel_harness import ROOT, SOURCE, compiled, nvcc
+from kernel_harness import RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: nothing to compile the CUDA source with")
 
 FLAGS = f"-O3 -std=c++17 -I{ROOT / 'csrc'}"
+
+NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step"]
+# kVector, what the row is compared with (an AdvflowTarget), v_old, v_ref
+RESIDUAL_VARIANT = r"VariantILb([01])EL13AdvflowTarget([012])ELb([01])ELb([01])E"
+X0 = 1
+# kVector, kDrawn
+STEP_VARIANT = r"sde_step_kernelILb([01])ELb([01])E"
 
 
 @dataclass(frozen=True)
 class Kernel:
     name: str
     vector: bool
-    tensors: int  # v and target, and the optional ones it was built for
+    tensors: int  # how many it reads, each in words of 16 bytes
+    scalars: int  # the other loads: coefficients, a seed
     body: str
 
 
 def parse_kernel(symbol: str, body: str) -> Kernel:
-    name = next(n for n in ["residual_stats_finish", "residual_stats", "residual_grad"] if f"{n}_kernel" in symbol)
-    flags = re.search(r"VariantILb([01])ELb([01])ELb([01])ELb([01])E", symbol)
-    if flags is None:
-        return Kernel(name, False, 0, body)
-    vector, *optional = (int(flag) for flag in flags.groups())
-    return Kernel(name, bool(vector), 2 + sum(optional), body)
+    name = next(n for n in NAMES if f"{n}_kernel" in symbol)
+    if name == "row_means":
+        return Kernel(name, False, 0, 0, body)
+    flags = re.search(STEP_VARIANT if name == "sde_step" else RESIDUAL_VARIANT, symbol)
+    assert flags is not None, symbol
+    vector, *rest = map(int, flags.groups())
+    if name == "sde_step":
+        (drawn,) = rest
+        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, body)
+    target, *anchors = rest
+    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 3 * (name == "residual_grad"), body)
 
 
-@pytest.fixture(scope="session", params=["80", "90"])
+@dataclass(frozen=True)
+class Build:
+    kernels: list[Kernel]
+    report: str  # what ptxas said
+
+
+@functools.cache
+def build(source: Path, arch: str) -> Build:
+    name = f"{source.stem}_sm{arch}"
+    ptx = compiled(f"{name}.ptx", f"{nvcc()} {FLAGS} -arch=compute_{arch} --ptx {source} -o".split())
+    cubin = compiled(f"{name}.cubin", f"{nvcc()} {FLAGS} -arch=sm_{arch} -Xptxas -v -cubin {source} -o".split())
+    entries = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", ptx.read_text(), re.DOTALL)
+    kernels = [parse_kernel(symbol, body) for symbol, body in entries]
+    return Build(kernels, cubin.with_suffix(".log").read_text())
+
+
+@pytest.fixture(params=["80", "90"])
 def arch(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def ptx_kernels(arch: str) -> list[Kernel]:
-    path = compiled(f"residual_sm{arch}.ptx", f"{nvcc()} {FLAGS} -arch=compute_{arch} --ptx {SOURCE} -o".split())
-    entries = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", path.read_text(), re.DOTALL)
-    return [parse_kernel(symbol, body) for symbol, body in entries]
+@pytest.fixture(params=[RESIDUAL, SDE_STEP], ids=lambda source: source.stem)
+def built(request: pytest.FixtureRequest, arch: str) -> Build:
+    return build(request.param, arch)
 
 
-@pytest.fixture(scope="session")
-def ptxas_report(arch: str) -> str:
-    path = compiled(
-        f"residual_sm{arch}.cubin", f"{nvcc()} {FLAGS} -arch=sm_{arch} -Xptxas -v -cubin {SOURCE} -o".split()
-    )
-    return path.with_suffix(".log").read_text()
+def test_every_variant_is_compiled(arch: str) -> None:
+    names = [kernel.name for source in (RESIDUAL, SDE_STEP) for kernel in build(source, arch).kernels]
+    assert {name: names.count(name) for name in NAMES} == {
+        "row_means": 2,
+        "residual_stats": 24,
+        "residual_grad": 24,
+        "sde_step": 4,
+    }
 
 
-def test_every_variant_is_compiled(ptx_kernels: list[Kernel]) -> None:
-    names = [kernel.name for kernel in ptx_kernels]
-    assert (names.count("residual_stats"), names.count("residual_grad")) == (16, 16)
-    assert names.count("residual_stats_finish") == 1
-
-
-def test_vector_kernels_read_each_tensor_in_16_byte_words(ptx_kernels: list[Kernel]) -> None:
-    for kernel in (k for k in ptx_kernels if k.vector):
+def test_vector_kernels_read_each_tensor_in_16_byte_words(built: Build) -> None:
+    for kernel in (k for k in built.kernels if k.vector):
         loads = re.findall(r"ld\.global\.(\S+)", kernel.body)
         wide = [load for load in loads if "v4" in load]
-        # One word for 16-bit elements, a second for fp32; coefficients are the only other loads.
+        # One word for 16-bit elements, a second for fp32.
         assert len(wide) == 2 * kernel.tensors, kernel.name
-        narrow = len(loads) - len(wide)
-        assert narrow <= (3 if kernel.name == "residual_grad" else 0)
+        assert len(loads) - len(wide) <= kernel.scalars, kernel.name
 
 
-def test_vector_gradients_are_stored_in_16_byte_words(ptx_kernels: list[Kernel]) -> None:
-    for kernel in (k for k in ptx_kernels if k.vector and k.name == "residual_grad"):
+@pytest.mark.parametrize(
+    ("source", "name", "outputs", "scalars"), [(RESIDUAL, "residual_grad", 1, 0), (SDE_STEP, "sde_step", 2, 1)]
+)
+def test_vector_kernels_store_in_16_byte_words(arch: str, source: Path, name: str, outputs: int, scalars: int) -> None:
+    kernels = [k for k in build(source, arch).kernels if k.vector and k.name == name]
+    assert kernels
+    for kernel in kernels:
         stores = re.findall(r"st\.global\.(\S+)", kernel.body)
-        assert len(stores) == 2 and all("v4" in store for store in stores)
+        assert sum("v4" in store for store in stores) == 2 * outputs
+        assert len(stores) == 2 * outputs + scalars
 
 
-def test_all_loads_are_issued_before_the_first_conversion(ptx_kernels: list[Kernel]) -> None:
-    for kernel in (k for k in ptx_kernels if k.vector):
+def test_all_loads_are_issued_before_the_first_conversion(built: Build) -> None:
+    for kernel in (k for k in built.kernels if k.vector):
         assert kernel.body.rindex("ld.global") < kernel.body.index("cvt.f32.f16"), kernel.name
 
 
-def test_nothing_spills(ptxas_report: str) -> None:
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas_report)
-    assert len(frames) == 33
+def test_nothing_spills(built: Build) -> None:
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.report)
+    assert len(frames) == len(built.kernels)
     assert set(frames) == {("0", "0", "0")}
 
 
-def test_registers_leave_room_for_latency_hiding(ptxas_report: str) -> None:
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", ptxas_report)]
+def test_registers_leave_room_for_latency_hiding(built: Build) -> None:
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.report)]
     # 80 registers let three blocks of 256 threads share a multiprocessor.
-    assert len(registers) == 33 and max(registers) <= 80
+    assert len(registers) == len(built.kernels) and max(registers) <= 80

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the forward-process core: streams, graph capture, repeatability, 64-bit offsets."""
+"""What only a GPU can show of the loss core: streams, graph capture, repeatability, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from kernel_harness import STATS, Inputs, ResidualKernels, poisoned
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("kernels", ["cuda"], indirect=True)]
 
 
-def random_inputs(batch: int, elements: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    return Inputs(*(torch.randn(batch, elements, device="cuda").to(dtype) for _ in range(5)))
+def random_inputs(batch: int, elements: int, target_is_eps: bool = False) -> Inputs:
+    v, target, noise, v_old, v_ref = torch.randn(5, batch, elements, device="cuda").bfloat16().unbind()
+    if target_is_eps:
+        return Inputs(v, target, None, v_old, v_ref, target_is_eps=True)
+    return Inputs(v, target, noise, v_old, v_ref, mix=0.1)
 
 
-def test_same_bits_every_time(kernels: ResidualKernels) -> None:
-    inputs, coef = random_inputs(64, 65_536), torch.randn(64, 3, device="cuda")
+@pytest.mark.parametrize("target_is_eps", [False, True], ids=["forward", "reverse"])
+def test_same_bits_every_time(kernels: ResidualKernels, target_is_eps: bool) -> None:
+    inputs, coef = random_inputs(64, 65_536, target_is_eps), torch.randn(64, 3, device="cuda")
     stats, grad = kernels.stats(inputs), kernels.grad(inputs, coef)
     for _ in range(20):
         assert torch.equal(kernels.stats(inputs), stats)
@@ -48,8 +52,8 @@ def test_work_is_ordered_on_the_stream_it_was_given(kernels: ResidualKernels) ->
     with torch.cuda.stream(stream):
         # Long enough that a launch on any other stream would read the zeros.
         torch.cuda._sleep(50_000_000)
-        for name, tensor in vars(inputs).items():
-            vars(late)[name].copy_(tensor)
+        for name, tensor in inputs.tensors().items():
+            getattr(late, name).copy_(tensor)
         grad = torch.empty_like(late.v)
         assert kernels.try_grad(late, coef, grad) == 0
     stream.synchronize()

@@ -1,0 +1,812 @@
+"""``python -m advflow_ext.conformance``: which call here computes what a public trainer computes, and whether it does.
+
+Each trainer's formula is written the way that trainer computes it (means of the next x, log-probabilities with their
+constants, x0-predictions), in float64, from its public code or paper. It shares the random inputs with the call beside
+it and nothing else. Where a trainer departs from its own paper or sampler, the row says how, and which option gives its
+number if one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import advflow_ext as af
+
+TRANSITIONS, SHAPE, GROUP = 9, (4, 8, 8), 8
+AGREEING_DIGITS = 9.0  # a log-ratio of 1e-4 out of float64 log-probabilities of 1 keeps about 11
+
+Loss = Callable[..., af.LossOutput]
+Gaussian = tuple[Tensor, Tensor]  # mean of the next x, and its standard deviation [N, 1, 1, 1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one trainer: by our call, and by the trainer's formula."""
+
+    trainer: str
+    quantity: str
+    call: str
+    ours: tuple[Tensor, ...]
+    theirs: tuple[Tensor, ...]
+    departs: str = ""  # how the trainer departs from what the call computes, where it does
+
+    @property
+    def digits(self) -> float:
+        """Leading digits that agree: of the worst element, relative to the largest one of its tensor; at most 16."""
+        worst = 0.0
+        for ours, theirs in zip(self.ours, self.theirs, strict=True):
+            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
+        return min(16.0, -math.log10(worst)) if worst > 0 else 16.0
+
+    @property
+    def agrees(self) -> bool:
+        return self.digits >= AGREEING_DIGITS
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "trainer": self.trainer,
+            "quantity": self.quantity,
+            "call": self.call,
+            "ours": float(self.ours[0].flatten()[0]),
+            "theirs": float(self.theirs[0].flatten()[0]),
+            "digits": round(self.digits, 1),
+            "agrees": self.agrees,
+            "departs": self.departs,
+        }
+
+
+class Inputs:
+    """The random numbers behind every row."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        latents = (TRANSITIONS, *SHAPE)
+        self.x0, self.noise, self.x, self.step_noise = normal(4, *latents)
+        self.u = self.noise - self.x0
+        self.v_old = self.u + 0.3 * normal(*latents)
+        self.v, self.v_ref, self.v_ema = self.v_old + 0.02 * normal(3, *latents)
+        self.t = torch.linspace(0.1, 1, TRANSITIONS, dtype=torch.float64)
+        self.A = normal(TRANSITIONS)
+        self.rewards = 0.5 + 0.1 * normal(6, 1) + 0.1 * normal(6, GROUP)
+        self.rewards[0, 3] += 5  # beyond five standard deviations, so that the clips have something to do
+
+
+def shown(op: Callable[..., Any], options: dict[str, Any]) -> str:
+    words = [f"{name}={name if isinstance(value, Tensor) else repr(value)}" for name, value in options.items()]
+    return f"{op.__name__}({', '.join(['...', *words])})"
+
+
+def metric(out: af.LossOutput, name: str) -> Tensor:
+    return out.metrics.values[out.metrics.names.index(name)]
+
+
+def with_gradient(loss: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = v.clone().requires_grad_()
+    value = loss(leaf)
+    (grad,) = torch.autograd.grad(value, leaf)
+    return value.detach(), grad
+
+
+def mean(values: Tensor) -> Tensor:
+    """Over everything but the batch."""
+    return values.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules, samplers and ratios, as the trainers write them
+
+
+def shifted(s: Tensor, shift: float = 3.0) -> Tensor:
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def shifted_once(steps: int) -> Tensor:
+    """Tencent-Hunyuan/UniRL, XueZeyue/DanceGRPO, Tencent-Hunyuan/MixGRPO."""
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+
+
+def shifted_twice(steps: int) -> Tensor:
+    """The Euler scheduler of diffusers with shift 3, as yifan123/flow_grpo runs it: the smallest sigma is shifted when
+    the scheduler is built, and the grid between it and 1 once more in set_timesteps."""
+    smallest = float(shifted(torch.tensor(1 / 1000, dtype=torch.float64)))
+    grid = shifted(torch.linspace(1, smallest, steps, dtype=torch.float64))
+    return torch.cat([grid, torch.zeros_like(grid[:1])])
+
+
+def flow_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, a: float, at_one: Tensor) -> Gaussian:
+    """flow_grpo's ``std_dev_t`` lacks the sqrt(-dt) that its noise has; what is returned here has it."""
+    dt = following - s
+    std_dev_t = a * (s / (1 - torch.where(s == 1, at_one, s))).sqrt()
+    drift_x, drift_v = std_dev_t**2 / (2 * s), 1 + std_dev_t**2 * (1 - s) / (2 * s)
+    return x * (1 + drift_x * dt) + v * drift_v * dt, std_dev_t * (-dt).sqrt()
+
+
+def dance_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, eta: float) -> Gaussian:
+    """An Euler step, corrected by the score of the predicted x0."""
+    dt = following - s
+    predicted_x0 = x - s * v
+    score = -(x - (1 - s) * predicted_x0) / s**2
+    return x + v * dt - eta**2 / 2 * score * dt, eta * (-dt).sqrt()
+
+
+def cps(v: Tensor, x: Tensor, s: Tensor, following: Tensor, eta: float) -> Gaussian:
+    """Predicted data and noise, recombined with a part of the noise drawn anew."""
+    std = following * math.sin(eta * math.pi / 2)
+    predicted_x0, predicted_noise = x - s * v, x + (1 - s) * v
+    return (1 - following) * predicted_x0 + (following**2 - std**2).sqrt() * predicted_noise, std
+
+
+def log_prob(x_next: Tensor, gaussian: Gaussian) -> Tensor:
+    """With its constants, averaged over the elements."""
+    mu, std = gaussian
+    return mean(-((x_next - mu) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi)))
+
+
+def log_prob_without_variance(x_next: Tensor, gaussian: Gaussian) -> Tensor:
+    """IamCreateAI/FlowCPS, and all who took CPS from it."""
+    return mean(-((x_next - gaussian[0]) ** 2))
+
+
+def clipped(ratio: Tensor, A: Tensor, clip: float) -> Tensor:
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip)).mean()
+
+
+def kept(A: Tensor, log_ratio: Tensor, kl: Tensor, threshold: float) -> Tensor:
+    """Flow-DPPO's mask, as all three code bases decide it."""
+    ratio, large = log_ratio.exp(), kl >= threshold
+    return ~(large & (((ratio > 1) & (A > 0)) | ((ratio < 1) & (A < 0))))
+
+
+class Rollout:
+    """A trainer's transitions, drawn from v_old by its own sampler; and rows that compare ours on them."""
+
+    def __init__(
+        self, trainer: str, inputs: Inputs, sampler: str, level: float, sigmas: Tensor, index: Tensor, **options: Any
+    ) -> None:
+        self.trainer, self.given, self.sampler, self.level, self.index = trainer, inputs, sampler, level, index
+        self.at_one = sigmas[1]
+        column = (-1, *[1] * len(SHAPE))
+        self.s, self.following = sigmas[index].view(column), sigmas[index + 1].view(column)
+        mu, std = self.step(inputs.v_old)
+        self.x_next = mu + std * inputs.step_noise
+        self.std, self.h = std.flatten(), (self.s - self.following).flatten()
+
+        options = {"sampler": sampler, "noise_level": level, **options}
+        self.table = af.StepTable(sigmas, **options)
+        self.table_text = shown(af.StepTable, options).replace("...", "sigmas")
+        self.drawn = af.sde_step(inputs.v_old, inputs.x, self.table, index, noise=inputs.step_noise)
+        self.arguments = (inputs.v, inputs.v_old, self.drawn.eps, self.table, index, inputs.A)
+
+    def step(self, v: Tensor) -> Gaussian:
+        given = (v, self.given.x, self.s, self.following, self.level)
+        if self.sampler == "flow_sde":
+            return flow_sde(*given, self.at_one)
+        return dance_sde(*given) if self.sampler == "dance_sde" else cps(*given)
+
+    def log_ratio(self, v: Tensor, density: Callable[[Tensor, Gaussian], Tensor] = log_prob) -> Tensor:
+        return density(self.x_next, self.step(v)) - density(self.x_next, self.step(self.given.v_old))
+
+    def squared_drift(self, v: Tensor, anchor: Tensor) -> Tensor:
+        """<(mean - mean of the anchor)^2>: what every KL is made of."""
+        return mean((self.step(v)[0] - self.step(anchor)[0]) ** 2)
+
+    def row(self, quantity: str, call: str, ours: Tensor, theirs: Tensor, departs: str = "") -> Row:
+        return Row(self.trainer, quantity, call, (ours,), (theirs,), departs)
+
+    def next_x(self) -> Row:
+        call = f"sde_step(v, x, {self.table_text}, index).x_next"
+        return self.row("next x", call, self.drawn.x_next, self.x_next)
+
+    def log_prob(self) -> Row:
+        call = f"sde_step(v, x, {self.table_text}, index).log_prob"
+        return self.row(
+            "log-probability", call, self.drawn.log_prob, log_prob(self.x_next, self.step(self.given.v_old))
+        )
+
+    def sigma_at_one(self, quantity: str, theirs: Tensor) -> Row:
+        return self.row(quantity, f"{self.table_text}.sigma[0]", self.table.sigma[:1], theirs)
+
+    def kl_of_a_change(self, step: int, schedule: str) -> Row:
+        """How far two schedules are apart: the KL that a mean squared change of v of 1 costs at a step."""
+        theirs = self.squared_drift(self.given.v + 1, self.given.v) / (2 * self.std**2)
+        return self.row(
+            f"KL of <dv^2> = 1 at step {step}, {schedule}", f"{self.table_text}.kappa[{step}] ** 2 / 2",
+            self.table.kappa[step : step + 1] ** 2 / 2, theirs[self.index == step][:1],
+        )  # fmt: skip
+
+    def mean_log_ratio(self, op: Loss, theirs: Tensor, departs: str = "", **options: Any) -> Row:
+        ours = metric(op(*self.arguments, **options), "mean_log_ratio")
+        return self.row("log-ratio", f"{shown(op, options)}: mean_log_ratio", ours, theirs.mean(), departs)
+
+    def clipped_count(self, op: Loss, log_ratio: Tensor, clip: float) -> Row:
+        ratio, A = log_ratio.exp(), self.given.A
+        theirs = (-A * ratio.clamp(1 - clip, 1 + clip) > -A * ratio).double().sum()
+        ours = metric(op(*self.arguments, clip=clip), "masked_samples")
+        return self.row("clipped transitions", f"{shown(op, {'clip': clip})}: masked_samples", ours, theirs)
+
+    def kl_old(self, theirs: Tensor, departs: str = "", quantity: str = "KL to the rollout policy") -> Row:
+        ours = af.gaussian_kl_from_velocity(self.given.v, self.given.v_old, self.table, self.index)
+        call = f"gaussian_kl_from_velocity(v, v_old, {self.table_text}, index)"
+        return self.row(quantity, call, ours, theirs, departs)
+
+    def kl_ref(self, op: Loss, theirs: Tensor, departs: str = "", **options: Any) -> Row:
+        """Advantages of zero leave a loss its reference term."""
+        options = {"v_ref": self.given.v_ref, "kl_weight": 1.0, **options, "reduction": "none"}
+        ours = op(*self.arguments[:-1], torch.zeros_like(self.given.A), **options).loss
+        call = shown(op, options).replace("...", "..., 0 * A")
+        return self.row("KL to the reference", call, ours, theirs, departs)
+
+    def masked(self, theirs: Tensor, quantity: str = "masked transitions", **options: Any) -> Row:
+        ours = af.flow_dppo_loss(*self.arguments, **options, reduction="none").loss == 0
+        counts = (ours.sum().double(), ours.double()), (theirs.sum().double(), theirs.double())
+        return Row(self.trainer, quantity, f"{shown(af.flow_dppo_loss, options)}: masked_samples", *counts)
+
+    def loss(
+        self, op: Loss, theirs: Callable[[Tensor], Tensor], departs: str = "", quantity: str = "loss", **options: Any
+    ) -> Row:
+        return loss_row(self.trainer, quantity, op, self.arguments, theirs, departs, **options)
+
+
+def loss_row(
+    trainer: str,
+    quantity: str,
+    op: Loss,
+    arguments: tuple[Any, ...],
+    theirs: Callable[[Tensor], Tensor],
+    departs: str = "",
+    **options: Any,
+) -> Row:
+    """Loss and gradient with respect to v, which is the first of ``arguments``."""
+    v, *others = arguments
+    ours = with_gradient(lambda leaf: op(leaf, *others, **options).loss, v)
+    return Row(trainer, f"{quantity}, gradient", shown(op, options), ours, with_gradient(theirs, v), departs)
+
+
+def advantage_row(
+    trainer: str, inputs: Inputs, theirs: Tensor, departs: str = "", quantity: str = "advantages", **options: Any
+) -> Row:
+    ours = af.group_advantages(inputs.rewards.flatten(), GROUP, **options)
+    return Row(trainer, quantity, shown(af.group_advantages, options), (ours,), (theirs.flatten(),), departs)
+
+
+def centred(inputs: Inputs) -> Tensor:
+    return inputs.rewards - inputs.rewards.mean(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers of the reverse process
+
+
+def flow_grpo(inputs: Inputs) -> Iterator[Row]:
+    """yifan123/flow_grpo: train_sd3.py, train_sd3_fast.py (CPS), train_sd3_sft.py."""
+    at = Rollout("flow_grpo", inputs, "flow_sde", 0.7, shifted_twice(10), torch.arange(TRANSITIONS))
+    std_dev_t = at.std / at.h.sqrt()
+
+    def kl(v: Tensor) -> Tensor:
+        return at.squared_drift(v, inputs.v_ref) / (2 * std_dev_t**2)
+
+    def loss(v: Tensor) -> Tensor:
+        return clipped(at.log_ratio(v).exp(), inputs.A, 1e-4) + 0.04 * kl(v).mean()
+
+    yield at.kl_of_a_change(8, "shift 3 twice")
+    yield at.sigma_at_one("sigma at s = 1", at.std[:1])
+    yield at.next_x()
+    yield at.log_prob()
+    yield at.mean_log_ratio(af.flow_grpo_loss, at.log_ratio(inputs.v))
+    yield at.clipped_count(af.flow_grpo_loss, at.log_ratio(inputs.v), 1e-4)
+    yield at.kl_ref(
+        af.flow_grpo_loss, kl(inputs.v), "it divides by 2 std_dev_t^2, without -dt; kl_convention='dt' gives it"
+    )
+    yield at.kl_ref(af.flow_grpo_loss, kl(inputs.v), kl_convention="dt")
+    yield at.loss(
+        af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="dt"
+    )
+
+    fast = Rollout("flow_grpo", inputs, "cps", 0.8, shifted_twice(10), torch.arange(TRANSITIONS) % 6)
+
+    def fast_loss(v: Tensor) -> Tensor:
+        kl = fast.squared_drift(v, inputs.v_ref) / (2 * fast.std**2)
+        return clipped(fast.log_ratio(v, log_prob_without_variance).exp(), inputs.A, 1e-5) + 0.04 * kl.mean()
+
+    yield fast.loss(
+        af.flow_cps_loss, fast_loss, quantity="loss with its CPS sampler",
+        clip=1e-5, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="exact",
+    )  # fmt: skip
+
+    over_all = centred(inputs) / (inputs.rewards.std(correction=0) + 1e-4)
+    over_group = centred(inputs) / (inputs.rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    yield advantage_row(
+        "flow_grpo", inputs, over_all.clamp(-5, 5), quantity="advantages, global_std on",
+        norm="raw_global_std", clip=5.0,
+    )  # fmt: skip
+    yield advantage_row(
+        "flow_grpo", inputs, over_group.clamp(-5, 5), quantity="advantages, global_std off",
+        norm="group_std", clip=5.0,
+    )  # fmt: skip
+
+    scores = inputs.rewards.flatten()[:TRANSITIONS]
+    best = scores.view(-1, 3) == scores.view(-1, 3).amax(1, keepdim=True)
+    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, scores)
+    yield loss_row(
+        "flow_grpo", "loss of type rwr", af.reward_weighted_loss, arguments,
+        lambda v: (scores * mean((v - inputs.u) ** 2)).mean(), method="linear",
+    )  # fmt: skip
+    yield loss_row(
+        "flow_grpo", "loss of type sft", af.reward_weighted_loss, arguments,
+        lambda v: (best.flatten() * mean((v - inputs.u) ** 2)).mean(), method="best", group_size=3,
+    )  # fmt: skip
+
+
+def flow_cps(inputs: Inputs) -> Iterator[Row]:
+    """IamCreateAI/FlowCPS train_sd3.py."""
+    at = Rollout("FlowCPS", inputs, "cps", 0.8, shifted_twice(10), torch.arange(TRANSITIONS))
+    log_ratio = at.log_ratio(inputs.v, log_prob_without_variance)
+    kl = at.squared_drift(inputs.v, inputs.v_ref)
+
+    def loss(v: Tensor) -> Tensor:
+        ratio = at.log_ratio(v, log_prob_without_variance).exp()
+        return clipped(ratio, inputs.A, 1e-4) + 0.04 * at.squared_drift(v, inputs.v_ref).mean()
+
+    yield at.kl_of_a_change(8, "shift 3 twice")
+    yield at.next_x()
+    yield at.mean_log_ratio(
+        af.flow_grpo_loss, log_ratio, "its log-probabilities lack 1 / (2 sigma^2); flow_cps_loss gives it"
+    )
+    yield at.mean_log_ratio(af.flow_cps_loss, log_ratio)
+    yield at.clipped_count(af.flow_cps_loss, log_ratio, 1e-4)
+    yield at.kl_ref(
+        af.flow_cps_loss, kl, "it lacks 1 / (2 sigma^2) as well; kl_convention='two_sigma_squared' gives it"
+    )
+    yield at.kl_ref(af.flow_cps_loss, kl, kl_convention="two_sigma_squared")
+    yield at.loss(
+        af.flow_cps_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="two_sigma_squared"
+    )
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row("FlowCPS", inputs, (centred(inputs) / std).clamp(-5, 5), norm="raw_global_std", clip=5.0)
+
+
+def dance_grpo(inputs: Inputs) -> Iterator[Row]:
+    """XueZeyue/DanceGRPO train_grpo_flux.py."""
+    at = Rollout("DanceGRPO", inputs, "dance_sde", 0.3, shifted_once(16), torch.arange(TRANSITIONS))
+    yield at.next_x()
+    yield at.log_prob()
+    yield at.mean_log_ratio(af.flow_grpo_loss, at.log_ratio(inputs.v))
+    yield at.loss(af.flow_grpo_loss, lambda v: clipped(at.log_ratio(v).exp(), inputs.A, 1e-4), clip=1e-4)
+    std = inputs.rewards.std(1, keepdim=True) + 1e-8
+    yield advantage_row(
+        "DanceGRPO", inputs, (centred(inputs) / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
+    )
+
+
+def mix_grpo(inputs: Inputs) -> Iterator[Row]:
+    """Tencent-Hunyuan/MixGRPO train_grpo_flux.py, sampling_utils.py."""
+    window = (8, 9, 10, 11)
+    inside = torch.tensor(window)[torch.arange(TRANSITIONS) % len(window)]
+    at = Rollout("MixGRPO", inputs, "flow_sde", 0.7, shifted_once(25), inside, stochastic_steps=window)
+    yield at.next_x()
+    yield at.log_prob()
+    yield at.loss(af.flow_grpo_loss, lambda v: clipped(at.log_ratio(v).exp(), inputs.A, 1e-4), clip=1e-4)
+
+    outside = af.sde_step(inputs.v_old, inputs.x, at.table, 5, noise=inputs.step_noise).x_next
+    euler = inputs.x + inputs.v_old * (at.table.sigmas[6] - at.table.sigmas[5])
+    yield at.row("next x outside the window", f"sde_step(v, x, {at.table_text}, index).x_next", outside, euler)
+
+    dance = Rollout("MixGRPO", inputs, "dance_sde", 0.3, shifted_once(25), inside, stochastic_steps=window)
+    unnormalised = mean(-((dance.x_next - dance.step(inputs.v_old)[0]) ** 2)) / (2 * dance.std**2)
+    yield dance.row(
+        "log-probability of its Dance step", f"sde_step(v, x, {dance.table_text}, index).log_prob",
+        dance.drawn.log_prob, unnormalised, "its constants are a statement of their own and dropped; ratios are equal",
+    )  # fmt: skip
+    yield dance.mean_log_ratio(af.flow_grpo_loss, dance.log_ratio(inputs.v))
+    std = inputs.rewards.std(1, keepdim=True) + 1e-8
+    yield advantage_row(
+        "MixGRPO", inputs, (centred(inputs) / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
+    )
+
+
+def guard_ratio(at: Rollout, v: Tensor, sigma: Tensor) -> Tensor:
+    """RatioNorm: the drift of the mean is added to the log-ratio, and the sum scaled by sigma."""
+    return ((at.log_ratio(v) + at.squared_drift(v, at.given.v_old) / (2 * sigma**2)) * sigma).exp()
+
+
+def batch_mean_guard(at: Rollout, v: Tensor, clip: float) -> Tensor:
+    """flow_grpo and verl-omni: sigma and dt are means over the batch."""
+    sqrt_dt = at.h.sqrt().mean()
+    sigma = (at.std / at.h.sqrt()).mean() * sqrt_dt
+    return clipped(guard_ratio(at, v, sigma), at.given.A, clip) / sqrt_dt**2
+
+
+def grpo_guard(inputs: Inputs) -> Iterator[Row]:
+    """GRPO-Guard in yifan123/flow_grpo (train_sd3_GRPO_Guard.py) and X-GenGroup/Flow-Factory (trainers/grpo.py)."""
+    name, sigmas = "GRPO-Guard (flow_grpo)", shifted_twice(10)
+    one_step = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full((TRANSITIONS,), 3))
+    mixed = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.arange(TRANSITIONS))
+    log_ratio = guard_ratio(one_step, inputs.v, one_step.std).log()
+    yield one_step.mean_log_ratio(af.grpo_guard_loss, log_ratio)
+    yield one_step.clipped_count(af.grpo_guard_loss, log_ratio, 2e-6)
+    yield one_step.loss(af.grpo_guard_loss, lambda v: batch_mean_guard(one_step, v, 2e-6), clip=2e-6)
+    yield mixed.loss(
+        af.grpo_guard_loss, lambda v: batch_mean_guard(mixed, v, 2e-6),
+        "it takes sigma and dt as means over the batch; equal where a batch is of one step",
+        quantity="loss of mixed steps", clip=2e-6,
+    )  # fmt: skip
+    kl = one_step.squared_drift(inputs.v, inputs.v_ref) * one_step.h / (2 * one_step.std**2)
+    yield one_step.kl_ref(
+        af.grpo_guard_loss, kl, "it divides by 2 std_dev_t^2, without -dt; in a batch of one step kl_weight times -dt"
+    )
+
+    at = Rollout("GRPO-Guard (Flow-Factory)", inputs, "flow_sde", 0.7, sigmas, torch.arange(TRANSITIONS))
+    yield at.loss(
+        af.grpo_guard_loss, lambda v: clipped(guard_ratio(at, v, at.std), inputs.A, 2e-6),
+        quantity="loss of mixed steps", clip=2e-6, time_weight="none",
+    )  # fmt: skip
+    std = max(float(inputs.rewards.std(correction=0)), 1e-6)
+    yield at.kl_ref(
+        af.flow_grpo_loss, at.squared_drift(inputs.v, inputs.v_ref), kl_convention="two_sigma_squared"
+    )
+    yield advantage_row(
+        at.trainer, inputs, (centred(inputs) / std).clamp(-5, 5), norm="raw_global_std", clip=5.0, eps=0.0
+    )
+
+
+def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
+    """Tencent-Hunyuan/UniRL at 1a7b501: algorithms/flowdppo.py, sde/, types/rollout_resp.py."""
+    name, sigmas, clamped = "UniRL Flow-DPPO", shifted_once(10), {"convention": "clamp_0.99"}
+    steps = torch.arange(TRANSITIONS)
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps)
+    kl_table = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps, **clamped)
+
+    def kl(at: Rollout, v: Tensor) -> Tensor:
+        """With a sigma rebuilt from the schedule, whatever the sampler took."""
+        std_dev_t = 0.7 * (at.s / (1 - at.s.clamp(max=0.99))).sqrt()
+        sigma = std_dev_t.flatten() * at.h.sqrt()
+        return at.squared_drift(v, inputs.v_old) / (2 * sigma**2)
+
+    def loss(at: Rollout, threshold: float) -> Callable[[Tensor], Tensor]:
+        def of(v: Tensor) -> Tensor:
+            log_ratio = at.log_ratio(v)
+            keep = kept(inputs.A, log_ratio, kl(at, v), threshold)
+            return torch.where(keep, -inputs.A * log_ratio.exp(), 0).mean()
+
+        return of
+
+    yield at.kl_of_a_change(8, "shift 3 once")
+    yield at.next_x()
+    yield at.log_prob()
+    yield at.sigma_at_one("sigma at s = 1, sampler", at.std[:1])
+    yield kl_table.sigma_at_one("sigma at s = 1, KL", 0.7 * (torch.tensor(1 / 0.01).double() * at.h[:1]).sqrt())
+    yield at.kl_old(
+        kl(at, inputs.v), "its KL clamps s at 0.99, its sampler does not; convention='clamp_0.99' gives the KL"
+    )
+    yield kl_table.kl_old(kl(at, inputs.v))
+
+    later = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 1 + steps % 4)
+    threshold = 1e-5
+    yield later.masked(~kept(inputs.A, later.log_ratio(inputs.v), kl(later, inputs.v), threshold), threshold=threshold)
+    yield later.loss(af.flow_dppo_loss, loss(later, threshold), quantity="loss, s below 1", threshold=threshold)
+    first = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 0 * steps)
+    threshold = 1e-7
+    yield first.loss(
+        af.flow_dppo_loss, loss(first, threshold), quantity="loss at s = 1, threshold 1e-7 (1 - sigmas[1]) / 0.01",
+        threshold=threshold * float(1 - sigmas[1]) / 0.01,
+    )  # fmt: skip
+    other = Rollout(name, inputs, "cps", 0.8, sigmas, steps)
+    yield other.kl_old(
+        kl(other, inputs.v), "its KL takes Flow-SDE's sigma under every sampler; no option gives it",
+        quantity="KL to the rollout policy, CPS",
+    )  # fmt: skip
+
+    over_all = centred(inputs) / (inputs.rewards.std() + 1e-8)
+    yield advantage_row(
+        name, inputs, over_all, quantity="advantages, use_global_std on",
+        norm="raw_global_std", clip=None, eps=1e-8, ddof=1,
+    )  # fmt: skip
+    over_group = centred(inputs) / (inputs.rewards.var(1, correction=0, keepdim=True) + 1e-8).sqrt()
+    yield advantage_row(
+        name, inputs, over_group, "its eps is inside the root; eps=0.0 is within 1e-8 / (2 variance) of it",
+        quantity="advantages, use_global_std off", norm="group_std", clip=None, eps=0.0,
+    )  # fmt: skip
+
+
+def flow_dppo_paper(inputs: Inputs) -> Iterator[Row]:
+    """arXiv 2606.11025, and the refinements of its appendix E."""
+    at = Rollout("Flow-DPPO paper", inputs, "flow_sde", 0.8, shifted_once(10), torch.arange(TRANSITIONS))
+    sigma, A = at.std, inputs.A
+    mu, mu_old = at.step(inputs.v)[0], at.step(inputs.v_old)[0]
+    log_ratio, kl = at.log_ratio(inputs.v), at.squared_drift(inputs.v, inputs.v_old) / (2 * sigma**2)
+
+    def loss(v: Tensor) -> Tensor:
+        keep = kept(A, at.log_ratio(v), at.squared_drift(v, inputs.v_old) / (2 * sigma**2), 1e-5)
+        kl_ref = at.squared_drift(v, inputs.v_ref) / (2 * sigma**2)
+        return (torch.where(keep, -A * at.log_ratio(v).exp(), 0) + 1e-3 * kl_ref).mean()
+
+    yield at.kl_old(kl, quantity="KL to the rollout policy, eq. 15")
+    yield at.row("KL of two means, eq. 20", "gaussian_kl(mean, mean_old, sigma)", af.gaussian_kl(mu, mu_old, sigma), kl)
+    yield at.masked(~kept(A, log_ratio, kl, 1e-5), threshold=1e-5)
+    yield at.loss(af.flow_dppo_loss, loss, threshold=1e-5, v_ref=inputs.v_ref, kl_weight=1e-3)
+
+    away = (A * (log_ratio - kl) > 0) & (kl >= 1e-5)
+    yield at.masked(
+        away, quantity="masked transitions, App. E direction", threshold=1e-5, direction="log_ratio_minus_kl"
+    )
+    size = 1e-5
+    stepped = mu + (size * A * log_ratio.exp() / sigma**2).view_as(at.s) * (at.x_next - mu)
+    kl_after = mean((stepped - mu_old) ** 2) / (2 * sigma**2)
+    yield at.masked(
+        ~kept(A, log_ratio, kl_after, 1e-5), quantity="masked transitions, App. E prediction",
+        threshold=1e-5, mask="predictive", step_size=size,
+    )  # fmt: skip
+
+
+def verl_omni(inputs: Inputs) -> Iterator[Row]:
+    """verl-project/verl-omni at a1139ba: trainer/diffusion/diffusion_algos.py, pipelines/schedulers."""
+    name, A = "verl-omni", inputs.A
+    steps, sigmas = torch.arange(TRANSITIONS), shifted_twice(10)
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps)
+
+    def loss(v: Tensor) -> Tensor:
+        kl = at.squared_drift(v, inputs.v_ref) * at.h / (2 * at.std**2)  # its std_dev_t lacks sqrt(-dt)
+        return clipped(at.log_ratio(v).exp(), A, 1e-4) + 0.04 * kl.mean()
+
+    def dppo_loss(v: Tensor) -> Tensor:
+        log_ratio = at.log_ratio(v)
+        keep = kept(A, log_ratio, at.squared_drift(v, inputs.v_old) / (2 * at.std**2), 1e-5)
+        return torch.where(keep, -A * log_ratio.exp(), 0).mean()
+
+    yield at.log_prob()
+    yield at.loss(
+        af.flow_grpo_loss, loss, quantity="flow_grpo loss",
+        clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="dt",
+    )  # fmt: skip
+    yield at.loss(af.flow_dppo_loss, dppo_loss, quantity="flow_dppo loss", threshold=1e-5)
+    for sampler, level in (("cps", 0.8), ("dance_sde", 0.3)):
+        other = Rollout(name, inputs, sampler, level, sigmas, steps)
+        yield other.kl_old(
+            other.squared_drift(inputs.v, inputs.v_old) / (2 * other.std**2 * other.h),
+            "it multiplies a whole sigma by sqrt(-dt) again; in a batch of one step threshold times -dt",
+            quantity=f"KL to the rollout policy, {sampler}",
+        )  # fmt: skip
+    guard = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full((TRANSITIONS,), 3))
+    yield guard.loss(
+        af.grpo_guard_loss, lambda v: batch_mean_guard(guard, v, 2e-6), quantity="grpo_guard loss of one step", clip=2e-6
+    )
+    yield loss_row(
+        name, "diffusion_nft loss", af.diffusion_nft_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, A),
+        lambda v: nft(inputs, v, (A.clamp(-5, 5) / 5 + 1) / 2, 1.0, 5.0, 1e-4),
+        v_old=inputs.v_old, v_ref=inputs.v_ref, beta=1.0, adv_clip_max=5.0, kl_weight=1e-4,
+    )  # fmt: skip
+    yield advantage_row(
+        name, inputs, (centred(inputs) / (inputs.rewards.std() + 1e-4)).clamp(-5, 5),
+        norm="raw_global_std", clip=5.0, ddof=1,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers of the forward process
+
+
+def nft(inputs: Inputs, v: Tensor, r: Tensor, beta: float, scale: float, kl_weight: float) -> Tensor:
+    """Two branches of x0-predictions, each divided by its own mean absolute error."""
+    t = inputs.t.view(-1, *[1] * len(SHAPE))
+    x_t = (1 - t) * inputs.x0 + t * inputs.noise
+
+    def branch(mixed: Tensor) -> Tensor:
+        x0 = x_t - t * mixed
+        weight = mean((x0.detach() - inputs.x0).abs()).clamp(min=1e-5)
+        return mean((x0 - inputs.x0) ** 2) / weight
+
+    positive = branch(beta * v + (1 - beta) * inputs.v_old)
+    negative = branch((1 + beta) * inputs.v_old - beta * v)
+    policy = (r * positive / beta + (1 - r) * negative / beta) * scale
+    return policy.mean() + kl_weight * mean((v - inputs.v_ref) ** 2).mean()
+
+
+def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
+    """NVlabs/DiffusionNFT train_nft_sd3.py, and the loss of arXiv 2509.16117."""
+    name, A = "DiffusionNFT", 2 * inputs.A
+    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, A)
+    bounded = A.clamp(-5, 5)
+    adv_modes = {
+        "all": bounded,
+        "positive": bounded.clamp(min=0),
+        "negative": bounded.clamp(max=0),
+        "one": (bounded > 0).double(),
+        "binary": bounded.sign(),
+    }
+    for beta in (1.0, 0.1):
+        for mode, advantages in adv_modes.items() if beta == 1 else [("all", bounded)]:
+            r = (advantages / 5 / 2 + 0.5).clamp(0, 1)
+            yield loss_row(
+                name, f"loss, beta {beta:g}, adv_mode {mode}", af.diffusion_nft_loss, arguments,
+                lambda v, r=r, beta=beta: nft(inputs, v, r, beta, 5.0, 1e-4),
+                v_old=inputs.v_old, v_ref=inputs.v_ref, beta=beta, adv_clip_max=5.0, kl_weight=1e-4, mode=mode,
+            )  # fmt: skip
+
+    A = inputs.A.clamp(-1, 1)
+    r, beta = (1 + A) / 2, 0.5
+
+    def paper(v: Tensor) -> Tensor:
+        positive, negative = inputs.v_old + beta * (v - inputs.v_old), inputs.v_old - beta * (v - inputs.v_old)
+        return (r * mean((positive - inputs.u) ** 2) + (1 - r) * mean((negative - inputs.u) ** 2)).mean()
+
+    options: dict[str, Any] = {"gamma": "beta(beta-A)", "beta": beta, "lam": 0.0, "weighting": "velocity"}
+    given = (inputs.x0, inputs.noise, inputs.t, A)
+    ours = with_gradient(lambda v: af.advantage_flow_loss(v, *given, v_old=inputs.v_old, **options).loss, inputs.v)
+    theirs = with_gradient(paper, inputs.v)
+    call = shown(af.advantage_flow_loss, {"v_old": inputs.v_old, **options})
+    yield Row(name, "gradient of the paper's loss", call, ours[1:], theirs[1:])
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row(name, inputs, centred(inputs) / std, norm="raw_global_std", clip=None)
+
+
+def awm(inputs: Inputs) -> Iterator[Row]:
+    """scxue/advantage_weighted_matching train_sd3_awm.py."""
+    name, A, t = "AWM", inputs.A, inputs.t
+
+    def lp(v: Tensor, weighting: str) -> Tensor:
+        minus_error = mean(-((v - inputs.u) ** 2))
+        if weighting == "huber":
+            return -t * ((1e-10 - minus_error).sqrt() - 1e-5)
+        if weighting == "ghuber":
+            return -t * ((1e-10 - minus_error) ** 0.25 - 1e-10**0.25) / 0.25
+        return minus_error * {"uniform": torch.ones_like(t), "t": t, "t2": t**2}[weighting]
+
+    def loss(v: Tensor, weighting: str, lp_old: Tensor, clip: float) -> Tensor:
+        policy = clipped((lp(v, weighting) - lp_old).exp(), A, clip)
+        return policy + 3e-3 * mean((v - inputs.v_ref) ** 2).mean() + mean((v - inputs.v_ema) ** 2).mean()
+
+    given = (inputs.x0, inputs.noise, t)
+    anchors = {"v_ema": inputs.v_ema, "v_ref": inputs.v_ref, "kl_weight": 3e-3}
+    for weighting in ("uniform", "t", "t2", "huber", "ghuber"):
+        ours = af.awm_log_prob(inputs.v, *given, weighting=weighting)
+        call = shown(af.awm_log_prob, {"weighting": weighting})
+        yield Row(name, f"log-probability, {weighting}", call, (ours,), (lp(inputs.v, weighting),))
+        yield loss_row(
+            name, f"on-policy loss, {weighting}", af.awm_loss, (inputs.v, *given, A),
+            lambda v, weighting=weighting: loss(v, weighting, lp(v, weighting).detach(), 1.0),
+            weighting=weighting, clip=1.0, **anchors,
+        )  # fmt: skip
+    lp_old = lp(inputs.v_old, "ghuber")
+    yield loss_row(
+        name, "off-policy loss, exp_first", af.awm_loss, (inputs.v, *given, A),
+        lambda v: loss(v, "ghuber", lp_old, 1e-4), log_prob_old=lp_old, weighting="ghuber", clip=1e-4, **anchors,
+    )  # fmt: skip
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row(
+        name, inputs, (centred(inputs) / std).clamp(-5, 5) / 5, norm="raw_global_std", clip=5.0, clip_mode="clip_divide"
+    )
+
+
+def flow_awr(inputs: Inputs) -> Iterator[Row]:
+    """arXiv 2606.30376; no official code is public."""
+    A = 2 * inputs.A
+
+    def loss(v: Tensor) -> Tensor:
+        target = inputs.v_old + A.view(-1, *[1] * len(SHAPE)) * (inputs.u - inputs.v_old)
+        return (mean((v - target) ** 2) + 0.01 * mean((v - inputs.v_ref) ** 2)).mean()
+
+    yield loss_row(
+        "FlowAWR", "loss", af.flow_awr_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, A), loss,
+        v_old=inputs.v_old, v_ref=inputs.v_ref, kl_weight=0.01,
+    )  # fmt: skip
+    g = max(float(inputs.rewards.std(correction=0)), 1e-6)
+    theirs = GROUP * torch.softmax(inputs.rewards / g, 1) - 1
+    ours = af.softmax_advantages(inputs.rewards.flatten(), GROUP)
+    yield Row("FlowAWR", "advantages", "softmax_advantages(...)", (ours,), (theirs.flatten(),))
+
+
+def orw_cfm(inputs: Inputs) -> Iterator[Row]:
+    """markerthu/orw-cfm finetune_fm.py, whose time runs from noise to data: its velocities are minus ours."""
+
+    def loss(v: Tensor) -> Tensor:
+        data, noise = inputs.x0, inputs.noise
+        matching = mean((-v - (data - noise)) ** 2)
+        return ((0.5 * inputs.A).exp() * matching + 1.0 * mean((-v + inputs.v_ref) ** 2)).mean()
+
+    yield loss_row(
+        "ORW-CFM", "loss", af.reward_weighted_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, inputs.A), loss,
+        method="exp", tau=0.5, v_ref=inputs.v_ref, kl_weight=1.0,
+    )  # fmt: skip
+
+
+def advantage_flow(inputs: Inputs) -> Iterator[Row]:
+    """arXiv 2605.26013 eq. 5 and 6, and the shared scale of MeanFlowAdvantage (arXiv 2609.37670 eq. 12)."""
+    A = inputs.A.clamp(-1, 1)
+    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, A)
+    t = inputs.t.view(-1, *[1] * len(SHAPE))
+    x_t = (1 - t) * inputs.x0 + t * inputs.noise
+
+    def terms(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared norms of predictions, which the paper sums, over the number of elements."""
+        x0 = x_t - t * v
+        anchors = (inputs.x0, x_t - t * inputs.v_old, x_t - t * inputs.v_ref)
+        data, old, ref = ((x0 - anchor).flatten(1).square().sum(1) / math.prod(SHAPE) for anchor in anchors)
+        return data, old, ref
+
+    for beta, gamma, weight in (
+        (1.0, 1.1, torch.full_like(A, 1.1)),
+        (1.0, "1-A", 1 - A),
+        (0.1, "beta(beta-A)", 0.01 - 0.1 * A),
+    ):
+        yield loss_row(
+            "AdvantageFlow", f"loss / D, rollout weight {gamma}", af.advantage_flow_loss, arguments,
+            lambda v, beta=beta, weight=weight: sum(
+                (w * term).mean() for w, term in zip((beta * A, weight, 1e-3), terms(v), strict=True)
+            ),
+            v_old=inputs.v_old, v_ref=inputs.v_ref, gamma=gamma, lam=1e-3, beta=beta,
+        )  # fmt: skip
+    rms = centred(inputs).square().mean().sqrt()
+    yield advantage_row("AdvantageFlow", inputs, (centred(inputs) / rms).clamp(-1, 1), norm="batch_rms", clip=1.0)
+
+    def shared_scale(v: Tensor) -> Tensor:
+        data, old, ref = terms(v)
+        w = mean((x_t - t * v.detach() - inputs.x0).abs()).clamp(min=1e-5)
+        return ((A * data + 1.1 * old + 1e-3 * ref) / w).mean()
+
+    yield loss_row(
+        "MeanFlowAdvantage", "loss at s = t", af.advantage_flow_loss, arguments, shared_scale,
+        v_old=inputs.v_old, v_ref=inputs.v_ref, gamma=1.1, lam=1e-3, weighting="adaptive",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[Row]:
+    inputs = Inputs()
+    trainers = (
+        flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, unirl_flow_dppo, flow_dppo_paper, verl_omni,
+        diffusion_nft, awm, flow_awr, orw_cfm, advantage_flow,
+    )  # fmt: skip
+    return [row for trainer in trainers for row in trainer(inputs)]
+
+
+def table(compared: list[Row]) -> str:
+    lines = []
+    for row in compared:
+        if not lines or row.trainer != trainer:
+            trainer = row.trainer
+            lines += ["", f"{trainer:<52} {'ours':>14} {'theirs':>14} {'digits':>6}  agrees"]
+        verdict = "yes" if row.agrees else f"no: {row.departs}" if row.departs else "NO"
+        ours, theirs = (float(value[0].flatten()[0]) for value in (row.ours, row.theirs))
+        lines.append(f"  {row.quantity:<50} {ours:>14.8g} {theirs:>14.8g} {row.digits:>6.1f}  {verdict}")
+        lines.append(f"      {row.call}")
+    return "\n".join(lines[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m advflow_ext.conformance", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    options = parser.parse_args(argv)
+    compared = rows()
+    print(table(compared))
+    wrong = [row for row in compared if not row.agrees and not row.departs]
+    print(
+        f"\n{sum(row.agrees for row in compared)} of {len(compared)} rows agree to {AGREEING_DIGITS:g} digits or more, "
+        f"{sum(bool(row.departs) for row in compared)} show where a trainer departs, {len(wrong)} are wrong.\n"
+        "Values are the first of their row; the digits are those of its worst element, gradients included. '...' stands "
+        "for\nv, x0, noise, t, A or v, v_old, eps, table, index, A."
+    )
+    if options.json is not None:
+        versions = {"advflow_ext": af.__version__, "torch": torch.__version__}
+        document = {"versions": versions, "rows": [row.to_json() for row in compared]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
