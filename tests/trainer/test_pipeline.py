@@ -14,7 +14,7 @@ from advflow.train import Trainer
 from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, caption_words, pretrain
 from advflow.world.reward import score
 from advflow.world.scene import CATEGORIES, all_prompts, render, sample_scene
-from advflow.world.settings import PretrainSettings
+from advflow.world.settings import FlowStage, PretrainSettings
 from diffusers import StableDiffusion3Pipeline
 
 FOLDER = Path(pipeline_folder("embedded"))
@@ -74,7 +74,9 @@ def test_the_base_is_honestly_imperfect() -> None:
 
 
 def test_pretraining_makes_a_pipeline_from_nothing(tmp_path: Path) -> None:
-    settings = PretrainSettings(scenes=24, vae_steps=12, flow_steps=21, tune_steps=3, batch=4)
+    settings = PretrainSettings(
+        scenes=24, vae_steps=12, flow_stages=(FlowStage(21, 1e-3, 0.0), FlowStage(3, 1e-3, 0.5)), batch=4
+    )
     pretrain(tmp_path / "pipeline", settings)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline")
     image = pipeline("a red circle", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images

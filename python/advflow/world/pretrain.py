@@ -31,7 +31,7 @@ from transformers import (
 
 from advflow.world.prompts import training_prompts
 from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Prompt, all_prompts, render, sample_scene
-from advflow.world.settings import PretrainSettings
+from advflow.world.settings import FlowStage, PretrainSettings
 
 MAX_TOKENS = 12  # "a photo of a red circle and a blue square" between its start and end tokens
 _LATENT_CHANNELS = 8
@@ -50,11 +50,9 @@ def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
     vae_seconds = time.monotonic() - started
     torch.manual_seed(settings.seed)
     pipeline = build_pipeline(vae)
-    train_flow(
-        pipeline, latents, prompts, settings.flow_steps, settings.batch, settings.flow_lr, settings.caption_noise
-    )
-    torch.manual_seed(settings.seed + 1)
-    train_flow(pipeline, latents, prompts, settings.tune_steps, settings.batch, settings.tune_lr, settings.tune_noise)
+    for number, stage in enumerate(settings.flow_stages):
+        torch.manual_seed(settings.seed + number)
+        train_flow(pipeline, latents, prompts, stage, settings.batch)
     pipeline.save_pretrained(out, safe_serialization=True)
     minutes = (time.monotonic() - started) / 60
     print(f"pretrained in {minutes:.1f} min (autoencoder {vae_seconds / 60:.1f} min); written to {out}")
@@ -216,29 +214,20 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def train_flow(
-    pipeline: StableDiffusion3Pipeline,
-    latents: torch.Tensor,
-    prompts: list[Prompt],
-    steps: int,
-    batch: int,
-    lr: float,
-    caption_noise: float,
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[Prompt], stage: FlowStage, batch: int
 ) -> None:
-    """Flow matching with logit-normal timesteps; the text encoders learn along with the transformer.
-
-    A share `caption_noise` of the images carries the caption of another one.
-    """
+    """Flow matching with logit-normal timesteps; the text encoders learn along with the transformer."""
     transformer = pipeline.transformer
     modules = (transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     parameters = [p for module in modules for p in module.train().requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc="flow matching", unit="step")
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.lr, stage.steps, pct_start=0.1)
+    progress = tqdm(range(stage.steps), desc="flow matching", unit="step")
     average = float("nan")
     for step in progress:
         index = torch.randint(len(latents), (batch,))
         other = torch.randint(len(latents), (batch,))
-        caption = torch.where(torch.rand(batch) < caption_noise, other, index)
+        caption = torch.where(torch.rand(batch) < stage.caption_noise, other, index)
         embeds, _, pooled, _ = pipeline.encode_prompt(
             [prompts[i].text for i in caption.tolist()],
             None,
