@@ -14,6 +14,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch import Tensor
 
 import advflow_ext as af
 
-TRANSITIONS, SHAPE, GROUP = 9, (4, 8, 8), 8
+TRANSITIONS, SHAPE, GROUP = 18, (4, 8, 8), 8
+STEPS = torch.arange(TRANSITIONS)
 AGREEING_DIGITS = 9.0  # a log-ratio of 1e-4 out of float64 log-probabilities of 1 keeps about 11
 
 Loss = Callable[..., af.LossOutput]
@@ -43,10 +46,11 @@ class Row:
     @property
     def digits(self) -> float:
         """Leading digits that agree: of the worst element, relative to the largest one of its tensor; at most 16."""
-        worst = 0.0
-        for ours, theirs in zip(self.ours, self.theirs, strict=True):
-            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
-        return min(16.0, -math.log10(worst)) if worst > 0 else 16.0
+        pairs = zip(self.ours, self.theirs, strict=True)
+        errors = [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs]
+        if not all(map(math.isfinite, errors)):  # also where all of theirs is 0: such a row would compare nothing
+            return 0.0
+        return min(16.0, -math.log10(max(*errors, 1e-16)))
 
     @property
     def agrees(self) -> bool:
@@ -84,6 +88,22 @@ class Inputs:
         self.rewards = 0.5 + 0.1 * normal(6, 1) + 0.1 * normal(6, GROUP)
         self.rewards[0, 3] += 5  # beyond five standard deviations, so that the clips have something to do
 
+    @property
+    def centred(self) -> Tensor:
+        return self.rewards - self.rewards.mean(1, keepdim=True)
+
+    def forward(self, A: Tensor) -> tuple[Tensor, ...]:
+        """What every forward-process loss takes first."""
+        return self.v, self.x0, self.noise, self.t, A
+
+    @property
+    def column_t(self) -> Tensor:
+        return self.t.view(-1, *[1] * len(SHAPE))
+
+    @property
+    def x_t(self) -> Tensor:
+        return self.x0 + self.column_t * self.u
+
 
 def shown(op: Callable[..., Any], options: dict[str, Any]) -> str:
     words = [f"{name}={name if isinstance(value, Tensor) else repr(value)}" for name, value in options.items()]
@@ -91,7 +111,8 @@ def shown(op: Callable[..., Any], options: dict[str, Any]) -> str:
 
 
 def metric(out: af.LossOutput, name: str) -> Tensor:
-    return out.metrics.values[out.metrics.names.index(name)]
+    value: Tensor = out.metrics.values[out.metrics.names.index(name)]
+    return value
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,10 +266,10 @@ class Rollout:
 
     def kl_ref(self, op: Loss, theirs: Tensor, departs: str = "", **options: Any) -> Row:
         """Advantages of zero leave a loss its reference term."""
-        options = {"v_ref": self.given.v_ref, "kl_weight": 1.0, **options, "reduction": "none"}
+        options = {"v_ref": self.given.v_ref, "kl_weight": 1.0, **options}
         ours = op(*self.arguments[:-1], torch.zeros_like(self.given.A), **options).loss
         call = shown(op, options).replace("...", "..., 0 * A")
-        return self.row("KL to the reference", call, ours, theirs, departs)
+        return self.row("KL to the reference", call, ours, theirs.mean(), departs)
 
     def masked(self, theirs: Tensor, quantity: str = "masked transitions", **options: Any) -> Row:
         ours = af.flow_dppo_loss(*self.arguments, **options, reduction="none").loss == 0
@@ -283,17 +304,13 @@ def advantage_row(
     return Row(trainer, quantity, shown(af.group_advantages, options), (ours,), (theirs.flatten(),), departs)
 
 
-def centred(inputs: Inputs) -> Tensor:
-    return inputs.rewards - inputs.rewards.mean(1, keepdim=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Trainers of the reverse process
 
 
 def flow_grpo(inputs: Inputs) -> Iterator[Row]:
     """yifan123/flow_grpo: train_sd3.py, train_sd3_fast.py (CPS), train_sd3_sft.py."""
-    at = Rollout("flow_grpo", inputs, "flow_sde", 0.7, shifted_twice(10), torch.arange(TRANSITIONS))
+    at = Rollout("flow_grpo", inputs, "flow_sde", 0.7, shifted_twice(10), STEPS % 9)
     std_dev_t = at.std / at.h.sqrt()
 
     def kl(v: Tensor) -> Tensor:
@@ -312,11 +329,9 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
         af.flow_grpo_loss, kl(inputs.v), "it divides by 2 std_dev_t^2, without -dt; kl_convention='dt' gives it"
     )
     yield at.kl_ref(af.flow_grpo_loss, kl(inputs.v), kl_convention="dt")
-    yield at.loss(
-        af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="dt"
-    )
+    yield at.loss(af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="dt")
 
-    fast = Rollout("flow_grpo", inputs, "cps", 0.8, shifted_twice(10), torch.arange(TRANSITIONS) % 6)
+    fast = Rollout("flow_grpo", inputs, "cps", 0.8, shifted_twice(10), STEPS % 9)
 
     def fast_loss(v: Tensor) -> Tensor:
         kl = fast.squared_drift(v, inputs.v_ref) / (2 * fast.std**2)
@@ -327,8 +342,8 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
         clip=1e-5, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="exact",
     )  # fmt: skip
 
-    over_all = centred(inputs) / (inputs.rewards.std(correction=0) + 1e-4)
-    over_group = centred(inputs) / (inputs.rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    over_all = inputs.centred / (inputs.rewards.std(correction=0) + 1e-4)
+    over_group = inputs.centred / (inputs.rewards.std(1, correction=0, keepdim=True) + 1e-4)
     yield advantage_row(
         "flow_grpo", inputs, over_all.clamp(-5, 5), quantity="advantages, global_std on",
         norm="raw_global_std", clip=5.0,
@@ -340,7 +355,7 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
 
     scores = inputs.rewards.flatten()[:TRANSITIONS]
     best = scores.view(-1, 3) == scores.view(-1, 3).amax(1, keepdim=True)
-    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, scores)
+    arguments = inputs.forward(scores)
     yield loss_row(
         "flow_grpo", "loss of type rwr", af.reward_weighted_loss, arguments,
         lambda v: (scores * mean((v - inputs.u) ** 2)).mean(), method="linear",
@@ -353,7 +368,7 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
 
 def flow_cps(inputs: Inputs) -> Iterator[Row]:
     """IamCreateAI/FlowCPS train_sd3.py."""
-    at = Rollout("FlowCPS", inputs, "cps", 0.8, shifted_twice(10), torch.arange(TRANSITIONS))
+    at = Rollout("FlowCPS", inputs, "cps", 0.8, shifted_twice(10), STEPS % 9)
     log_ratio = at.log_ratio(inputs.v, log_prob_without_variance)
     kl = at.squared_drift(inputs.v, inputs.v_ref)
 
@@ -376,26 +391,26 @@ def flow_cps(inputs: Inputs) -> Iterator[Row]:
         af.flow_cps_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="two_sigma_squared"
     )
     std = inputs.rewards.std(correction=0) + 1e-4
-    yield advantage_row("FlowCPS", inputs, (centred(inputs) / std).clamp(-5, 5), norm="raw_global_std", clip=5.0)
+    yield advantage_row("FlowCPS", inputs, (inputs.centred / std).clamp(-5, 5), norm="raw_global_std", clip=5.0)
 
 
 def dance_grpo(inputs: Inputs) -> Iterator[Row]:
     """XueZeyue/DanceGRPO train_grpo_flux.py."""
-    at = Rollout("DanceGRPO", inputs, "dance_sde", 0.3, shifted_once(16), torch.arange(TRANSITIONS))
+    at = Rollout("DanceGRPO", inputs, "dance_sde", 0.3, shifted_once(16), STEPS % 9)
     yield at.next_x()
     yield at.log_prob()
     yield at.mean_log_ratio(af.flow_grpo_loss, at.log_ratio(inputs.v))
     yield at.loss(af.flow_grpo_loss, lambda v: clipped(at.log_ratio(v).exp(), inputs.A, 1e-4), clip=1e-4)
     std = inputs.rewards.std(1, keepdim=True) + 1e-8
     yield advantage_row(
-        "DanceGRPO", inputs, (centred(inputs) / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
+        "DanceGRPO", inputs, (inputs.centred / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
     )
 
 
 def mix_grpo(inputs: Inputs) -> Iterator[Row]:
     """Tencent-Hunyuan/MixGRPO train_grpo_flux.py, sampling_utils.py."""
     window = (8, 9, 10, 11)
-    inside = torch.tensor(window)[torch.arange(TRANSITIONS) % len(window)]
+    inside = torch.tensor(window)[STEPS % len(window)]
     at = Rollout("MixGRPO", inputs, "flow_sde", 0.7, shifted_once(25), inside, stochastic_steps=window)
     yield at.next_x()
     yield at.log_prob()
@@ -414,7 +429,7 @@ def mix_grpo(inputs: Inputs) -> Iterator[Row]:
     yield dance.mean_log_ratio(af.flow_grpo_loss, dance.log_ratio(inputs.v))
     std = inputs.rewards.std(1, keepdim=True) + 1e-8
     yield advantage_row(
-        "MixGRPO", inputs, (centred(inputs) / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
+        "MixGRPO", inputs, (inputs.centred / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
     )
 
 
@@ -433,8 +448,8 @@ def batch_mean_guard(at: Rollout, v: Tensor, clip: float) -> Tensor:
 def grpo_guard(inputs: Inputs) -> Iterator[Row]:
     """GRPO-Guard in yifan123/flow_grpo (train_sd3_GRPO_Guard.py) and X-GenGroup/Flow-Factory (trainers/grpo.py)."""
     name, sigmas = "GRPO-Guard (flow_grpo)", shifted_twice(10)
-    one_step = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full((TRANSITIONS,), 3))
-    mixed = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.arange(TRANSITIONS))
+    one_step = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full_like(STEPS, 3))
+    mixed = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
     log_ratio = guard_ratio(one_step, inputs.v, one_step.std).log()
     yield one_step.mean_log_ratio(af.grpo_guard_loss, log_ratio)
     yield one_step.clipped_count(af.grpo_guard_loss, log_ratio, 2e-6)
@@ -449,26 +464,34 @@ def grpo_guard(inputs: Inputs) -> Iterator[Row]:
         af.grpo_guard_loss, kl, "it divides by 2 std_dev_t^2, without -dt; in a batch of one step kl_weight times -dt"
     )
 
-    at = Rollout("GRPO-Guard (Flow-Factory)", inputs, "flow_sde", 0.7, sigmas, torch.arange(TRANSITIONS))
-    yield at.loss(
-        af.grpo_guard_loss, lambda v: clipped(guard_ratio(at, v, at.std), inputs.A, 2e-6),
+    other = Rollout("GRPO-Guard (Flow-Factory)", inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
+    yield other.loss(
+        af.grpo_guard_loss, lambda v: clipped(guard_ratio(other, v, other.std), inputs.A, 2e-6),
         quantity="loss of mixed steps", clip=2e-6, time_weight="none",
     )  # fmt: skip
-    std = max(float(inputs.rewards.std(correction=0)), 1e-6)
-    yield at.kl_ref(
-        af.flow_grpo_loss, at.squared_drift(inputs.v, inputs.v_ref), kl_convention="two_sigma_squared"
+
+
+def flow_factory(inputs: Inputs) -> Iterator[Row]:
+    """X-GenGroup/Flow-Factory trainers/grpo.py with kl_type x-based, advantage/advantage_processor.py."""
+    at = Rollout("Flow-Factory", inputs, "flow_sde", 0.7, shifted_twice(10), STEPS % 9)
+
+    def loss(v: Tensor) -> Tensor:
+        return clipped(at.log_ratio(v).exp(), inputs.A, 1e-4) + 0.01 * at.squared_drift(v, inputs.v_ref).mean()
+
+    yield at.loss(
+        af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.01, kl_convention="two_sigma_squared"
     )
+    std = max(float(inputs.rewards.std(correction=0)), 1e-6)
     yield advantage_row(
-        at.trainer, inputs, (centred(inputs) / std).clamp(-5, 5), norm="raw_global_std", clip=5.0, eps=0.0
+        "Flow-Factory", inputs, (inputs.centred / std).clamp(-5, 5), norm="raw_global_std", clip=5.0, eps=0.0
     )
 
 
 def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
     """Tencent-Hunyuan/UniRL at 1a7b501: algorithms/flowdppo.py, sde/, types/rollout_resp.py."""
-    name, sigmas, clamped = "UniRL Flow-DPPO", shifted_once(10), {"convention": "clamp_0.99"}
-    steps = torch.arange(TRANSITIONS)
-    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps)
-    kl_table = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps, **clamped)
+    name, sigmas = "UniRL Flow-DPPO", shifted_once(10)
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
+    kl_table = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9, convention="clamp_0.99")
 
     def kl(at: Rollout, v: Tensor) -> Tensor:
         """With a sigma rebuilt from the schedule, whatever the sampler took."""
@@ -494,28 +517,27 @@ def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
     )
     yield kl_table.kl_old(kl(at, inputs.v))
 
-    later = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 1 + steps % 4)
-    threshold = 1e-5
-    yield later.masked(~kept(inputs.A, later.log_ratio(inputs.v), kl(later, inputs.v), threshold), threshold=threshold)
-    yield later.loss(af.flow_dppo_loss, loss(later, threshold), quantity="loss, s below 1", threshold=threshold)
-    first = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 0 * steps)
-    threshold = 1e-7
-    yield first.loss(
-        af.flow_dppo_loss, loss(first, threshold), quantity="loss at s = 1, threshold 1e-7 (1 - sigmas[1]) / 0.01",
-        threshold=threshold * float(1 - sigmas[1]) / 0.01,
-    )  # fmt: skip
-    other = Rollout(name, inputs, "cps", 0.8, sigmas, steps)
+    later = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 1 + STEPS % 4)
+    keep = kept(inputs.A, later.log_ratio(inputs.v), kl(later, inputs.v), 1e-6)
+    yield later.masked(~keep, threshold=1e-6)
+    yield later.loss(af.flow_dppo_loss, loss(later, 1e-6), quantity="loss, s below 1", threshold=1e-6)
+    first = Rollout(name, inputs, "flow_sde", 0.7, sigmas, 0 * STEPS)
+    yield first.loss(  # threshold times (1 - sigmas[1]) / (1 - 0.99)
+        af.flow_dppo_loss, loss(first, 1e-7), quantity="loss at s = 1 for its threshold=1e-07", threshold=3.5714e-7
+    )
+    other = Rollout(name, inputs, "cps", 0.8, sigmas, STEPS % 9)
+    yield other.kl_of_a_change(8, "shift 3 once, CPS")
     yield other.kl_old(
         kl(other, inputs.v), "its KL takes Flow-SDE's sigma under every sampler; no option gives it",
         quantity="KL to the rollout policy, CPS",
     )  # fmt: skip
 
-    over_all = centred(inputs) / (inputs.rewards.std() + 1e-8)
+    over_all = inputs.centred / (inputs.rewards.std() + 1e-8)
     yield advantage_row(
         name, inputs, over_all, quantity="advantages, use_global_std on",
         norm="raw_global_std", clip=None, eps=1e-8, ddof=1,
     )  # fmt: skip
-    over_group = centred(inputs) / (inputs.rewards.var(1, correction=0, keepdim=True) + 1e-8).sqrt()
+    over_group = inputs.centred / (inputs.rewards.var(1, correction=0, keepdim=True) + 1e-8).sqrt()
     yield advantage_row(
         name, inputs, over_group, "its eps is inside the root; eps=0.0 is within 1e-8 / (2 variance) of it",
         quantity="advantages, use_global_std off", norm="group_std", clip=None, eps=0.0,
@@ -524,39 +546,39 @@ def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
 
 def flow_dppo_paper(inputs: Inputs) -> Iterator[Row]:
     """arXiv 2606.11025, and the refinements of its appendix E."""
-    at = Rollout("Flow-DPPO paper", inputs, "flow_sde", 0.8, shifted_once(10), torch.arange(TRANSITIONS))
+    at = Rollout("Flow-DPPO paper", inputs, "flow_sde", 0.8, shifted_once(10), STEPS % 9)
     sigma, A = at.std, inputs.A
     mu, mu_old = at.step(inputs.v)[0], at.step(inputs.v_old)[0]
     log_ratio, kl = at.log_ratio(inputs.v), at.squared_drift(inputs.v, inputs.v_old) / (2 * sigma**2)
 
     def loss(v: Tensor) -> Tensor:
-        keep = kept(A, at.log_ratio(v), at.squared_drift(v, inputs.v_old) / (2 * sigma**2), 1e-5)
+        keep = kept(A, at.log_ratio(v), at.squared_drift(v, inputs.v_old) / (2 * sigma**2), 1e-6)
         kl_ref = at.squared_drift(v, inputs.v_ref) / (2 * sigma**2)
         return (torch.where(keep, -A * at.log_ratio(v).exp(), 0) + 1e-3 * kl_ref).mean()
 
     yield at.kl_old(kl, quantity="KL to the rollout policy, eq. 15")
     yield at.row("KL of two means, eq. 20", "gaussian_kl(mean, mean_old, sigma)", af.gaussian_kl(mu, mu_old, sigma), kl)
-    yield at.masked(~kept(A, log_ratio, kl, 1e-5), threshold=1e-5)
-    yield at.loss(af.flow_dppo_loss, loss, threshold=1e-5, v_ref=inputs.v_ref, kl_weight=1e-3)
+    yield at.masked(~kept(A, log_ratio, kl, 1e-6), threshold=1e-6)
+    yield at.loss(af.flow_dppo_loss, loss, threshold=1e-6, v_ref=inputs.v_ref, kl_weight=1e-3)
 
-    away = (A * (log_ratio - kl) > 0) & (kl >= 1e-5)
+    away = (A * (log_ratio - kl) > 0) & (kl >= 1e-6)
     yield at.masked(
-        away, quantity="masked transitions, App. E direction", threshold=1e-5, direction="log_ratio_minus_kl"
+        away, quantity="masked transitions, App. E direction", threshold=1e-6, direction="log_ratio_minus_kl"
     )
-    size = 1e-5
+    size = 2e-3
     stepped = mu + (size * A * log_ratio.exp() / sigma**2).view_as(at.s) * (at.x_next - mu)
     kl_after = mean((stepped - mu_old) ** 2) / (2 * sigma**2)
     yield at.masked(
-        ~kept(A, log_ratio, kl_after, 1e-5), quantity="masked transitions, App. E prediction",
-        threshold=1e-5, mask="predictive", step_size=size,
+        ~kept(A, log_ratio, kl_after, 1e-6), quantity="masked transitions, App. E prediction",
+        threshold=1e-6, mask="predictive", step_size=size,
     )  # fmt: skip
 
 
 def verl_omni(inputs: Inputs) -> Iterator[Row]:
     """verl-project/verl-omni at a1139ba: trainer/diffusion/diffusion_algos.py, pipelines/schedulers."""
     name, A = "verl-omni", inputs.A
-    steps, sigmas = torch.arange(TRANSITIONS), shifted_twice(10)
-    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, steps)
+    sigmas = shifted_twice(10)
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
 
     def loss(v: Tensor) -> Tensor:
         kl = at.squared_drift(v, inputs.v_ref) * at.h / (2 * at.std**2)  # its std_dev_t lacks sqrt(-dt)
@@ -574,23 +596,24 @@ def verl_omni(inputs: Inputs) -> Iterator[Row]:
     )  # fmt: skip
     yield at.loss(af.flow_dppo_loss, dppo_loss, quantity="flow_dppo loss", threshold=1e-5)
     for sampler, level in (("cps", 0.8), ("dance_sde", 0.3)):
-        other = Rollout(name, inputs, sampler, level, sigmas, steps)
+        other = Rollout(name, inputs, sampler, level, sigmas, STEPS % 9)
         yield other.kl_old(
             other.squared_drift(inputs.v, inputs.v_old) / (2 * other.std**2 * other.h),
             "it multiplies a whole sigma by sqrt(-dt) again; in a batch of one step threshold times -dt",
             quantity=f"KL to the rollout policy, {sampler}",
         )  # fmt: skip
-    guard = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full((TRANSITIONS,), 3))
+    guard = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full_like(STEPS, 3))
     yield guard.loss(
-        af.grpo_guard_loss, lambda v: batch_mean_guard(guard, v, 2e-6), quantity="grpo_guard loss of one step", clip=2e-6
-    )
+        af.grpo_guard_loss, lambda v: batch_mean_guard(guard, v, 2e-6),
+        quantity="grpo_guard loss of one step", clip=2e-6,
+    )  # fmt: skip
     yield loss_row(
-        name, "diffusion_nft loss", af.diffusion_nft_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, A),
-        lambda v: nft(inputs, v, (A.clamp(-5, 5) / 5 + 1) / 2, 1.0, 5.0, 1e-4),
+        name, "diffusion_nft loss", af.diffusion_nft_loss, inputs.forward(A),
+        partial(nft, inputs, r=(A.clamp(-5, 5) / 5 + 1) / 2, beta=1.0),
         v_old=inputs.v_old, v_ref=inputs.v_ref, beta=1.0, adv_clip_max=5.0, kl_weight=1e-4,
     )  # fmt: skip
     yield advantage_row(
-        name, inputs, (centred(inputs) / (inputs.rewards.std() + 1e-4)).clamp(-5, 5),
+        name, inputs, (inputs.centred / (inputs.rewards.std() + 1e-4)).clamp(-5, 5),
         norm="raw_global_std", clip=5.0, ddof=1,
     )  # fmt: skip
 
@@ -599,26 +622,24 @@ def verl_omni(inputs: Inputs) -> Iterator[Row]:
 # Trainers of the forward process
 
 
-def nft(inputs: Inputs, v: Tensor, r: Tensor, beta: float, scale: float, kl_weight: float) -> Tensor:
-    """Two branches of x0-predictions, each divided by its own mean absolute error."""
-    t = inputs.t.view(-1, *[1] * len(SHAPE))
-    x_t = (1 - t) * inputs.x0 + t * inputs.noise
+def nft(inputs: Inputs, v: Tensor, r: Tensor, beta: float) -> Tensor:
+    """Two branches of x0-predictions, each divided by its own mean absolute error; adv_clip_max 5, train.beta 1e-4."""
 
     def branch(mixed: Tensor) -> Tensor:
-        x0 = x_t - t * mixed
+        x0 = inputs.x_t - inputs.column_t * mixed
         weight = mean((x0.detach() - inputs.x0).abs()).clamp(min=1e-5)
         return mean((x0 - inputs.x0) ** 2) / weight
 
     positive = branch(beta * v + (1 - beta) * inputs.v_old)
     negative = branch((1 + beta) * inputs.v_old - beta * v)
-    policy = (r * positive / beta + (1 - r) * negative / beta) * scale
-    return policy.mean() + kl_weight * mean((v - inputs.v_ref) ** 2).mean()
+    policy = (r * positive / beta + (1 - r) * negative / beta) * 5
+    return policy.mean() + 1e-4 * mean((v - inputs.v_ref) ** 2).mean()
 
 
 def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
     """NVlabs/DiffusionNFT train_nft_sd3.py, and the loss of arXiv 2509.16117."""
     name, A = "DiffusionNFT", 2 * inputs.A
-    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, A)
+    arguments = inputs.forward(A)
     bounded = A.clamp(-5, 5)
     adv_modes = {
         "all": bounded,
@@ -632,7 +653,7 @@ def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
             r = (advantages / 5 / 2 + 0.5).clamp(0, 1)
             yield loss_row(
                 name, f"loss, beta {beta:g}, adv_mode {mode}", af.diffusion_nft_loss, arguments,
-                lambda v, r=r, beta=beta: nft(inputs, v, r, beta, 5.0, 1e-4),
+                partial(nft, inputs, r=r, beta=beta),
                 v_old=inputs.v_old, v_ref=inputs.v_ref, beta=beta, adv_clip_max=5.0, kl_weight=1e-4, mode=mode,
             )  # fmt: skip
 
@@ -650,7 +671,7 @@ def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
     call = shown(af.advantage_flow_loss, {"v_old": inputs.v_old, **options})
     yield Row(name, "gradient of the paper's loss", call, ours[1:], theirs[1:])
     std = inputs.rewards.std(correction=0) + 1e-4
-    yield advantage_row(name, inputs, centred(inputs) / std, norm="raw_global_std", clip=None)
+    yield advantage_row(name, inputs, inputs.centred / std, norm="raw_global_std", clip=None)
 
 
 def awm(inputs: Inputs) -> Iterator[Row]:
@@ -658,36 +679,37 @@ def awm(inputs: Inputs) -> Iterator[Row]:
     name, A, t = "AWM", inputs.A, inputs.t
 
     def lp(v: Tensor, weighting: str) -> Tensor:
-        minus_error = mean(-((v - inputs.u) ** 2))
+        error = mean((v - inputs.u) ** 2)
         if weighting == "huber":
-            return -t * ((1e-10 - minus_error).sqrt() - 1e-5)
+            return -t * ((error + 1e-10).sqrt() - 1e-5)
         if weighting == "ghuber":
-            return -t * ((1e-10 - minus_error) ** 0.25 - 1e-10**0.25) / 0.25
-        return minus_error * {"uniform": torch.ones_like(t), "t": t, "t2": t**2}[weighting]
+            return -t * ((error + 1e-10).pow(0.25) - 1e-10**0.25) / 0.25
+        weight = {"uniform": torch.ones_like(t), "t": t, "t2": t.square()}[weighting]
+        return -error * weight
 
-    def loss(v: Tensor, weighting: str, lp_old: Tensor, clip: float) -> Tensor:
-        policy = clipped((lp(v, weighting) - lp_old).exp(), A, clip)
+    def loss(v: Tensor, weighting: str, lp_old: Tensor | None = None, clip: float = 1.0) -> Tensor:
+        denominator = lp(v, weighting).detach() if lp_old is None else lp_old
+        policy = clipped((lp(v, weighting) - denominator).exp(), A, clip)
         return policy + 3e-3 * mean((v - inputs.v_ref) ** 2).mean() + mean((v - inputs.v_ema) ** 2).mean()
 
-    given = (inputs.x0, inputs.noise, t)
     anchors = {"v_ema": inputs.v_ema, "v_ref": inputs.v_ref, "kl_weight": 3e-3}
     for weighting in ("uniform", "t", "t2", "huber", "ghuber"):
-        ours = af.awm_log_prob(inputs.v, *given, weighting=weighting)
+        ours = af.awm_log_prob(*inputs.forward(A)[:4], weighting=weighting)
         call = shown(af.awm_log_prob, {"weighting": weighting})
         yield Row(name, f"log-probability, {weighting}", call, (ours,), (lp(inputs.v, weighting),))
         yield loss_row(
-            name, f"on-policy loss, {weighting}", af.awm_loss, (inputs.v, *given, A),
-            lambda v, weighting=weighting: loss(v, weighting, lp(v, weighting).detach(), 1.0),
+            name, f"on-policy loss, {weighting}", af.awm_loss, inputs.forward(A), partial(loss, weighting=weighting),
             weighting=weighting, clip=1.0, **anchors,
         )  # fmt: skip
     lp_old = lp(inputs.v_old, "ghuber")
     yield loss_row(
-        name, "off-policy loss, exp_first", af.awm_loss, (inputs.v, *given, A),
-        lambda v: loss(v, "ghuber", lp_old, 1e-4), log_prob_old=lp_old, weighting="ghuber", clip=1e-4, **anchors,
+        name, "off-policy loss, exp_first", af.awm_loss, inputs.forward(A),
+        partial(loss, weighting="ghuber", lp_old=lp_old, clip=1e-4),
+        log_prob_old=lp_old, weighting="ghuber", clip=1e-4, **anchors,
     )  # fmt: skip
     std = inputs.rewards.std(correction=0) + 1e-4
     yield advantage_row(
-        name, inputs, (centred(inputs) / std).clamp(-5, 5) / 5, norm="raw_global_std", clip=5.0, clip_mode="clip_divide"
+        name, inputs, (inputs.centred / std).clamp(-5, 5) / 5, norm="raw_global_std", clip=5.0, clip_mode="clip_divide"
     )
 
 
@@ -700,7 +722,7 @@ def flow_awr(inputs: Inputs) -> Iterator[Row]:
         return (mean((v - target) ** 2) + 0.01 * mean((v - inputs.v_ref) ** 2)).mean()
 
     yield loss_row(
-        "FlowAWR", "loss", af.flow_awr_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, A), loss,
+        "FlowAWR", "loss", af.flow_awr_loss, inputs.forward(A), loss,
         v_old=inputs.v_old, v_ref=inputs.v_ref, kl_weight=0.01,
     )  # fmt: skip
     g = max(float(inputs.rewards.std(correction=0)), 1e-6)
@@ -718,7 +740,7 @@ def orw_cfm(inputs: Inputs) -> Iterator[Row]:
         return ((0.5 * inputs.A).exp() * matching + 1.0 * mean((-v + inputs.v_ref) ** 2)).mean()
 
     yield loss_row(
-        "ORW-CFM", "loss", af.reward_weighted_loss, (inputs.v, inputs.x0, inputs.noise, inputs.t, inputs.A), loss,
+        "ORW-CFM", "loss", af.reward_weighted_loss, inputs.forward(inputs.A), loss,
         method="exp", tau=0.5, v_ref=inputs.v_ref, kl_weight=1.0,
     )  # fmt: skip
 
@@ -726,9 +748,8 @@ def orw_cfm(inputs: Inputs) -> Iterator[Row]:
 def advantage_flow(inputs: Inputs) -> Iterator[Row]:
     """arXiv 2605.26013 eq. 5 and 6, and the shared scale of MeanFlowAdvantage (arXiv 2609.37670 eq. 12)."""
     A = inputs.A.clamp(-1, 1)
-    arguments = (inputs.v, inputs.x0, inputs.noise, inputs.t, A)
-    t = inputs.t.view(-1, *[1] * len(SHAPE))
-    x_t = (1 - t) * inputs.x0 + t * inputs.noise
+    arguments = inputs.forward(A)
+    x_t, t = inputs.x_t, inputs.column_t
 
     def terms(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Squared norms of predictions, which the paper sums, over the number of elements."""
@@ -737,6 +758,10 @@ def advantage_flow(inputs: Inputs) -> Iterator[Row]:
         data, old, ref = ((x0 - anchor).flatten(1).square().sum(1) / math.prod(SHAPE) for anchor in anchors)
         return data, old, ref
 
+    def quadratic(v: Tensor, data_weight: Tensor, rollout_weight: Tensor) -> Tensor:
+        data, old, ref = terms(v)
+        return (data_weight * data + rollout_weight * old + 1e-3 * ref).mean()
+
     for beta, gamma, weight in (
         (1.0, 1.1, torch.full_like(A, 1.1)),
         (1.0, "1-A", 1 - A),
@@ -744,17 +769,15 @@ def advantage_flow(inputs: Inputs) -> Iterator[Row]:
     ):
         yield loss_row(
             "AdvantageFlow", f"loss / D, rollout weight {gamma}", af.advantage_flow_loss, arguments,
-            lambda v, beta=beta, weight=weight: sum(
-                (w * term).mean() for w, term in zip((beta * A, weight, 1e-3), terms(v), strict=True)
-            ),
+            partial(quadratic, data_weight=beta * A, rollout_weight=weight),
             v_old=inputs.v_old, v_ref=inputs.v_ref, gamma=gamma, lam=1e-3, beta=beta,
         )  # fmt: skip
-    rms = centred(inputs).square().mean().sqrt()
-    yield advantage_row("AdvantageFlow", inputs, (centred(inputs) / rms).clamp(-1, 1), norm="batch_rms", clip=1.0)
+    rms = inputs.centred.square().mean().sqrt()
+    yield advantage_row("AdvantageFlow", inputs, (inputs.centred / rms).clamp(-1, 1), norm="batch_rms", clip=1.0)
 
     def shared_scale(v: Tensor) -> Tensor:
         data, old, ref = terms(v)
-        w = mean((x_t - t * v.detach() - inputs.x0).abs()).clamp(min=1e-5)
+        w = mean((x_t - t * v - inputs.x0).detach().abs()).clamp(min=1e-5)
         return ((A * data + 1.1 * old + 1e-3 * ref) / w).mean()
 
     yield loss_row(
@@ -766,26 +789,33 @@ def advantage_flow(inputs: Inputs) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TRAINERS = (
+    flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, flow_factory, unirl_flow_dppo, flow_dppo_paper, verl_omni,
+    diffusion_nft, awm, flow_awr, orw_cfm, advantage_flow,
+)  # fmt: skip
+
+
 def rows() -> list[Row]:
     inputs = Inputs()
-    trainers = (
-        flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, unirl_flow_dppo, flow_dppo_paper, verl_omni,
-        diffusion_nft, awm, flow_awr, orw_cfm, advantage_flow,
-    )  # fmt: skip
-    return [row for trainer in trainers for row in trainer(inputs)]
+    return [row for trainer in TRAINERS for row in trainer(inputs)]
 
 
 def table(compared: list[Row]) -> str:
     lines = []
-    for row in compared:
-        if not lines or row.trainer != trainer:
-            trainer = row.trainer
-            lines += ["", f"{trainer:<52} {'ours':>14} {'theirs':>14} {'digits':>6}  agrees"]
-        verdict = "yes" if row.agrees else f"no: {row.departs}" if row.departs else "NO"
-        ours, theirs = (float(value[0].flatten()[0]) for value in (row.ours, row.theirs))
-        lines.append(f"  {row.quantity:<50} {ours:>14.8g} {theirs:>14.8g} {row.digits:>6.1f}  {verdict}")
-        lines.append(f"      {row.call}")
-    return "\n".join(lines[1:])
+    for trainer, its_rows in groupby(compared, key=lambda row: row.trainer):
+        lines.append(f"{trainer:<52} {'ours':>14} {'theirs':>14} {'digits':>6}  agrees")
+        for row in its_rows:
+            verdict = "yes" if row.agrees else f"no: {row.departs}" if row.departs else "NO"
+            ours, theirs = (float(values[0].flatten()[0]) for values in (row.ours, row.theirs))
+            lines.append(f"  {row.quantity:<50} {ours:>14.8g} {theirs:>14.8g} {row.digits:>6.1f}  {verdict}")
+            lines.append(f"      {row.call}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+LEGEND = """\
+'...' stands for v, x0, noise, t, A or v, v_old, eps, table, index, A, and for rewards, group_size. A value is the first
+of its row's; the digits are those of the worst element, in a loss row of loss and gradient with respect to v."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -793,13 +823,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(argv)
     compared = rows()
-    print(table(compared))
     wrong = [row for row in compared if not row.agrees and not row.departs]
+    print(table(compared))
+    print(LEGEND)
     print(
-        f"\n{sum(row.agrees for row in compared)} of {len(compared)} rows agree to {AGREEING_DIGITS:g} digits or more, "
-        f"{sum(bool(row.departs) for row in compared)} show where a trainer departs, {len(wrong)} are wrong.\n"
-        "Values are the first of their row; the digits are those of its worst element, gradients included. '...' stands "
-        "for\nv, x0, noise, t, A or v, v_old, eps, table, index, A."
+        f"{sum(row.agrees for row in compared)} of {len(compared)} rows agree to {AGREEING_DIGITS:g} digits or more, "
+        f"{sum(bool(row.departs) for row in compared)} show where a trainer departs, {len(wrong)} are wrong."
     )
     if options.json is not None:
         versions = {"advflow_ext": af.__version__, "torch": torch.__version__}

@@ -36,11 +36,11 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
     """
     if not _native.serves(mean1):
         return reference.gaussian_kl(mean1, mean2, std1, std2)
-    first, second = checks.gaussian_kl_arguments(mean1, mean2, std1, std2)
+    sigma1, sigma2 = checks.gaussian_kl_arguments(mean1, mean2, std1, std2)
     dtype = _checks.accumulate_dtype(mean1, mean2)
     _checks.require_native_dtype(dtype, mean1, "gaussian_kl")
-    offset = second.log() - first.log() + (first / second).square() / 2 - 0.5
-    return _scaled_distance(mean1, mean2, (0.5 / second.square()).to(dtype), offset.to(dtype))
+    offset = sigma2.log() - sigma1.log() + (sigma1 / sigma2).square() / 2 - 0.5
+    return _scaled_distance(mean1, mean2, (0.5 / sigma2.square()).to(dtype), offset.to(dtype))
 
 
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:

@@ -31,10 +31,9 @@ class StepTable:
     Time runs from noise (s = 1) to data (s = 0). A step goes from s to s' with dt = s' - s < 0 and h = -dt; the
     sensitivity kappa = c_v / sigma turns velocity differences into log-ratios and KL divergences:
 
-    * ``"flow_sde"``, noise level a (Flow-GRPO, arXiv 2505.05470 eq. 8-9): with w = a^2 / (1 - s),
-      c_x = 1 - w h / 2, c_v = -h (1 + w (1 - s) / 2), sigma = sqrt(w s h).
-    * ``"dance_sde"``, noise level eta (XueZeyue/DanceGRPO): c_x = 1 - eta^2 h / (2 s),
-      c_v = -h (1 + eta^2 (1 - s) / (2 s)), sigma = eta sqrt(h).
+    * ``"flow_sde"`` and ``"dance_sde"``: c_x = 1 - w h / 2, c_v = -h (1 + w (1 - s) / 2), sigma = sqrt(w s h), with
+      w = a^2 / (1 - s) of noise level a (Flow-GRPO, arXiv 2505.05470 eq. 8-9), or w = eta^2 / s of noise level eta, so
+      that sigma = eta sqrt(h) (XueZeyue/DanceGRPO).
     * ``"cps"``, noise level eta in [0, 1] (Flow-CPS, arXiv 2509.05952), theta = eta pi / 2:
       c_x = (1 - s') + s' cos theta, c_v = -s (1 - s') + s' (1 - s) cos theta, sigma = s' sin theta.
     * ``"ode"`` (Euler): c_x = 1, c_v = -h, sigma = 0; the noise level has no part in it.
@@ -77,20 +76,20 @@ class StepTable:
         s, following = self.sigmas[:-1], self.sigmas[1:]
         self.dt = following - s
         h = -self.dt
-        noise_variance = self.noise_level**2
-        if sampler == "flow_sde":
-            remaining = 1 - (s.clamp(max=0.99) if convention == "clamp_0.99" else torch.where(s == 1, following, s))
-            weight = noise_variance / remaining
-            c_x, c_v = 1 - weight * h / 2, -h * (1 + weight * (1 - s) / 2)
-            sigma = (weight * s * h).sqrt()
-        elif sampler == "dance_sde":
-            weight = noise_variance / s
-            c_x, c_v = 1 - weight * h / 2, -h * (1 + weight * (1 - s) / 2)
-            sigma = self.noise_level * h.sqrt()
+        if sampler in ("flow_sde", "dance_sde"):
+            if sampler == "dance_sde":
+                denominator = s
+            elif convention == "clamp_0.99":
+                denominator = 1 - s.clamp(max=0.99)
+            else:
+                denominator = 1 - torch.where(s == 1, following, s)
+            w = self.noise_level**2 / denominator
+            c_x, c_v, sigma = 1 - w * h / 2, -h * (1 + w * (1 - s) / 2), (w * s * h).sqrt()
         elif sampler == "cps":
-            cosine, sine = math.cos(self.noise_level * math.pi / 2), math.sin(self.noise_level * math.pi / 2)
-            c_x, c_v = 1 - following + following * cosine, -s * (1 - following) + following * (1 - s) * cosine
-            sigma = following * sine
+            theta = self.noise_level * math.pi / 2
+            noise_kept = following * math.cos(theta)
+            c_x, c_v = 1 - following + noise_kept, -s * (1 - following) + (1 - s) * noise_kept
+            sigma = following * math.sin(theta)
         else:
             c_x, c_v, sigma = torch.ones_like(s), -h, torch.zeros_like(s)
 

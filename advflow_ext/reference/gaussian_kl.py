@@ -13,10 +13,10 @@ from advflow_ext.reference._forward import mean
 
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl`, by PyTorch autograd."""
-    first, second = gaussian_kl_arguments(mean1, mean2, std1, std2)
+    sigma1, sigma2 = gaussian_kl_arguments(mean1, mean2, std1, std2)
     dtype = accumulate_dtype(mean1, mean2)
-    offset = torch.log(second / first) + first.square() / (2 * second.square()) - 0.5
-    return _scaled_distance(mean1, mean2, (0.5 / second.square()).to(dtype), offset.to(dtype))
+    offset = torch.log(sigma2 / sigma1) + sigma1.square() / (2 * sigma2.square()) - 0.5
+    return _scaled_distance(mean1, mean2, (0.5 / sigma2.square()).to(dtype), offset.to(dtype))
 
 
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
