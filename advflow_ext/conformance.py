@@ -80,10 +80,12 @@ class Inputs:
 
         latents = (TRANSITIONS, *SHAPE)
         self.x0, self.noise, self.x, self.step_noise = normal(4, *latents)
-        self.u = self.noise - self.x0
+        self.u: Tensor = self.noise - self.x0
         self.v_old = self.u + 0.3 * normal(*latents)
         self.v, self.v_ref, self.v_ema = self.v_old + 0.02 * normal(3, *latents)
         self.t = torch.linspace(0.1, 1, TRANSITIONS, dtype=torch.float64)
+        self.column_t = self.t.view(-1, *[1] * len(SHAPE))
+        self.x_t = self.x0 + self.column_t * self.u
         self.A = normal(TRANSITIONS)
         self.rewards = 0.5 + 0.1 * normal(6, 1) + 0.1 * normal(6, GROUP)
         self.rewards[0, 3] += 5  # beyond five standard deviations, so that the clips have something to do
@@ -95,14 +97,6 @@ class Inputs:
     def forward(self, A: Tensor) -> tuple[Tensor, ...]:
         """What every forward-process loss takes first."""
         return self.v, self.x0, self.noise, self.t, A
-
-    @property
-    def column_t(self) -> Tensor:
-        return self.t.view(-1, *[1] * len(SHAPE))
-
-    @property
-    def x_t(self) -> Tensor:
-        return self.x0 + self.column_t * self.u
 
 
 def shown(op: Callable[..., Any], options: dict[str, Any]) -> str:
@@ -249,9 +243,9 @@ class Rollout:
             self.table.kappa[step : step + 1] ** 2 / 2, theirs[self.index == step][:1],
         )  # fmt: skip
 
-    def mean_log_ratio(self, op: Loss, theirs: Tensor, departs: str = "", **options: Any) -> Row:
-        ours = metric(op(*self.arguments, **options), "mean_log_ratio")
-        return self.row("log-ratio", f"{shown(op, options)}: mean_log_ratio", ours, theirs.mean(), departs)
+    def mean_log_ratio(self, op: Loss, theirs: Tensor, departs: str = "", quantity: str = "log-ratio") -> Row:
+        ours = metric(op(*self.arguments), "mean_log_ratio")
+        return self.row(quantity, f"{shown(op, {})}: mean_log_ratio", ours, theirs.mean(), departs)
 
     def clipped_count(self, op: Loss, log_ratio: Tensor, clip: float) -> Row:
         ratio, A = log_ratio.exp(), self.given.A
@@ -291,10 +285,10 @@ def loss_row(
     departs: str = "",
     **options: Any,
 ) -> Row:
-    """Loss and gradient with respect to v, which is the first of ``arguments``."""
+    """Compares the gradient with respect to v, the first of ``arguments``, as well as the loss."""
     v, *others = arguments
     ours = with_gradient(lambda leaf: op(leaf, *others, **options).loss, v)
-    return Row(trainer, f"{quantity}, gradient", shown(op, options), ours, with_gradient(theirs, v), departs)
+    return Row(trainer, quantity, shown(op, options), ours, with_gradient(theirs, v), departs)
 
 
 def advantage_row(
@@ -426,7 +420,7 @@ def mix_grpo(inputs: Inputs) -> Iterator[Row]:
         "log-probability of its Dance step", f"sde_step(v, x, {dance.table_text}, index).log_prob",
         dance.drawn.log_prob, unnormalised, "its constants are a statement of their own and dropped; ratios are equal",
     )  # fmt: skip
-    yield dance.mean_log_ratio(af.flow_grpo_loss, dance.log_ratio(inputs.v))
+    yield dance.mean_log_ratio(af.flow_grpo_loss, dance.log_ratio(inputs.v), quantity="log-ratio of its Dance step")
     std = inputs.rewards.std(1, keepdim=True) + 1e-8
     yield advantage_row(
         "MixGRPO", inputs, (inputs.centred / std).clamp(-5, 5), norm="group_std", clip=5.0, eps=1e-8, ddof=1
@@ -683,7 +677,7 @@ def awm(inputs: Inputs) -> Iterator[Row]:
         if weighting == "huber":
             return -t * ((error + 1e-10).sqrt() - 1e-5)
         if weighting == "ghuber":
-            return -t * ((error + 1e-10).pow(0.25) - 1e-10**0.25) / 0.25
+            return -t * ((error + 1e-10).pow(0.25) - math.pow(1e-10, 0.25)) / 0.25
         weight = {"uniform": torch.ones_like(t), "t": t, "t2": t.square()}[weighting]
         return -error * weight
 
@@ -814,8 +808,8 @@ def table(compared: list[Row]) -> str:
 
 
 LEGEND = """\
-'...' stands for v, x0, noise, t, A or v, v_old, eps, table, index, A, and for rewards, group_size. A value is the first
-of its row's; the digits are those of the worst element, in a loss row of loss and gradient with respect to v."""
+'...' stands for v, x0, noise, t, A or v, v_old, eps, table, index, A, and for rewards, group_size. Shown is the first
+value of a row; the digits are those of its worst element. A loss row compares the gradient with respect to v as well."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -375,7 +375,7 @@ class OptimConfig:
         lr: learning rate.
         warmup: optimiser steps over which the learning rate rises linearly from 0. AdamW's first steps move every
             weight by the learning rate however small its gradient, which a pretrained model remembers.
-        decay: "linear" lets the learning rate fall to 0 over the run, "none" keeps it.
+        decay: "second_half" lets the learning rate fall linearly to 0 over the run's second half, "none" keeps it.
         betas: decay rates of AdamW's two moments.
         eps: AdamW's denominator constant.
         weight_decay: decoupled weight decay.
@@ -387,7 +387,7 @@ class OptimConfig:
 
     lr: float = 2e-4
     warmup: int = 10
-    decay: Literal["none", "linear"] = "linear"
+    decay: Literal["none", "second_half"] = "second_half"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4

@@ -190,7 +190,7 @@ class Trainer:
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of optimiser step `step` (from 0) of a run of `steps`."""
     risen = min(1.0, (step + 1) / max(config.warmup, 1))
-    left = 1.0 - step / steps if config.decay == "linear" else 1.0
+    left = 2.0 * (1.0 - step / steps) if config.decay == "second_half" else 1.0
     return config.lr * min(risen, left)
 
 

@@ -132,8 +132,8 @@ def test_many_prompts_are_encoded_as_they_are_drawn(small_config: Make, monkeypa
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    linear, flat = OptimConfig(lr=1.0, warmup=4, decay="linear"), OptimConfig(lr=1.0, warmup=0, decay="none")
-    assert [learning_rate(linear, s, 10) for s in (0, 3, 5, 9)] == pytest.approx([0.25, 0.7, 0.5, 0.1])
+    late, flat = OptimConfig(lr=1.0, warmup=4, decay="second_half"), OptimConfig(lr=1.0, warmup=0, decay="none")
+    assert [learning_rate(late, s, 10) for s in (0, 3, 5, 6, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.8, 0.2])
     assert [learning_rate(flat, s, 10) for s in (0, 9)] == [1.0, 1.0]
 
 
