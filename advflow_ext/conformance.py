@@ -809,7 +809,7 @@ def table(compared: list[Row]) -> str:
 
 LEGEND = """\
 '...' stands for v, x0, noise, t, A or v, v_old, eps, table, index, A, and for rewards, group_size. Shown is the first
-value of a row; the digits are those of its worst element. A loss row compares the gradient with respect to v as well."""
+value of a row; the digits are those of its worst element. A loss row also compares the gradient with respect to v."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from advflow.config import ModelConfig, OptimConfig, RolloutPolicyConfig, TrainConfig
+from advflow.config import ModelConfig, OptimConfig, RolloutPolicyConfig, SDEConfig, TrainConfig
 from advflow.model import PromptEncoder, load_pipeline
 from advflow.policies import Policies, follow, make_policies
 from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
@@ -42,12 +42,18 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
 
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("algorithm", "steps"), [("advantage_flow", 1), ("advantage_flow", 2), ("flow_dppo", 2)])
 def test_resuming_equals_never_having_stopped(
-    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, steps: int
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, algorithm: str, steps: int
 ) -> None:
-    optim = OptimConfig(micro_batch=5, steps_per_iteration=steps)
-    whole = small_config(model=model, optim=optim, out=str(tmp_path / "whole"), iterations=4)
+    whole = small_config(
+        algorithm=algorithm,
+        model=model,
+        optim=OptimConfig(micro_batch=5, steps_per_iteration=steps),
+        sde=SDEConfig(window="random", steps=1, within=2, epochs=2),
+        out=str(tmp_path / "whole"),
+        iterations=4,
+    )
     train(whole, resume=False)
     parts = replace(whole, out=str(tmp_path / "parts"))
     iterate = Trainer.iterate
