@@ -52,8 +52,10 @@ def reverse_output(
     kl_old, kl_ref = half_kappa_sq * stats.vo_sq, half_kappa_sq * stats.vp_sq
     values = surrogate.value + kl_scale * kl_ref
     coef = torch.stack([surrogate.slope * linear / 2, -surrogate.slope * quadratic, kl_scale * half_kappa_sq], 1)
-    # One non-finite latent makes a statistic non-finite, also where its weight is zero or the transition is masked.
-    finite = scalars.finite & torch.isfinite(sum(stats) + surrogate.log_ratio + surrogate.ratio + values + coef.sum(1))
+    # One non-finite number makes the sum non-finite, also where its weight is zero or the transition is masked.
+    finite = torch.isfinite(
+        sum(stats) + scalars.advantages + surrogate.log_ratio + surrogate.ratio + values + coef.sum(1)
+    )
     losses = transition_loss(*latents, values, coef, finite & scalars.valid_step)
     metrics = summarise_transitions(
         values,

@@ -22,7 +22,6 @@ class TransitionScalars(NamedTuple):
 
     step: StepRows  # harmless numbers where the step is not valid
     advantages: Tensor
-    finite: Tensor  # bool: the advantages
     valid_step: Tensor  # bool: the step is in the table and stochastic
 
 
@@ -195,7 +194,7 @@ def _transitions(
     columns, valid_step = _steps(v, table, index, dtype)
     step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
     advantages = advantages.detach().to(dtype)
-    return TransitionScalars(step, advantages, torch.isfinite(advantages), valid_step)
+    return TransitionScalars(step, advantages, valid_step)
 
 
 def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

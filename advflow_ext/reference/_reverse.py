@@ -52,7 +52,7 @@ def transitions(scalars: TransitionScalars, v: Tensor, v_old: Tensor, eps: Tenso
     with torch.no_grad():
         present = [latent for latent in (policy, old, noise, reference) if latent is not None]
         norms = torch.stack([torch.linalg.vector_norm(latent, dim=1) for latent in present])
-        clean = scalars.finite & torch.isfinite(norms.sum(0))
+        clean = torch.isfinite(norms.sum(0) + scalars.advantages)
     policy = torch.where(clean[:, None], policy, 0)
 
     c_v, sigma = scalars.step.c_v[:, None], scalars.step.sigma[:, None]
