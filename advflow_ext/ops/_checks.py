@@ -51,6 +51,13 @@ def require_float_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} has dtype {value.dtype}; accepted are float32, float16, bfloat16 and float64.")
 
 
+def require_latent(name: str, value: object) -> None:
+    require_float_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() < 2:
+        raise ValueError(f"{name} has shape {list(value.shape)}; accepted are a batch dimension and at least one more.")
+
+
 def require_like_v(name: str, value: object, v: Tensor) -> None:
     require_float_tensor(name, value)
     assert isinstance(value, Tensor)
@@ -252,9 +259,7 @@ def _samples(v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str
 
 def _require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
     """The accumulate dtype of latents that fit together."""
-    require_float_tensor("v", v)
-    if v.dim() < 2:
-        raise ValueError(f"v has shape {list(v.shape)}; accepted are a batch dimension and at least one more.")
+    require_latent("v", v)
     for name, latent in latents.items():
         if latent is not None or name not in _MAY_BE_ABSENT:
             require_like_v(name, latent, v)
@@ -267,7 +272,7 @@ def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     t = t.detach().to(dtype)
     valid = (t > 0) & (t <= 1)
     # A t that is not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
-    if _values_are_at_hand(t) and (wrong := t.isfinite() & ~valid).any():
+    if values_are_at_hand(t) and (wrong := t.isfinite() & ~valid).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
@@ -275,7 +280,7 @@ def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return t, valid
 
 
-def _values_are_at_hand(tensor: Tensor) -> bool:
+def values_are_at_hand(tensor: Tensor) -> bool:
     # Elsewhere reading a value makes the step wait for the device; there the same facts are counted in the metrics.
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -295,7 +300,7 @@ def _gamma_per_sample(gamma: float | Tensor | str, beta: float, advantages: Tens
 
 
 def _warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
-    if not _values_are_at_hand(curvature):
+    if not values_are_at_hand(curvature):
         return
     below = curvature[nonconvex & curvature.isfinite()]
     if below.numel():

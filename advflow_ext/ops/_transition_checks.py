@@ -97,7 +97,7 @@ def sde_step_arguments(
     dtype: torch.dtype | None,
 ) -> tuple[StepRows, torch.dtype]:
     """The coefficients, one row a sample, and the dtype of the next x."""
-    _require_latent("v", v)
+    _checks.require_latent("v", v)
     _checks.require_like_v("x", x, v)
     if noise is not None:
         _checks.require_like_v("noise", noise, v)
@@ -117,7 +117,7 @@ def sde_step_arguments(
         raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
     else:
         index = torch.full(v.shape[:1], index, device=v.device)
-    if _values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+    if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
     dtype = dtype or x.dtype
@@ -129,7 +129,7 @@ def gaussian_kl_arguments(
     mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Both standard deviations in float64, ``[N]``: the difference of their logarithms cancels."""
-    _require_latent("mean1", mean1)
+    _checks.require_latent("mean1", mean1)
     _checks.require_float_tensor("mean2", mean2)
     if mean2.shape != mean1.shape:
         raise ValueError(f"mean2 has shape {list(mean2.shape)}; accepted is that of mean1, {list(mean1.shape)}.")
@@ -148,7 +148,7 @@ def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
             f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
-    if _values_are_at_hand(std) and (wrong := std <= 0).any():
+    if _checks.values_are_at_hand(std) and (wrong := std <= 0).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
     return std.detach().double()
@@ -156,7 +156,7 @@ def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
 
 def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
     """kappa of the transitions in the accumulate dtype."""
-    _require_latent("v", v)
+    _checks.require_latent("v", v)
     _checks.require_like_v("v_old", v_old, v)
     columns, _ = _steps(v, table, index, _checks.accumulate_dtype(v, v_old))
     return StepRows(*columns.unbind(1)).kappa
@@ -180,7 +180,7 @@ def _transitions(
     kl_weight: float,
     reduction: str,
 ) -> TransitionScalars:
-    _require_latent("v", v)
+    _checks.require_latent("v", v)
     _checks.require_like_v("v_old", v_old, v)
     _checks.require_like_v("eps", eps, v)
     if v_ref is not None:
@@ -203,7 +203,7 @@ def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tu
     _require_index(index, v)
     columns = table.columns(index, dtype)
     valid = columns[:, _SIGMA] > 0  # false for the NaN of a step outside the table
-    if _values_are_at_hand(index) and not valid.all():
+    if _checks.values_are_at_hand(index) and not valid.all():
         first = int((~valid).nonzero()[0])
         step = int(index[first])
         if 0 <= step < table.steps:
@@ -213,13 +213,6 @@ def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tu
         accepted = ", ".join(map(str, table.stochastic_steps)) or "(none in this table)"
         raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the stochastic steps {accepted}.")
     return columns, valid
-
-
-def _require_latent(name: str, value: object) -> None:
-    _checks.require_float_tensor(name, value)
-    assert isinstance(value, Tensor)
-    if value.dim() < 2:
-        raise ValueError(f"{name} has shape {list(value.shape)}; accepted are a batch dimension and at least one more.")
 
 
 def _require_table(table: object) -> None:
@@ -241,8 +234,3 @@ def _require_clip(clip: float) -> None:
     _checks.require_number("clip", clip, low=0.0)
     if clip >= 1:
         raise ValueError(f"clip is {clip!r}; accepted is a number of at least 0 and below 1.")
-
-
-def _values_are_at_hand(tensor: Tensor) -> bool:
-    # Elsewhere reading a value makes the step wait for the device; there the same facts are counted in the metrics.
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -11,9 +11,8 @@ from advflow.algorithms import FORWARD
 from advflow.batch import ForwardBatch, Rollout, WeightedLoss
 from advflow.config import DrawConfig, TrainConfig
 from advflow.model import LatentShape
-from advflow.policies import Policies, Role
+from advflow.policies import Policies, policy_velocities
 from advflow.randomness import generator
-from advflow.sampling import velocity
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,5 @@ class ForwardProcess:
         """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
         x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-
-        def frozen(role: Role) -> torch.Tensor:
-            with torch.no_grad():
-                return velocity(self._policies.transformer(role), x_t, t, prompts)
-
-        v_old = frozen("rollout") if self._needs.old else None
-        v_ref = frozen("reference") if self._needs.reference else None
-        # The learner comes last: with adapters, asking for another policy would switch its gradients off.
-        v = velocity(self._policies.transformer("learner"), x_t, t, prompts)
+        v, v_old, v_ref = policy_velocities(self._policies, self._needs, x_t, t, prompts)
         return ForwardBatch(v, v_old, v_ref, x0, noise, t, rollout.rewards[rows], rollout.advantages[rows])

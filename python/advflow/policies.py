@@ -10,7 +10,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
+from advflow.batch import Needs
 from advflow.config import ModelConfig
+from advflow.sampling import PromptEmbeddings, velocity
 
 Role = Literal["learner", "rollout", "reference"]
 
@@ -95,6 +97,21 @@ class LoraPolicies:
             for parameter in self.learner:
                 parameter.requires_grad_(True)
         return self._transformer
+
+
+def policy_velocities(
+    policies: Policies, needs: Needs, x: torch.Tensor, t: torch.Tensor, prompts: PromptEmbeddings
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The learner's velocity at (x, t), with gradients, and those of rollout policy and reference where needed."""
+
+    def frozen(role: Role) -> torch.Tensor:
+        with torch.no_grad():
+            return velocity(policies.transformer(role), x, t, prompts)
+
+    v_old = frozen("rollout") if needs.old else None
+    v_ref = frozen("reference") if needs.reference else None
+    # The learner comes last: with adapters, asking for another policy would switch its gradients off.
+    return velocity(policies.transformer("learner"), x, t, prompts), v_old, v_ref
 
 
 @torch.no_grad()

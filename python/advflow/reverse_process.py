@@ -11,11 +11,11 @@ from diffusers import SD3Transformer2DModel
 
 import advflow_ext as af
 from advflow.algorithms import REVERSE
-from advflow.batch import Rollout, TransitionBatch, Transitions, WeightedLoss
+from advflow.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
 from advflow.config import SDEConfig, TrainConfig
-from advflow.policies import Policies, Role
+from advflow.policies import Policies, policy_velocities
 from advflow.randomness import generator
-from advflow.sampling import PromptEmbeddings, velocity
+from advflow.sampling import PromptEmbeddings, euler_step, velocity
 
 
 def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed: int) -> list[int]:
@@ -86,7 +86,7 @@ class StochasticSampler:
                 kept.append((x, v, out.eps))
                 x = out.x_next
             else:
-                x = x + (self._sigmas[step + 1] - sigma) * v.float()
+                x = euler_step(x, v.float(), sigma, self._sigmas[step + 1])
         before, v_old, eps = (torch.stack(tensors, 1) for tensors in zip(*kept, strict=True))
         index = torch.tensor(window, device=x.device).expand(len(x), -1)
         return x, Transitions(before, v_old, eps, index, table)
@@ -106,7 +106,7 @@ class ReverseProcess:
     def __init__(self, config: TrainConfig, policies: Policies, sigmas: list[float]) -> None:
         self._config, self._policies, self._sigmas = config, policies, sigmas
         self._algorithm = REVERSE[config.algorithm]
-        self._needs = self._algorithm.needs(config)
+        self._needs = Needs(config.sde.anchor == "replay", self._algorithm.needs(config).reference)
         self._warned = False
         images = config.rollout.prompts * config.rollout.images_per_prompt
         if images % config.optim.steps_per_iteration:
@@ -159,21 +159,13 @@ class ReverseProcess:
         """Evaluates the policies where the chosen steps began, all steps in one forward pass."""
         x, index, prompts = steps.x[image, step], steps.index[image, step], rollout.prompts[image]
         t = torch.tensor(self._sigmas, device=x.device)[index]
-
-        def frozen(role: Role) -> torch.Tensor:
-            with torch.no_grad():
-                return velocity(self._policies.transformer(role), x, t, prompts)
-
+        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, prompts)
         v_old, eps = steps.v_old[image, step], steps.eps[image, step]
-        if self._config.sde.anchor == "replay":
-            replayed = frozen("rollout")
+        if replayed is not None:
             # The latent after the step stays what it was, so the noise that explains it moves with the mean.
             kappa = steps.table.rows(index, torch.float32).kappa.view(-1, 1, 1, 1)
             eps = (eps.float() - kappa * (replayed.float() - v_old.float())).to(eps.dtype)
             v_old = replayed
-        v_ref = frozen("reference") if self._needs.reference else None
-        # The learner comes last: with adapters, asking for another policy would switch its gradients off.
-        v = velocity(self._policies.transformer("learner"), x, t, prompts)
         return TransitionBatch(v, v_old, v_ref, eps, steps.table, index, rollout.advantages[image])
 
     def mismatch(self, first: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from advflow.algorithms import FORWARD, REVERSE
 from advflow.batch import Rollout
 from advflow.config import (
     REVERSE_PROCESS,
@@ -30,6 +31,10 @@ ON_POLICY = RolloutPolicyConfig(rate=0.0)
 def _trainer(small_config: Make, algorithm: str = "flow_grpo", **changes: object) -> Trainer:
     settings: dict[str, object] = {"algorithm": algorithm, "sde": SDEConfig(steps=2), "rollout_policy": ON_POLICY}
     return Trainer(small_config(**(settings | changes)))
+
+
+def test_every_algorithm_has_one_process() -> None:
+    assert set(REVERSE) == REVERSE_PROCESS and set(FORWARD) == set(get_args(Algorithm)) - REVERSE_PROCESS
 
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
