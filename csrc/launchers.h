@@ -48,11 +48,52 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
 //   grad = (2 / elements) * (a (v - u) + b (v - v_old) + c (v - v_ref))
 // with eps itself in the place of (v - u) for ADVFLOW_TARGET_EPS, and
 // coef[batch, 3] = (a, b, c) in the accumulate type (fp32, or fp64 when
-// any input is fp64). A row whose three coefficients are all zero is written
-// as exact zeros whatever its inputs hold. A zero coefficient never reads NaN
-// into the result.
-int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
-int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where);
+// any input is fp64), each multiplied by the row's upstream gradient (1 where
+// that is null). A row
+// whose three coefficients are all zero is written as exact zeros whatever its
+// inputs and its upstream gradient hold. A zero coefficient never reads NaN into
+// the result.
+int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,
+                              void* grad, void* where);
+int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,
+                               void* grad, void* where);
+
+enum AdvflowSummaryLimits : int {
+  ADVFLOW_SUMMARY_MEANS = 8,
+  ADVFLOW_SUMMARY_REQUIRED = 4,
+  ADVFLOW_SUMMARY_STATS = 3,
+};
+
+// What a loss knows of every sample once its statistics are there.
+struct AdvflowLossSummaryInputs {
+  AdvflowColumn means[ADVFLOW_SUMMARY_MEANS];  // reported as means; the first is the loss
+  AdvflowColumn required[ADVFLOW_SUMMARY_REQUIRED];
+  AdvflowColumn advantages;
+  AdvflowColumn extreme;
+  const void* stats;    // [batch, ADVFLOW_RESIDUAL_STATS]
+  const void* coef;     // [batch, 3]
+  const bool* valid;    // [batch]
+  const bool* flagged;  // [batch]
+  int64_t batch;
+  double divisor;  // of the loss and of the coefficients
+  int32_t mean_count;
+  int32_t required_count;
+  int32_t stat_count;  // so many leading statistics are reported as means too
+  bool largest;        // report the largest |extreme| rather than the smallest extreme
+  bool per_sample;     // write loss[batch] rather than its sum over divisor
+  AdvflowDtype dtype;  // the accumulate type of everything here
+};
+
+// loss_summary: a sample is usable when it is valid and every number given of
+// it is finite; of any other the loss and the coefficients become zero.
+//   loss[batch] or loss[1], masked_coef[batch, 3] = coef / divisor,
+//   metrics: means of `means` and of the leading statistics, mean advantage,
+//   mean |advantage|, the extreme, all over usable samples; how many usable ones
+//   are flagged, how many samples are not finite, how many not valid.
+int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,
+                             void* where);
+int advflow_loss_summary_cuda(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,
+                              void* where);
 
 // One sampler step of every row, [batch, elements].
 struct AdvflowSdeStepInputs {

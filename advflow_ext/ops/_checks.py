@@ -87,8 +87,21 @@ class Samples(NamedTuple):
 
     t: Tensor
     advantages: Tensor  # of a reward-weighted loss: the rewards
-    finite: Tensor  # bool: t, the advantages and whatever else is given per sample
+    required: tuple[Tensor, ...]  # what else must be finite: t and whatever is given per sample
     valid_t: Tensor  # bool
+
+    @property
+    def finite(self) -> Tensor:
+        return torch.isfinite(torch.stack([self.advantages, *self.required])).all(0)
+
+
+class Quadratic(NamedTuple):
+    """The weights of AdvantageFlow's three terms."""
+
+    weights: Tensor  # [B, 3]: beta A, gamma, lam
+    curvature: Tensor  # [B], their sum
+    nonconvex: Tensor  # [B] bool
+    unbounded: str  # what to say of nonconvex samples
 
 
 WEIGHTINGS = ("prediction", "velocity", "adaptive")
@@ -112,8 +125,7 @@ def advantage_flow_arguments(
     beta: float,
     weighting: str,
     reduction: str,
-) -> tuple[Samples, Tensor, str]:
-    """The samples, their (beta A, gamma, lam) ``[B, 3]``, and what to say when a row's sum is not positive."""
+) -> tuple[Samples, Quadratic]:
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
     require_number("beta", beta, low=0.0, exclusive=True)
     require_number("lam", lam, low=0.0)
@@ -128,8 +140,10 @@ def advantage_flow_arguments(
         "metrics.nonconvex_samples keeps counting."
     )
     curvature = weights.sum(1)
-    _warn_on_cpu(unbounded, curvature, curvature <= 0)
-    return samples._replace(finite=samples.finite & torch.isfinite(curvature)), weights, unbounded
+    nonconvex = curvature <= 0
+    _warn_on_cpu(unbounded, curvature, nonconvex)
+    samples = samples._replace(required=(*samples.required, curvature))
+    return samples, Quadratic(weights, curvature, nonconvex, unbounded)
 
 
 def diffusion_nft_arguments(
@@ -175,7 +189,8 @@ def awm_arguments(
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_ema=v_ema, v_ref=v_ref)
     if log_prob_old is not None:
         require_per_sample("log_prob_old", log_prob_old, v)
-        samples = samples._replace(finite=samples.finite & torch.isfinite(log_prob_old))
+        log_prob_old = log_prob_old.detach().to(samples.t.dtype)
+        samples = samples._replace(required=(*samples.required, log_prob_old))
     require_choice("weighting", weighting, AWM_WEIGHTINGS)
     require_number("power", power, low=0.0, exclusive=True)
     require_number("clip", clip, low=0.0, exclusive=True)
@@ -254,7 +269,7 @@ def _samples(v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str
     require_choice("reduction", reduction, REDUCTIONS)
     t, valid_t = _timesteps(t, v, dtype)
     advantages = advantages.detach().to(dtype)
-    return Samples(t, advantages, torch.isfinite(t) & torch.isfinite(advantages), valid_t)
+    return Samples(t, advantages, (t,), valid_t)
 
 
 def _require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
@@ -272,7 +287,7 @@ def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     t = t.detach().to(dtype)
     valid = (t > 0) & (t <= 1)
     # A t that is not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
-    if values_are_at_hand(t) and (wrong := t.isfinite() & ~valid).any():
+    if values_are_at_hand(t) and not valid.all() and (wrong := t.isfinite() & ~valid).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
@@ -300,7 +315,7 @@ def _gamma_per_sample(gamma: float | Tensor | str, beta: float, advantages: Tens
 
 
 def _warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
-    if not values_are_at_hand(curvature):
+    if not values_are_at_hand(curvature) or not nonconvex.any():
         return
     below = curvature[nonconvex & curvature.isfinite()]
     if below.numel():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import Samples
-from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise
+from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
+from advflow_ext.ops.loss_summary import loss_summary
 from advflow_ext.ops.residual import residual_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # v, x0, noise, v_old, v_ref
@@ -26,21 +26,21 @@ def forward_output(
     curvature: Tensor,  # [B]
     nonconvex: Tensor,  # [B] bool
     unbounded: str = "",
-    extra: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Tensor] | None = None,  # [B] each, reported as means
 ) -> LossOutput:
-    # One non-finite latent makes a statistic non-finite, also where its weight is zero.
-    finite = samples.finite & torch.isfinite(values + stats.sum(1) + coef.sum(1))
-    losses = residual_loss(*latents, values, coef, finite & samples.valid_t)
-    metrics = summarise(
-        values,
-        policy_term,
-        stats[:, :3],
+    extra = extra or {}
+    summary = loss_summary(
+        [values, policy_term, *extra.values()],
+        samples.required,
         samples.advantages,
         curvature,
-        nonconvex,
-        finite,
+        stats,
+        coef,
         samples.valid_t,
-        unbounded=unbounded,
-        extra=extra,
+        nonconvex,
+        stat_means=3,  # vu, vo, vp
+        largest=False,
+        reduction=reduction,
     )
-    return LossOutput(reduce_losses(losses, reduction), metrics)
+    loss = residual_loss(*latents, summary.loss, summary.coef)
+    return LossOutput(loss, LossMetrics(summary.metrics, forward_metrics(tuple(extra)), unbounded))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -37,12 +35,12 @@ class LossMetrics(NamedTuple):
     loss                 mean per-sample loss, whatever ``reduction`` was asked for
     policy_term          mean of the advantage-weighted term alone, after clipping or masking
     mean_log_ratio       mean of the log-ratio as the method forms it
-    max_abs_log_ratio    largest magnitude of the same
     mean_kl_old          mean of the exact KL to the rollout policy, kappa^2 / 2 <(v-v_old)^2>
     mean_kl_ref          mean of the exact KL to the reference policy, kappa^2 / 2 <(v-v_ref)^2>
-    masked_samples       how many usable samples have no policy gradient because of the clip or the mask
     mean_advantage       mean of A
     mean_abs_advantage   mean of |A|
+    max_abs_log_ratio    largest magnitude of the log-ratio
+    masked_samples       how many usable samples have no policy gradient because of the clip or the mask
     nonfinite_samples    how many were dropped because an input, their ratio or their loss is not finite
     invalid_steps        how many were dropped because their step is deterministic or not in the table
     ==================== ==============================================================================
@@ -60,31 +58,34 @@ class LossMetrics(NamedTuple):
         return numbers
 
 
-FORWARD_METRICS = (
-    "loss",
-    "policy_term",
-    "target_error",
-    "rollout_deviation",
-    "reference_deviation",
-    "mean_advantage",
-    "mean_abs_advantage",
-    "min_curvature",
-    "nonconvex_samples",
-    "nonfinite_samples",
-    "invalid_timesteps",
-)
+def forward_metrics(extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The names in the order of their values, ``extra`` among the means."""
+    return (
+        "loss",
+        "policy_term",
+        *extra,
+        "target_error",
+        "rollout_deviation",
+        "reference_deviation",
+        "mean_advantage",
+        "mean_abs_advantage",
+        "min_curvature",
+        "nonconvex_samples",
+        "nonfinite_samples",
+        "invalid_timesteps",
+    )
 
 
 TRANSITION_METRICS = (
     "loss",
     "policy_term",
     "mean_log_ratio",
-    "max_abs_log_ratio",
     "mean_kl_old",
     "mean_kl_ref",
-    "masked_samples",
     "mean_advantage",
     "mean_abs_advantage",
+    "max_abs_log_ratio",
+    "masked_samples",
     "nonfinite_samples",
     "invalid_steps",
 )
@@ -103,67 +104,6 @@ class SdeStep(NamedTuple):
     x_next: Tensor
     eps: Tensor
     log_prob: Tensor
-
-
-def summarise(
-    losses: Tensor,  # [B]
-    policy_term: Tensor,  # [B]
-    deviations: Tensor,  # [B, 3]: vu, vo, vp
-    advantages: Tensor,  # [B]
-    curvature: Tensor,  # [B]
-    nonconvex: Tensor,  # [B] bool
-    finite: Tensor,  # [B] bool
-    valid_t: Tensor,  # [B] bool
-    *,
-    unbounded: str = "",
-    extra: Mapping[str, Tensor] | None = None,  # [B] each, reported as means
-) -> LossMetrics:
-    """The metrics of a forward-process loss in few launches: they run in every training step."""
-    extra = extra or {}
-    usable = finite & valid_t
-    columns = torch.stack([losses, policy_term, advantages, advantages.abs(), *extra.values()], 1)
-    per_sample = torch.cat([columns, deviations], 1)
-    counts = torch.stack([usable, nonconvex & usable, ~finite, ~valid_t], 1).sum(0, dtype=losses.dtype)
-    means = torch.where(usable[:, None], per_sample, 0).sum(0) / counts[:1].clamp(min=1)
-    if losses.shape[0] == 0:
-        lowest = means.new_full((1,), torch.inf)
-    else:
-        lowest = torch.where(usable, curvature, torch.inf).amin(0, keepdim=True)
-    loss_and_policy, advantage, others, deviation = means.split([2, 2, len(extra), 3])
-    values = torch.cat([loss_and_policy, deviation, advantage, lowest, counts[1:], others])
-    return LossMetrics(values, (*FORWARD_METRICS, *extra), unbounded)
-
-
-def summarise_transitions(
-    losses: Tensor,  # [N]
-    policy_term: Tensor,  # [N]
-    log_ratio: Tensor,  # [N]
-    kl_old: Tensor,  # [N]
-    kl_ref: Tensor,  # [N]
-    advantages: Tensor,  # [N]
-    masked: Tensor,  # [N] bool
-    finite: Tensor,  # [N] bool
-    valid_step: Tensor,  # [N] bool
-) -> LossMetrics:
-    """The metrics of a loss of the reverse process in few launches: they run in every training step."""
-    usable = finite & valid_step
-    per_sample = torch.stack([losses, policy_term, log_ratio, kl_old, kl_ref, advantages, advantages.abs()], 1)
-    per_sample = torch.where(usable[:, None], per_sample, 0)
-    counts = torch.stack([usable, masked & usable, ~finite, ~valid_step], 1).sum(0, dtype=losses.dtype)
-    means = per_sample.sum(0) / counts[:1].clamp(min=1)
-    largest = per_sample[:, 2].abs().amax(0, keepdim=True) if losses.shape[0] else means.new_zeros(1)
-    until_ratio, divergences, advantage = means.split([3, 2, 2])
-    return LossMetrics(
-        torch.cat([until_ratio, largest, divergences, counts[1:2], advantage, counts[2:]]), TRANSITION_METRICS
-    )
-
-
-def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
-    """Dropped samples stay in the denominator, so that they cannot change the weight of the others."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / max(losses.shape[0], 1)
 
 
 _already_warned: set[str] = set()

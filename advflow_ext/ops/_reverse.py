@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise_transitions
+from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
+from advflow_ext.ops.loss_summary import loss_summary
 from advflow_ext.ops.residual import TransitionStats, transition_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None]  # v, eps, v_old, v_ref
@@ -52,20 +53,18 @@ def reverse_output(
     kl_old, kl_ref = half_kappa_sq * stats.vo_sq, half_kappa_sq * stats.vp_sq
     values = surrogate.value + kl_scale * kl_ref
     coef = torch.stack([surrogate.slope * linear / 2, -surrogate.slope * quadratic, kl_scale * half_kappa_sq], 1)
-    # One non-finite number makes the sum non-finite, also where its weight is zero or the transition is masked.
-    finite = torch.isfinite(
-        sum(stats) + scalars.advantages + surrogate.log_ratio + surrogate.ratio + values + coef.sum(1)
-    )
-    losses = transition_loss(*latents, values, coef, finite & scalars.valid_step)
-    metrics = summarise_transitions(
-        values,
-        surrogate.value,
-        surrogate.log_ratio,
-        kl_old,
-        kl_ref,
+    summary = loss_summary(
+        [values, surrogate.value, surrogate.log_ratio, kl_old, kl_ref],
+        [surrogate.ratio],
         scalars.advantages,
-        surrogate.masked,
-        finite,
+        surrogate.log_ratio,
+        stats.table,
+        coef,
         scalars.valid_step,
+        surrogate.masked,
+        stat_means=0,
+        largest=True,
+        reduction=reduction,
     )
-    return LossOutput(reduce_losses(losses, reduction), metrics)
+    loss = transition_loss(*latents, summary.loss, summary.coef)
+    return LossOutput(loss, LossMetrics(summary.metrics, TRANSITION_METRICS))

@@ -67,13 +67,13 @@ def advantage_flow_loss(
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, beta=beta, weighting=weighting, reduction=reduction,
         )  # fmt: skip
-    samples, coef, unbounded = _checks.advantage_flow_arguments(
+    samples, quadratic = _checks.advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
-    _checks.require_native_dtype(coef.dtype, v, "advantage_flow_loss")
+    _checks.require_native_dtype(samples.t.dtype, v, "advantage_flow_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
 
-    curvature = coef.sum(1)
+    coef = quadratic.weights
     if weighting != "velocity":
         weight = samples.t.square()
         if weighting == "adaptive":
@@ -82,5 +82,6 @@ def advantage_flow_loss(
     terms = coef * stats[:, :3]
     return forward_output(
         (v, x0, noise, v_old, v_ref), stats, samples, terms.sum(1), coef, reduction,
-        policy_term=terms[:, 0], curvature=curvature, nonconvex=curvature <= 0, unbounded=unbounded,
+        policy_term=terms[:, 0], curvature=quadratic.curvature, nonconvex=quadratic.nonconvex,
+        unbounded=quadratic.unbounded,
     )  # fmt: skip

@@ -61,8 +61,9 @@ def _scaled_distance(first: Tensor, second: Tensor, scale: Tensor, offset: Tenso
     """offset + scale <(first - second)^2>, with a gradient to both."""
     values = offset + scale * residual_stats(first, second, None, None, None)[:, _SQUARE]
     finite = torch.isfinite(values)
-    coef = torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)], 1)
-    kl = residual_loss(first, second, None, None, None, values, coef, finite)
+    a = torch.where(finite, scale, 0)
+    coef = torch.stack([a, torch.zeros_like(a), torch.zeros_like(a)], 1)
+    kl = residual_loss(first, second, None, None, None, values, coef)
     if second.requires_grad:
-        kl = kl + residual_loss(second, first, None, None, None, torch.zeros_like(values), coef, finite)
-    return torch.where(finite, kl, values)
+        kl = kl + residual_loss(second, first, None, None, None, torch.zeros_like(values), coef)
+    return kl

@@ -27,7 +27,13 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("advflow::residual_grad")  # type: ignore[untyped-decorator]
     def residual_grad_shape(
-        v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, coef: Tensor
+        v: Tensor,
+        target: Tensor,
+        noise: Tensor | None,
+        v_old: Tensor | None,
+        v_ref: Tensor | None,
+        coef: Tensor,
+        upstream: Tensor | None = None,
     ) -> Tensor:
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
@@ -36,7 +42,9 @@ def _register_fakes() -> None:
         return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, eps, v_old, v_ref))
 
     @torch.library.register_fake("advflow::transition_grad")  # type: ignore[untyped-decorator]
-    def transition_grad_shape(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, coef: Tensor) -> Tensor:
+    def transition_grad_shape(
+        v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, coef: Tensor, upstream: Tensor | None = None
+    ) -> Tensor:
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -59,26 +67,28 @@ def residual_stats(
 
 
 class TransitionStats(NamedTuple):
-    """Means over each transition's elements, all ``[N]``."""
+    """Means over each transition's elements, ``[N]`` where not said otherwise."""
 
     eps_vo: Tensor  # <eps (v - v_old)>
     vo_sq: Tensor  # <(v - v_old)^2>
     vp_sq: Tensor  # <(v - v_ref)^2>, 0 without v_ref
     eps_sq: Tensor  # <eps^2>
+    table: Tensor  # [N, 8], all of them
 
 
 def transition_stats(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> TransitionStats:
     """The statistics of sampler steps, without gradient; dtype and independence of rows as :func:`residual_stats`."""
     others = map(_detached, (eps, v_old, v_ref))
     stats: Tensor = torch.ops.advflow.transition_stats.default(v.detach(), *others)
-    return TransitionStats(*stats.unbind(1)[:4])
+    eps_vo, vo_sq, vp_sq, eps_sq, *_ = stats.unbind(1)
+    return TransitionStats(eps_vo, vo_sq, vp_sq, eps_sq, stats)
 
 
 class CoefficientLoss(torch.autograd.Function):
-    """Per-sample values ``[B]`` given from outside, with the gradient of this module's head attached to ``v``.
+    """A loss given from outside, ``[]`` or ``[B]``, with the gradient of this module's head attached to ``v``.
 
-    ``coef`` ``[B, 3]`` is (a, b, c). Samples where ``usable`` is false give exact zeros, both ways. The upstream
-    gradient (a loss scale, 1/B) joins the coefficients in float32: 2 / (D B) alone would underflow float16.
+    ``coef`` ``[B, 3]`` is (a, b, c), and zero for a sample that is to have an exactly zero gradient. The upstream
+    gradient (a loss scale) joins the coefficients inside the kernel, in float32: 2 / (D B) alone underflows float16.
     """
 
     @staticmethod
@@ -89,24 +99,22 @@ class CoefficientLoss(torch.autograd.Function):
         noise: Tensor | None,
         v_old: Tensor | None,
         v_ref: Tensor | None,
-        values: Tensor,
+        loss: Tensor,
         coef: Tensor,
-        usable: Tensor,
         target_is_eps: bool,
     ) -> Tensor:
-        ctx.save_for_backward(v, target, noise, v_old, v_ref, coef, usable)
+        ctx.save_for_backward(v, target, noise, v_old, v_ref, coef)
         ctx.target_is_eps = target_is_eps
-        return torch.where(usable, values, 0)
+        return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        v, target, noise, v_old, v_ref, coef, usable = ctx.saved_tensors
-        scaled = torch.where(usable[:, None], coef * grad_values[:, None], 0)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        v, target, noise, v_old, v_ref, coef = ctx.saved_tensors
         if ctx.target_is_eps:
-            grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, scaled)
+            grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, coef, upstream)
         else:
-            grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, scaled)
-        return grad, *[None] * 8
+            grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, coef, upstream)
+        return grad, *[None] * 7
 
 
 def residual_loss(
@@ -115,29 +123,20 @@ def residual_loss(
     noise: Tensor | None,
     v_old: Tensor | None,
     v_ref: Tensor | None,
-    values: Tensor,
+    loss: Tensor,
     coef: Tensor,
-    usable: Tensor,
 ) -> Tensor:
     """Typed entry of :class:`CoefficientLoss` for the forward process; gradient flows to ``v`` only."""
     others = map(_detached, (target, noise, v_old, v_ref))
-    losses: Tensor = CoefficientLoss.apply(v, *others, values, coef, usable, False)
-    return losses
+    result: Tensor = CoefficientLoss.apply(v, *others, loss, coef, False)
+    return result
 
 
-def transition_loss(
-    v: Tensor,
-    eps: Tensor,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    values: Tensor,
-    coef: Tensor,
-    usable: Tensor,
-) -> Tensor:
+def transition_loss(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, loss: Tensor, coef: Tensor) -> Tensor:
     """Typed entry of :class:`CoefficientLoss` for the reverse process; gradient flows to ``v`` only."""
     others = map(_detached, (v_old, v_ref))
-    losses: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, values, coef, usable, True)
-    return losses
+    result: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, loss, coef, True)
+    return result
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

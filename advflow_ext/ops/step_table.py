@@ -101,8 +101,10 @@ class StepTable:
         self.stochastic_steps: tuple[int, ...] = tuple(random.nonzero().flatten().tolist())
 
         columns = torch.stack([self.c_x, self.c_v, self.sigma, self.kappa, self.dt], 1)
-        # The last row answers for every step that is not in the table: nothing computed from it can pass for a number.
-        self._rows = torch.cat([columns, torch.full_like(columns[:1], torch.nan)])
+        # The outer rows answer for every step that is not in the table: nothing computed from them can pass for a
+        # number.
+        outside = torch.full_like(columns[:1], torch.nan)
+        self._rows = torch.cat([outside, columns, outside])
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def columns(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,8 +113,7 @@ class StepTable:
         where = (index.device, dtype)
         if where not in self._copies:
             self._copies[where] = self._rows.to(dtype).to(index.device)
-        known = (index >= 0) & (index < self.steps)
-        return self._copies[where].index_select(0, torch.where(known, index, self.steps))
+        return self._copies[where].index_select(0, index.clamp(-1, self.steps) + 1)
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> StepRows:
         """The coefficients of the steps ``index``, int64 ``[N]``, on its device; NaN for a step outside the table."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import Samples
-from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise
+from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
+from advflow_ext.reference._summary import reduce_losses, summarise
 
 
 def mean(elements: Tensor) -> Tensor:
@@ -69,16 +70,14 @@ def forward_output(
 ) -> LossOutput:
     finite = latents.clean & torch.isfinite(losses)
     losses = torch.where(finite & samples.valid_t, losses, 0)
+    extra = extra or {}
     metrics = summarise(
-        losses.detach(),
-        policy_term.detach(),
-        torch.stack(deviations, 1).detach(),
+        [losses, policy_term, *extra.values(), *deviations],
         samples.advantages,
-        curvature.detach(),
+        curvature,
         nonconvex,
         finite,
         samples.valid_t,
-        unbounded=unbounded,
-        extra=extra,
+        largest=False,
     )
-    return LossOutput(reduce_losses(losses, reduction), metrics)
+    return LossOutput(reduce_losses(losses, reduction), LossMetrics(metrics, forward_metrics(tuple(extra)), unbounded))

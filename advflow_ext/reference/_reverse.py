@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._outputs import LossOutput, reduce_losses, summarise_transitions
+from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
 from advflow_ext.reference._forward import mean
+from advflow_ext.reference._summary import reduce_losses, summarise
 
 
 def log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -87,19 +88,17 @@ def reverse_output(
     kl_scale: float | Tensor,  # what the loss adds of KL(policy || reference)
     reduction: str,
 ) -> LossOutput:
-    kl_ref = at.kl(at.mu_ref)
+    kl_old, kl_ref = at.kl(at.mu_old), at.kl(at.mu_ref)
     losses = policy_term + kl_scale * kl_ref
-    finite = finite & torch.isfinite(losses.detach())
+    finite = finite & torch.isfinite(losses.detach() + kl_old.detach())
     losses = torch.where(finite & scalars.valid_step, losses, 0)
-    metrics = summarise_transitions(
-        losses.detach(),
-        policy_term.detach(),
-        log_ratio.detach(),
-        at.kl(at.mu_old).detach(),
-        kl_ref.detach(),
+    metrics = summarise(
+        [losses, policy_term, log_ratio, kl_old, kl_ref],
         scalars.advantages,
+        log_ratio,
         masked,
         finite,
         scalars.valid_step,
+        largest=True,
     )
-    return LossOutput(reduce_losses(losses, reduction), metrics)
+    return LossOutput(reduce_losses(losses, reduction), LossMetrics(metrics, TRANSITION_METRICS))

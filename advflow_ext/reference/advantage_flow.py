@@ -29,7 +29,7 @@ def advantage_flow_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    samples, weights, unbounded = _checks.advantage_flow_arguments(
+    samples, quadratic = _checks.advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
@@ -43,12 +43,11 @@ def advantage_flow_loss(
         distance = mean((latents.v.detach() - latents.u).abs())
         m = samples.t.square() / (samples.t * distance).clamp(min=1e-5)
 
-    beta_A, gammas, lams = weights.unbind(1)
+    beta_A, gammas, lams = quadratic.weights.unbind(1)
     policy_term = m * beta_A * data
     losses = policy_term + m * (gammas * rollout + lams * reference)
-    curvature = weights.sum(1)
     return forward_output(
         latents, samples, losses, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
-        curvature=curvature, nonconvex=curvature <= 0, unbounded=unbounded,
+        curvature=quadratic.curvature, nonconvex=quadratic.nonconvex, unbounded=quadratic.unbounded,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def reward_weighted_loss(
         largest = candidates.view(-1, group_size).amax(1).repeat_interleave(group_size)
         weights = torch.where(R == largest, 1.0, 0.0).to(R)
 
-    samples = samples._replace(finite=samples.finite & torch.isfinite(weights))
+    samples = samples._replace(required=(*samples.required, weights))
     latents = flatten(samples, v, x0, noise, None, v_ref)
     fm_loss, w2_loss = latents.deviation(latents.u), latents.deviation(latents.v_ref)
     policy_term = weights * fm_loss

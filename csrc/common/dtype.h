@@ -15,3 +15,9 @@ struct AdvflowTensor {
   const void* data;  // null: this input is absent
   AdvflowDtype dtype;
 };
+
+// One number a row, in the accumulate type, `stride` elements apart.
+struct AdvflowColumn {
+  const void* data;
+  int64_t stride;  // 0: one number for all rows
+};

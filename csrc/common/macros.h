@@ -7,7 +7,9 @@
 #if defined(__CUDACC__)
 #define ADVFLOW_HD __host__ __device__ __forceinline__
 #define ADVFLOW_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define ADVFLOW_UNROLL _Pragma("unroll")
 #else
+#define ADVFLOW_UNROLL
 // Always: CPU kernels inline these into functions built for wider vector units.
 #define ADVFLOW_HD inline __attribute__((always_inline))
 #endif

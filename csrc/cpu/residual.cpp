@@ -190,10 +190,14 @@ int run_stats(const AdvflowResidualInputs& in, double* partials, T* stats, void*
 }
 
 template <typename T>
-int run_grad(const AdvflowResidualInputs& in, const T* coef, void* grad, void* where) {
+int run_grad(const AdvflowResidualInputs& in, const T* coef, const AdvflowColumn& upstream, void* grad, void* where) {
   const Kernels<T> kernel = kernels(T());
   advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
-    kernel.grad(in, coef + row * 3, grad, begin, end);
+    const T weight = advflow_upstream<T>(upstream, row);
+    const T* given = coef + row * 3;
+    const T scaled[3] = {advflow_scaled(given[0], weight), advflow_scaled(given[1], weight),
+                         advflow_scaled(given[2], weight)};
+    kernel.grad(in, scaled, grad, begin, end);
   });
   return ADVFLOW_OK;
 }
@@ -210,7 +214,8 @@ int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace,
   return run_stats(*in, partials, static_cast<float*>(stats), where);
 }
 
-int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where) {
-  if (any_double(*in)) return run_grad(*in, static_cast<const double*>(coef), grad, where);
-  return run_grad(*in, static_cast<const float*>(coef), grad, where);
+int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,
+                              void* grad, void* where) {
+  if (any_double(*in)) return run_grad(*in, static_cast<const double*>(coef), *upstream, grad, where);
+  return run_grad(*in, static_cast<const float*>(coef), *upstream, grad, where);
 }

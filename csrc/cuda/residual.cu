@@ -100,14 +100,18 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
 
 template <typename V>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
-    residual_grad_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, const float* coef, void* grad, float scale) {
+    residual_grad_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, const float* coef, AdvflowColumn upstream,
+                         void* grad, float scale) {
   const int64_t row = blockIdx.x / unsigned(plan.tiles);
   const int64_t tile = blockIdx.x % unsigned(plan.tiles);
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
   if (i >= in.elements) return;
   const int64_t index = row * in.elements + i;
   const int valid = advflow_valid_elements(i, in.elements);
-  const float a = coef[row * 3], b = coef[row * 3 + 1], c = coef[row * 3 + 2];
+  const float weight = advflow_upstream<float>(upstream, row);
+  const float a = advflow_scaled(coef[row * 3], weight);
+  const float b = advflow_scaled(coef[row * 3 + 1], weight);
+  const float c = advflow_scaled(coef[row * 3 + 2], weight);
 
   // A dropped row is not even read: its inputs may be anything.
   float out[kAdvflowVec] = {};
@@ -189,7 +193,8 @@ int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace
                                                           in->elements, stream);
 }
 
-int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, void* grad, void* where) {
+int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,
+                               void* grad, void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0 || in->elements == 0) return ADVFLOW_OK;
   const AdvflowRowPlan plan = advflow_plan_row(in->elements);
@@ -201,7 +206,7 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
   with_variant(*in, grad, [&](auto variant) {
     const auto kernel = residual_grad_kernel<decltype(variant)>;
     ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
-                   static_cast<const float*>(coef), grad, scale);
+                   static_cast<const float*>(coef), *upstream, grad, scale);
   });
   return advflow_last_error();
 }

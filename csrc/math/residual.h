@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "common/dtype.h"
 #include "common/macros.h"
 
 enum AdvflowResidualStat : int {
@@ -61,6 +62,19 @@ ADVFLOW_HD void advflow_residual_accumulate(T v, T u, T o, T p, Scalar mix, T* s
     const T vp = v - p;
     sums[ADVFLOW_STAT_VP_SQ] = advflow_fma(vp, vp, sums[ADVFLOW_STAT_VP_SQ]);
   }
+}
+
+// One where there is none.
+template <typename T>
+ADVFLOW_HD T advflow_upstream(const AdvflowColumn& upstream, int64_t row) {
+  return upstream.data ? static_cast<const T*>(upstream.data)[row * upstream.stride] : T(1);
+}
+
+// A coefficient under its row's upstream gradient. Zero stays zero beside an
+// infinite one, so that a dropped sample stays dropped.
+template <typename T>
+ADVFLOW_HD T advflow_scaled(T coef, T upstream) {
+  return coef == T(0) ? T(0) : coef * upstream;
 }
 
 // a (v - u) + b (v - o) + c (v - p), or with eps in u's place

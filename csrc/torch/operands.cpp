@@ -51,6 +51,14 @@ void AdvflowOperands::check_coef(const at::Tensor& coef) const {
   check_device(coef, "coef");
 }
 
+void AdvflowOperands::check_upstream(const at::Tensor& upstream) const {
+  TORCH_CHECK(upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == batch_), "upstream has shape ",
+              upstream.sizes(), "; accepted are [] and [", batch_, "].");
+  TORCH_CHECK(upstream.scalar_type() == accumulate_, "upstream has dtype ", upstream.scalar_type(),
+              "; accepted is the accumulate type of the inputs, ", accumulate_, ".");
+  check_device(upstream, "upstream");
+}
+
 void AdvflowOperands::check_device(const at::Tensor& tensor, const char* name) const {
   TORCH_CHECK(tensor.device() == like_.device(), name, " is on ", tensor.device(), "; accepted is the device of v, ",
               like_.device(), ".");

@@ -32,6 +32,8 @@ class AdvflowOperands {
 
   // coef is [batch, 3] in the accumulate type: call after the last hold().
   void check_coef(const at::Tensor& coef) const;
+  // upstream is one number or [batch], in the accumulate type.
+  void check_upstream(const at::Tensor& upstream) const;
   void check_device(const at::Tensor& tensor, const char* name) const;
 
  private:

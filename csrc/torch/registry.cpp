@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "loss_summary.h"
 #include "residual.h"
 #include "sde_step.h"
 
@@ -9,9 +10,17 @@ TORCH_LIBRARY(advflow, m) {
   m.def(
       "residual_stats(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, "
       "float mix=0.0) -> Tensor");
-  m.def("residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef) -> Tensor");
+  m.def(
+      "residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef, "
+      "Tensor? upstream=None) -> Tensor");
   m.def("transition_stats(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref) -> Tensor");
-  m.def("transition_grad(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref, Tensor coef) -> Tensor");
+  m.def(
+      "transition_grad(Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref, Tensor coef, Tensor? upstream=None) -> "
+      "Tensor");
+  m.def(
+      "loss_summary(Tensor[] means, Tensor[] required, Tensor advantages, Tensor extreme, Tensor stats, Tensor coef, "
+      "Tensor valid, Tensor flagged, int stat_means, bool largest, str reduction) -> "
+      "(Tensor loss, Tensor masked_coef, Tensor metrics)");
   m.def(
       "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "
       "(Tensor x_next, Tensor eps, Tensor eps_sq)");
@@ -22,6 +31,7 @@ TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("residual_grad", residual_grad_cpu);
   m.impl("transition_stats", transition_stats_cpu);
   m.impl("transition_grad", transition_grad_cpu);
+  m.impl("loss_summary", loss_summary_cpu);
   m.impl("sde_step", sde_step_cpu);
 }
 
@@ -31,6 +41,7 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("residual_grad", residual_grad_cuda);
   m.impl("transition_stats", transition_stats_cuda);
   m.impl("transition_grad", transition_grad_cuda);
+  m.impl("loss_summary", loss_summary_cuda);
   m.impl("sde_step", sde_step_cuda);
 }
 #endif
@@ -41,6 +52,7 @@ TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
   m.impl("residual_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("residual_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_stats", torch::autograd::autogradNotImplementedFallback());
+  m.impl("loss_summary", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("sde_step", torch::autograd::autogradNotImplementedFallback());
 }

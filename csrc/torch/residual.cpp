@@ -45,7 +45,7 @@ struct Inputs {
 
 using WorkspaceSize = int64_t (*)(int64_t, int64_t);
 using StatsLauncher = int (*)(const AdvflowResidualInputs*, void*, void*, void*);
-using GradLauncher = int (*)(const AdvflowResidualInputs*, const void*, void*, void*);
+using GradLauncher = int (*)(const AdvflowResidualInputs*, const void*, const AdvflowColumn*, void*, void*);
 
 at::Tensor run_stats(const Inputs& in, WorkspaceSize size, StatsLauncher launch, void* where) {
   const auto shape = {in.raw.batch, int64_t(ADVFLOW_RESIDUAL_STATS)};
@@ -58,13 +58,22 @@ at::Tensor run_stats(const Inputs& in, WorkspaceSize size, StatsLauncher launch,
   return stats;
 }
 
-at::Tensor run_grad(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, GradLauncher launch, void* where) {
+// One number for all rows, or one a row.
+AdvflowColumn upstream_column(const OptionalTensor& upstream, const AdvflowOperands& operands) {
+  if (!upstream.has_value()) return {nullptr, 0};
+  operands.check_upstream(*upstream);
+  return {upstream->const_data_ptr(), upstream->dim() ? upstream->stride(0) : 0};
+}
+
+at::Tensor run_grad(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream,
+                    GradLauncher launch, void* where) {
   in.operands.check_coef(coef);
+  const AdvflowColumn weights = upstream_column(upstream, in.operands);
   const at::Tensor grad = at::empty(v.sizes(), v.options());
   if (in.operands.empty()) return grad;
   const at::Tensor rows = coef.contiguous();
   ++advflow_launches;
-  advflow_check_status(launch(&in.raw, rows.const_data_ptr(), grad.mutable_data_ptr(), where),
+  advflow_check_status(launch(&in.raw, rows.const_data_ptr(), &weights, grad.mutable_data_ptr(), where),
                        in.are_transitions() ? "transition_grad" : "residual_grad");
   return grad;
 }
@@ -73,8 +82,8 @@ at::Tensor stats_cpu(const Inputs& in) {
   return run_stats(in, advflow_residual_stats_workspace_cpu, advflow_residual_stats_cpu, advflow_torch_threads());
 }
 
-at::Tensor grad_cpu(const Inputs& in, const at::Tensor& v, const at::Tensor& coef) {
-  return run_grad(in, v, coef, advflow_residual_grad_cpu, advflow_torch_threads());
+at::Tensor grad_cpu(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream) {
+  return run_grad(in, v, coef, upstream, advflow_residual_grad_cpu, advflow_torch_threads());
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -82,8 +91,8 @@ at::Tensor stats_cuda(const Inputs& in, const at::Tensor& v) {
   return run_stats(in, advflow_residual_stats_workspace_cuda, advflow_residual_stats_cuda, advflow_current_stream(v));
 }
 
-at::Tensor grad_cuda(const Inputs& in, const at::Tensor& v, const at::Tensor& coef) {
-  return run_grad(in, v, coef, advflow_residual_grad_cuda, advflow_current_stream(v));
+at::Tensor grad_cuda(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream) {
+  return run_grad(in, v, coef, upstream, advflow_residual_grad_cuda, advflow_current_stream(v));
 }
 #endif
 
@@ -95,8 +104,9 @@ at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, con
 }
 
 at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                             const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef) {
-  return grad_cpu(Inputs(v, target, noise, v_old, v_ref), v, coef);
+                             const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
+                             const OptionalTensor& upstream) {
+  return grad_cpu(Inputs(v, target, noise, v_old, v_ref), v, coef, upstream);
 }
 
 at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
@@ -105,8 +115,8 @@ at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, cons
 }
 
 at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
-                               const OptionalTensor& v_ref, const at::Tensor& coef) {
-  return grad_cpu(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef);
+                               const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
+  return grad_cpu(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef, upstream);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -117,9 +127,10 @@ at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, co
 }
 
 at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                              const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef) {
+                              const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
+                              const OptionalTensor& upstream) {
   const c10::DeviceGuard guard(v.device());
-  return grad_cuda(Inputs(v, target, noise, v_old, v_ref), v, coef);
+  return grad_cuda(Inputs(v, target, noise, v_old, v_ref), v, coef, upstream);
 }
 
 at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
@@ -129,8 +140,8 @@ at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, con
 }
 
 at::Tensor transition_grad_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
-                                const OptionalTensor& v_ref, const at::Tensor& coef) {
+                                const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
   const c10::DeviceGuard guard(v.device());
-  return grad_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef);
+  return grad_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef, upstream);
 }
 #endif

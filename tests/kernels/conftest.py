@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_harness import RESIDUAL, SDE_STEP, ResidualKernels, SdeStepKernels, build_cuda, build_shim, nvcc
+from kernel_harness import (
+    LOSS_SUMMARY,
+    RESIDUAL,
+    SDE_STEP,
+    ResidualKernels,
+    SdeStepKernels,
+    SummaryKernels,
+    build_cuda,
+    build_shim,
+    nvcc,
+)
 
 BUILDS = ["shim", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -32,3 +42,8 @@ def kernels(request: pytest.FixtureRequest) -> ResidualKernels:
 @pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
 def sde_kernels(request: pytest.FixtureRequest) -> SdeStepKernels:
     return SdeStepKernels(*library(SDE_STEP, request.param))
+
+
+@pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
+def summary_kernels(request: pytest.FixtureRequest) -> SummaryKernels:
+    return SummaryKernels(*library(LOSS_SUMMARY, request.param))

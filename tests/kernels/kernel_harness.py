@@ -22,6 +22,8 @@ SHIM = Path(__file__).resolve().parent / "shim"
 RESIDUAL = ROOT / "csrc" / "cuda" / "residual.cu"
 SDE_STEP = ROOT / "csrc" / "cuda" / "sde_step.cu"
 
+LOSS_SUMMARY = ROOT / "csrc" / "cuda" / "loss_summary.cu"
+
 STATS = 8
 UNSUPPORTED_DTYPE = 1
 
@@ -184,6 +186,34 @@ def _c_step_inputs(inputs: StepInputs) -> _CStepInputs:
     return _CStepInputs(*latents, seeds, inputs.coef.data_ptr(), *inputs.v.shape, _DTYPE_CODES[inputs.dtype])
 
 
+class _CColumn(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
+
+
+class _CSummaryInputs(ctypes.Structure):
+    _fields_ = [
+        ("means", _CColumn * 8),
+        ("required", _CColumn * 4),
+        ("advantages", _CColumn),
+        ("extreme", _CColumn),
+        *((name, ctypes.c_void_p) for name in ("stats", "coef", "valid", "flagged")),
+        ("batch", ctypes.c_int64),
+        ("divisor", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("mean_count", "required_count", "stat_count")),
+        ("largest", ctypes.c_bool),
+        ("per_sample", ctypes.c_bool),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+def _c_column(tensor: torch.Tensor) -> _CColumn:
+    return _CColumn(tensor.data_ptr(), tensor.stride(0) if tensor.dim() else 0)
+
+
+def _c_columns(tensors: list[torch.Tensor], most: int) -> Any:
+    return (_CColumn * most)(*map(_c_column, tensors))
+
+
 class Kernels:
     """One library of launchers, on the device it runs on."""
 
@@ -207,7 +237,7 @@ class ResidualKernels(Kernels):
         super().__init__(library, device)
         self._declare_size("advflow_residual_stats_workspace_cuda")
         self._declare("advflow_residual_stats_cuda", _CInputs, pointers=3)
-        self._declare("advflow_residual_grad_cuda", _CInputs, pointers=3)
+        self._declare("advflow_residual_grad_cuda", _CInputs, pointers=4)
 
     def workspace_bytes(self, batch: int, elements: int) -> int:
         return int(self._lib.advflow_residual_stats_workspace_cuda(batch, elements))
@@ -219,10 +249,13 @@ class ResidualKernels(Kernels):
             )
         )
 
-    def try_grad(self, inputs: Inputs, coef: torch.Tensor, grad: torch.Tensor) -> int:
+    def try_grad(
+        self, inputs: Inputs, coef: torch.Tensor, grad: torch.Tensor, upstream: torch.Tensor | None = None
+    ) -> int:
+        column = _CColumn(None, 0) if upstream is None else _c_column(upstream)
         return int(
             self._lib.advflow_residual_grad_cuda(
-                ctypes.byref(_c_inputs(inputs)), coef.data_ptr(), grad.data_ptr(), self._stream()
+                ctypes.byref(_c_inputs(inputs)), coef.data_ptr(), ctypes.byref(column), grad.data_ptr(), self._stream()
             )
         )
 
@@ -235,9 +268,11 @@ class ResidualKernels(Kernels):
         assert guards_intact(workspace) and guards_intact(stats), "residual_stats wrote outside its buffers"
         return stats.view(batch, STATS)
 
-    def grad(self, inputs: Inputs, coef: torch.Tensor, offset: int = 0) -> torch.Tensor:  # [batch, elements]
+    def grad(
+        self, inputs: Inputs, coef: torch.Tensor, offset: int = 0, upstream: torch.Tensor | None = None
+    ) -> torch.Tensor:  # [batch, elements]
         grad = poisoned(inputs.v.numel(), inputs.v.dtype, self.device, offset)
-        status = self.try_grad(inputs, coef, grad)
+        status = self.try_grad(inputs, coef, grad, upstream)
         assert status == 0, f"residual_grad returned {status}"
         assert guards_intact(grad), "residual_grad wrote outside its output"
         return grad.view(inputs.shape)
@@ -270,3 +305,41 @@ class SdeStepKernels(Kernels):
         assert all(map(guards_intact, (workspace, *outputs))), "sde_step wrote outside its buffers"
         x_next, eps, eps_sq = outputs
         return StepOutputs(x_next.view(inputs.v.shape), eps.view(inputs.v.shape), eps_sq)
+
+
+class SummaryKernels(Kernels):
+    def __init__(self, library: Path, device: str) -> None:
+        super().__init__(library, device)
+        self._declare("advflow_loss_summary_cuda", _CSummaryInputs, pointers=4)
+
+    def try_summary(
+        self, inputs: dict[str, Any], stat_means: int, largest: bool, reduction: str, outputs: list[torch.Tensor]
+    ) -> int:
+        batch = len(inputs["valid"])
+        raw = _CSummaryInputs(
+            _c_columns(inputs["means"], 8),
+            _c_columns(inputs["required"], 4),
+            *(_c_column(inputs[name]) for name in ("advantages", "extreme")),
+            *(inputs[name].data_ptr() for name in ("stats", "coef", "valid", "flagged")),
+            batch,
+            max(batch, 1) if reduction == "mean" else 1,
+            len(inputs["means"]),
+            len(inputs["required"]),
+            stat_means,
+            largest,
+            reduction == "none",
+            _DTYPE_CODES[inputs["stats"].dtype],
+        )
+        pointers = [tensor.data_ptr() for tensor in outputs]
+        return int(self._lib.advflow_loss_summary_cuda(ctypes.byref(raw), *pointers, self._stream()))
+
+    def summary(self, inputs: dict[str, Any], stat_means: int, largest: bool, reduction: str) -> list[torch.Tensor]:
+        """``inputs`` as :func:`advflow_ext.ops.loss_summary.loss_summary` takes them, stats and coef contiguous."""
+        batch = len(inputs["valid"])
+        sizes = (batch if reduction == "none" else 1, batch * 3, len(inputs["means"]) + stat_means + 6)
+        outputs = [poisoned(size, torch.float32, self.device) for size in sizes]
+        status = self.try_summary(inputs, stat_means, largest, reduction, outputs)
+        assert status == 0, f"loss_summary returned {status}"
+        assert all(map(guards_intact, outputs)), "loss_summary wrote outside its outputs"
+        loss, coef, metrics = outputs
+        return [loss if reduction == "none" else loss[0], coef.view(batch, 3), metrics]

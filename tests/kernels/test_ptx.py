@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kernel_harness import RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
+from kernel_harness import LOSS_SUMMARY, RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: nothing to compile the CUDA source with")
 
 FLAGS = f"-O3 -std=c++17 -I{ROOT / 'csrc'}"
 
-NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step"]
+NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step", "loss_summary"]
 # kVector, what the row is compared with (an AdvflowTarget), v_old, v_ref
 RESIDUAL_VARIANT = r"VariantILb([01])EL13AdvflowTarget([012])ELb([01])ELb([01])E"
 X0 = 1
@@ -27,13 +27,13 @@ class Kernel:
     name: str
     vector: bool
     tensors: int  # how many it reads, each in words of 16 bytes
-    scalars: int  # the other loads: coefficients, a seed
+    scalars: int  # the other loads: coefficients, an upstream gradient, a seed
     body: str
 
 
 def parse_kernel(symbol: str, body: str) -> Kernel:
     name = next(n for n in NAMES if f"{n}_kernel" in symbol)
-    if name == "row_means":
+    if name in ("row_means", "loss_summary"):
         return Kernel(name, False, 0, 0, body)
     flags = re.search(STEP_VARIANT if name == "sde_step" else RESIDUAL_VARIANT, symbol)
     assert flags is not None, symbol
@@ -42,7 +42,7 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
         (drawn,) = rest
         return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, body)
     target, *anchors = rest
-    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 3 * (name == "residual_grad"), body)
+    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 * (name == "residual_grad"), body)
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,22 @@ def arch(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[RESIDUAL, SDE_STEP], ids=lambda source: source.stem)
+SOURCES = (RESIDUAL, SDE_STEP, LOSS_SUMMARY)
+
+
+@pytest.fixture(params=SOURCES, ids=lambda source: source.stem)
 def built(request: pytest.FixtureRequest, arch: str) -> Build:
     return build(request.param, arch)
 
 
 def test_every_variant_is_compiled(arch: str) -> None:
-    names = [kernel.name for source in (RESIDUAL, SDE_STEP) for kernel in build(source, arch).kernels]
+    names = [kernel.name for source in SOURCES for kernel in build(source, arch).kernels]
     assert {name: names.count(name) for name in NAMES} == {
         "row_means": 2,
         "residual_stats": 24,
         "residual_grad": 24,
         "sde_step": 4,
+        "loss_summary": 1,
     }
 
 

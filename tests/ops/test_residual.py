@@ -244,6 +244,41 @@ def test_a_zero_coefficient_lets_nothing_of_a_transition_through(dtype, bad, dev
     assert torch.equal(grad, torch.zeros_like(grad)) and not torch.signbit(grad).any()
 
 
+@pytest.mark.parametrize("dtype", [*HALVES_AND_FLOAT, torch.float64])
+def test_the_upstream_gradient_multiplies_the_coefficients(dtype, device):
+    if dtype == torch.float64 and device == "cuda":
+        pytest.skip("float64 is served on CPU")
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    v, x0, noise, o, p = latents((4, 3, 33), dtype, device)
+    coef = torch.randn(4, 3, dtype=accumulate).to(device)
+    per_row = torch.randn(4, 2, dtype=accumulate).to(device)[:, 0]
+    for upstream in (per_row, per_row[1], per_row[1].expand(4)):
+        scaled = coef * (upstream[:, None] if upstream.dim() else upstream)
+        assert torch.equal(grad_op(v, x0, noise, o, p, coef, upstream), grad_op(v, x0, noise, o, p, scaled))
+        assert torch.equal(transition_grad_op(v, x0, o, p, coef, upstream), transition_grad_op(v, x0, o, p, scaled))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_dropped_row_stays_dropped_under_any_upstream_gradient(bad, device):
+    v, x0, noise, o, p = latents((3, 33), torch.float32, device)
+    coef = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], device=device)
+    upstream = torch.tensor([1.0, bad, 1.0], device=device)
+    for grad in (grad_op(v, x0, noise, o, p, coef, upstream), transition_grad_op(v, x0, o, p, coef, upstream)):
+        assert grad.isfinite().all() and not grad[1].any()
+
+
+def test_a_wrong_upstream_gradient_is_refused(device):
+    v = torch.ones(2, 3, device=device)
+    coef = torch.zeros(2, 3, device=device)
+    for upstream, sentence in (
+        (torch.ones(3, device=device), r"upstream has shape \[3\]; accepted are \[\] and \[2\]"),
+        (torch.ones(2, 1, device=device), r"upstream has shape \[2, 1\]"),
+        (torch.ones(2, device=device).bfloat16(), r"upstream has dtype BFloat16; accepted is the accumulate type"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            grad_op(v, v, None, None, None, coef, upstream)
+
+
 @pytest.mark.parametrize("shape", [(5, 33), (3, 3, 65, 61)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_its_batch(dtype, shape, device):

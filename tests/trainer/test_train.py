@@ -15,8 +15,10 @@ from advflow.model import PromptEncoder, load_pipeline
 from advflow.policies import Policies, follow, make_policies
 from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.sampling import velocity
-from advflow.train import Trainer, learning_rate, rollout_decay, train
+from advflow.train import Trainer, join_metrics, learning_rate, rollout_decay, train
 from safetensors.torch import load_file
+
+import advflow_ext as af
 
 Make = Callable[..., TrainConfig]
 LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
@@ -135,6 +137,13 @@ def test_many_prompts_are_encoded_as_they_are_drawn(small_config: Make, monkeypa
     lazy = Trainer(small_config())
     for a, b in zip(vars(stored.encode([5, 2])).values(), vars(lazy.encode([5, 2])).values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_metrics_of_micro_batches_are_joined_by_what_they_are() -> None:
+    names = ("loss", "max_abs_log_ratio", "min_curvature", "masked_samples", "invalid_steps")
+    parts = [([1.0, 0.5, 0.1, 3.0, 1.0], 0.25), ([3.0, 0.2, -0.4, 2.0, 0.0], 0.75)]
+    joined = join_metrics([(af.LossMetrics(torch.tensor(values), names), weight) for values, weight in parts])
+    assert joined == pytest.approx(dict(zip(names, [2.5, 0.5, -0.4, 5.0, 1.0], strict=True)))
 
 
 def test_learning_rate_rises_and_falls() -> None:
