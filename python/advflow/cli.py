@@ -96,7 +96,7 @@ def train_parser() -> ArgumentParser:
 
 
 def to_config(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
-    values = parser.instantiate_classes(parsed)
+    values = parser.instantiate(parsed)
     return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
 
 

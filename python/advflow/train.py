@@ -35,6 +35,8 @@ from advflow.rewards import load_reward
 from advflow.run_log import EVALS, RunLog, read_rows
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
 
+WeightedMetrics = tuple[af.LossMetrics, float]
+
 GRID_COLUMNS = 6  # images of each category in the sample grids
 
 
@@ -159,23 +161,21 @@ class Trainer:
 
     def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
         """Takes this iteration's optimiser steps."""
-        updates: list[dict[str, float]] = []
+        updates: list[list[WeightedMetrics]] = []
         norms: list[float] = []
         for losses in self.process.steps(iteration, rollout):
-            values: list[torch.Tensor] = []
+            updates.append([])
             for loss in losses:
                 (loss.out.loss * loss.weight).backward()
-                values.append(loss.out.metrics.values * loss.weight)
+                updates[-1].append((loss.out.metrics, loss.weight))
             norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, self.config.optim.max_grad_norm).item()
             if math.isfinite(norm):
-                self._step(iteration, len(updates))
+                self._step(iteration, len(updates) - 1)
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
-            mean = torch.stack(values).sum(0).tolist()
-            updates.append(dict(zip(loss.out.metrics.names, mean, strict=True)))
-        row = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         if isinstance(self.process, ReverseProcess):
-            row |= self.process.mismatch(updates[0])
+            row |= self.process.mismatch(join_metrics(updates[0]))
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:
@@ -185,6 +185,27 @@ class Trainer:
                 config.optim, iteration * config.updates + update, config.iterations * config.updates
             )
         self.optimizer.step()
+
+
+def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
+    """One set of metrics from those of several micro-batches and their weights; waits for the device once.
+
+    Means are weighted, extremes are the extreme, and counts are added up.
+    """
+    names = parts[0][0].names
+    values = torch.stack([metrics.values for metrics, _ in parts]).cpu()
+    weights = torch.tensor([weight for _, weight in parts])
+    joined: dict[str, float] = {}
+    for name, column in zip(names, values.unbind(1), strict=True):
+        if name.startswith("min_"):
+            joined[name] = column.min().item()
+        elif name.startswith("max_"):
+            joined[name] = column.max().item()
+        elif name.endswith(("_samples", "_steps", "_timesteps")):
+            joined[name] = column.sum().item()
+        else:
+            joined[name] = (column * weights).sum().item()
+    return joined
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

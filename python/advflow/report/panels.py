@@ -42,7 +42,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("max_abs_log_ratio", "Largest |log-ratio|", "", worst=max),
         Panel("mean_kl_old", "KL to the rollout policy", "mean over the latent"),
         Panel("mean_kl_ref", "KL to the reference", "mean over the latent"),
-        Panel("masked_samples", "Masked steps", "clipped, or outside the trust region; per micro-batch"),
+        Panel("masked_samples", "Masked steps", "clipped, or outside the trust region; of all in the iteration"),
         Panel("first_max_log_ratio", "First |log-ratio|", "before any update; above 0 is rounding", worst=max),
         Panel("first_kl", "First KL", "before any update; above 0 is rounding", worst=max),
         Panel("clipped_fraction", "Clipped share", "of samples whose ratio is held by the clip"),
