@@ -46,6 +46,17 @@ class StochasticSampler:
                 f"{steps - 1} is accepted (the last step ends at sigma 0, where it has no density)"
             )
         self._config, self._sigmas = config, sigmas
+        self._tables: dict[tuple[int, ...], af.StepTable] = {}
+
+    def table(self, window: list[int]) -> af.StepTable:
+        """The steps' coefficients; kept, so that what they hold on the device is kept too."""
+        key = tuple(window)
+        if key not in self._tables:
+            sde = self._config.sde
+            self._tables[key] = af.StepTable(
+                self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=key
+            )
+        return self._tables[key]
 
     def window(self, iteration: int) -> list[int]:
         return stochastic_steps(self._config.sde, len(self._sigmas) - 1, iteration, self._config.seed)
@@ -70,11 +81,8 @@ class StochasticSampler:
 
         `first_image` is the place of these images in the iteration: it seeds their noise.
         """
-        sde = self._config.sde
         window = self.window(iteration)
-        table = af.StepTable(
-            self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=tuple(window)
-        )
+        table = self.table(window)
         number = iteration * self._config.rollout.prompts * self._config.rollout.images_per_prompt + first_image
         rng = generator(self._config.seed, "sde", number, noise.device)
         x = noise.float()
