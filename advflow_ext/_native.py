@@ -15,6 +15,7 @@ from torch import Tensor
 BUILD_RECORD = Path(__file__).with_name("_build.json")  # written by setup.py beside the compiled module
 
 # The numbers and columns that Python and C++ must agree on, checked when the module is loaded.
+INTERFACE = 2
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 # Columns of residual_stats, each a mean over one sample's elements.
 STATS = ("vu_sq", "vo_sq", "vp_sq", "ou_sq", "vu_abs", "ou_abs", "plus_abs", "minus_abs")
@@ -42,7 +43,8 @@ def _load() -> tuple[ModuleType | None, str]:
             f"advflow_ext has no usable compiled module ({error}); build it with 'pip install --no-build-isolation .' "
             "(until then the slower PyTorch reference serves)."
         )
-    if module.DTYPES != DTYPES or module.STATS != STATS:
+    found = tuple(getattr(module, name, None) for name in ("INTERFACE", "DTYPES", "STATS"))
+    if found != (INTERFACE, DTYPES, STATS):
         return None, (
             "advflow_ext's compiled module belongs to another version of the package; reinstall it with "
             "'pip install --no-build-isolation .' (until then the slower PyTorch reference serves)."

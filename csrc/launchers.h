@@ -2,7 +2,7 @@
 // that neither side sees the other's headers. For every op the CPU and the
 // CUDA launcher have the same signature and the same meaning.
 //
-// All tensors are contiguous. Offsets are 64-bit. `where` says where the work
+// All tensors are contiguous but columns, which have a stride. Offsets are 64-bit. `where` says where the work
 // runs: a cudaStream_t for a *_cuda launcher, a const AdvflowParallelFor* for a
 // *_cpu one (so that the CPU kernels use the caller's thread pool).
 #pragma once
@@ -90,6 +90,7 @@ struct AdvflowLossSummaryInputs {
 //   metrics: means of `means` and of the leading statistics, mean advantage,
 //   mean |advantage|, the extreme, all over usable samples; how many usable ones
 //   are flagged, how many samples are not finite, how many not valid.
+// CUDA serves fp32.
 int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,
                              void* where);
 int advflow_loss_summary_cuda(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,

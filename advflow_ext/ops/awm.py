@@ -68,7 +68,7 @@ def awm_loss(
     samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`; a sample whose unclipped ratio overflows
     counts as non-finite. In the metrics ``policy_term`` is the clipped objective, ``rollout_deviation`` the one from
     v_ema, and ``min_curvature`` the sum of the gradient's coefficients. That may be negative without a warning, since
-    the clipped objective is bounded. ``mean_log_ratio`` and ``clipped_fraction`` (active = 0) follow at the end.
+    the clipped objective is bounded. ``mean_log_ratio`` and ``clipped_fraction`` (active = 0) are reported too.
     """
     if not _native.serves(v):
         return reference.awm_loss(

@@ -63,7 +63,8 @@ def loss_summary(
     ``means``, of the first ``stat_means`` columns of ``stats``, of A and of |A|; the smallest ``extreme`` (inf where no
     sample is usable) or, with ``largest``, the largest magnitude of it (else 0); how many usable samples are
     ``flagged``; how many samples are not finite; how many not valid. Everything is in one dtype, float32 or float64,
-    and without gradient. Sums run in float64 in the order of the batch.
+    and without gradient. Sums run in float64, in an order fixed by
+    the batch size and the device.
     """
     outputs = torch.ops.advflow.loss_summary.default(
         means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction

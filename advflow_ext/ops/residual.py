@@ -105,7 +105,7 @@ class CoefficientLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(v, target, noise, v_old, v_ref, coef)
         ctx.target_is_eps = target_is_eps
-        return loss.view_as(loss)
+        return loss.detach()  # not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -68,9 +68,10 @@ def forward_output(
     unbounded: str = "",
     extra: Mapping[str, Tensor] | None = None,
 ) -> LossOutput:
-    finite = latents.clean & torch.isfinite(losses)
-    losses = torch.where(finite & samples.valid_t, losses, 0)
     extra = extra or {}
+    reported = torch.stack([losses, policy_term, curvature, *extra.values()]).detach()
+    finite = latents.clean & torch.isfinite(reported).all(0)
+    losses = torch.where(finite & samples.valid_t, losses, 0)
     metrics = summarise(
         [losses, policy_term, *extra.values(), *deviations],
         samples.advantages,

@@ -46,17 +46,16 @@ class StochasticSampler:
                 f"{steps - 1} is accepted (the last step ends at sigma 0, where it has no density)"
             )
         self._config, self._sigmas = config, sigmas
-        self._tables: dict[tuple[int, ...], af.StepTable] = {}
+        self._table = af.StepTable(sigmas, stochastic_steps=())
 
     def table(self, window: list[int]) -> af.StepTable:
-        """The steps' coefficients; kept, so that what they hold on the device is kept too."""
-        key = tuple(window)
-        if key not in self._tables:
+        """The steps' coefficients; the last one is kept, so that what it holds on the device is kept too."""
+        if self._table.stochastic_steps != tuple(window):
             sde = self._config.sde
-            self._tables[key] = af.StepTable(
-                self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=key
+            self._table = af.StepTable(
+                self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=window
             )
-        return self._tables[key]
+        return self._table
 
     def window(self, iteration: int) -> list[int]:
         return stochastic_steps(self._config.sde, len(self._sigmas) - 1, iteration, self._config.seed)

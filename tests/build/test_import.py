@@ -74,6 +74,12 @@ def test_constants_that_differ_from_python_are_refused(monkeypatch):
     assert module is None and "belongs to another version of the package" in problem
 
 
+def test_a_module_from_before_the_last_change_of_an_operator_is_refused(monkeypatch):
+    monkeypatch.delattr(_native.module, "INTERFACE")
+    module, problem = _native._load()
+    assert module is None and "belongs to another version of the package" in problem
+
+
 def test_build_record():
     record = _native.build_info()
     assert record is not None

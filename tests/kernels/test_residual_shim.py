@@ -103,6 +103,24 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
+@pytest.mark.parametrize("eps", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("length", [33, 64])
+def test_the_upstream_gradient_multiplies_the_coefficients(kernels: ResidualKernels, length: int, eps: bool) -> None:
+    v, target, v_old, v_ref = torch.randn(4, 5, length).unbind()
+    inputs = on(kernels, Inputs(v, target, None, v_old, v_ref, target_is_eps=eps))
+    coef = torch.randn(5, 3)
+    coef[2] = 0.0
+    per_row = torch.randn(5, 2)[:, 0]
+    for upstream in (per_row, per_row[1], per_row[1].expand(5)):
+        scaled = coef * (upstream[:, None] if upstream.dim() else upstream)
+        grad = kernels.grad(inputs, coef.to(kernels.device), upstream=upstream.to(kernels.device))
+        assert same_bits(grad, kernels.grad(inputs, scaled.to(kernels.device)))
+    for bad in (float("nan"), float("inf")):
+        per_row[2] = bad  # of the dropped row
+        grad = kernels.grad(inputs, coef.to(kernels.device), upstream=per_row.to(kernels.device))
+        assert grad.isfinite().all() and not grad[2].any()
+
+
 @property_test
 @given(case=cases(), offset=st.sampled_from([0, 0, 1, 3, 8]))
 def test_statistics_match_fp64(kernels: ResidualKernels, case: tuple[Inputs, torch.Tensor], offset: int) -> None:

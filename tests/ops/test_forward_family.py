@@ -393,6 +393,19 @@ def test_without_grad_nothing_is_recorded(name, options, device):
 
 
 @every_variant
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_may_be_changed_in_place(name, options, reduction, device):
+    batch = draw(name, options, device=device)
+    batch.options["reduction"] = reduction
+    loss = NATIVE[name](*batch.arguments(), **batch.options).loss
+    (whole,) = torch.autograd.grad(loss.sum(), batch.v)
+    loss = NATIVE[name](*batch.arguments(), **batch.options).loss
+    loss /= 4
+    (quarter,) = torch.autograd.grad(loss.sum(), batch.v)
+    assert torch.equal(quarter, whole / 4)
+
+
+@every_variant
 def test_loss_scale_reaches_the_gradient_before_its_rounding(name, options, device):
     batch = draw(name, options, 8, (16, 32, 32), torch.float16, device, v_ref=None)
     scale = 2.0**14

@@ -197,6 +197,16 @@ def test_a_sample_does_not_see_its_batch(device):
             assert torch.equal(grad[0], whole[row])
 
 
+def test_the_result_may_be_changed_in_place(device):
+    mean1, mean2 = means((3, 3, 5), device=device)
+    kl = af.gaussian_kl(mean1, mean2, 0.3)
+    whole = torch.autograd.grad(kl.sum(), [mean1, mean2])
+    kl = af.gaussian_kl(mean1, mean2, 0.3)
+    kl /= 4
+    quarter = torch.autograd.grad(kl.sum(), [mean1, mean2])
+    assert all(torch.equal(q, w / 4) for q, w in zip(quarter, whole, strict=True))
+
+
 @pytest.mark.parametrize("samples", [1, 64])
 def test_one_launch_and_one_more_for_each_gradient(samples, device):
     module = _native.module

@@ -333,6 +333,7 @@ def test_opcheck(present, dtype, device):
     torch.library.opcheck(stats_op, (v, target, *others, 0.1))
     coef = torch.randn(2, 3, dtype=accumulate, device=device)
     torch.library.opcheck(grad_op, (v, target, *others, coef))
+    torch.library.opcheck(grad_op, (v, target, *others, coef, coef[:, 0]))
     for v_ref in (None, v + 1):
         torch.library.opcheck(transition_stats_op, (v, target, v - 1, v_ref))
         torch.library.opcheck(transition_grad_op, (v, target.transpose(1, 2).contiguous().mT, v - 1, v_ref, coef))

@@ -604,6 +604,18 @@ def test_second_derivative_is_refused(name, device):
         torch.autograd.grad(grad.sum(), batch.v)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_may_be_changed_in_place(name, reduction, device):
+    batch = draw_transitions(device=device, reduction=reduction)
+    loss = native(name)(*batch.arguments(), **batch.options).loss
+    (whole,) = torch.autograd.grad(loss.sum(), batch.v)
+    loss = native(name)(*batch.arguments(), **batch.options).loss
+    loss /= 4
+    (quarter,) = torch.autograd.grad(loss.sum(), batch.v)
+    assert torch.equal(quarter, whole / 4)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_scale_reaches_the_gradient_before_its_rounding(name, device):
     batch = draw_transitions(8, (16, 64, 64), torch.float16, device, with_reference=False)

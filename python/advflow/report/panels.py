@@ -67,7 +67,7 @@ GROUPS: dict[str, list[Panel]] = {
     ],
     "Faults": [
         Panel("nonconvex_samples", "Nonconvex samples", "whose loss curves down", fault=True),
-        Panel("nonfinite_samples", "Non-finite samples", "dropped by the loss", fault=True),
+        Panel("nonfinite_samples", "Non-finite samples", "dropped by the loss, of all in the iteration", fault=True),
         Panel("invalid_timesteps", "Invalid timesteps", "dropped: t outside (0, 1]", fault=True),
         Panel("invalid_steps", "Invalid steps", "dropped: not a stochastic step of the sampler", fault=True),
         Panel("broken_images", "Broken images", "not finite", fault=True),
