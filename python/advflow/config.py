@@ -480,7 +480,7 @@ class TrainConfig:
     """
 
     algorithm: Algorithm = "advantage_flow"
-    iterations: int = 160
+    iterations: int = 200
     seed: int = 0
     out: str = "runs/tiny"
     checkpoint_every: int = 20
