@@ -122,13 +122,13 @@ class AdvantageFlowConfig:
 
     Args:
         gamma: rollout regularisation, a number, "1-A" or "beta(beta-A)".
-        lam: reference regularisation.
+        lam: reference regularisation; 1e-3 in the paper.
         weighting: "prediction" (t^2), "velocity" (1) or "adaptive" (t^2 over the detached prediction error).
         beta: weight of the data term.
     """
 
     gamma: float | Literal["1-A", "beta(beta-A)"] = 1.1
-    lam: float = 1e-3
+    lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
 
