@@ -19,7 +19,7 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         batch.x0,
         batch.noise,
         batch.t,
-        batch.advantages,
+        batch.advantages + choice.offset,
         v_old=batch.v_old,
         v_ref=batch.v_ref,
         gamma=choice.gamma,
