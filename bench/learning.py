@@ -59,6 +59,7 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
         "categories": [row["categories"] for row in evals],
         "grad_norm": [row["grad_norm"] for row in metrics],
         "reward": [row["reward"] for row in metrics],
+        "reference_deviation": [row.get("reference_deviation", 0.0) for row in metrics],
         "summary": json.loads(summary.read_text()) if summary.is_file() else None,
     }
 
@@ -66,16 +67,19 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
 def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys(run["label"] for run in runs))
     colors = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))
-    figure, (score, norm) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for run in runs:
         first = run is next(r for r in runs if r["label"] == run["label"])
         label = run["label"] if first else None
         color = colors[run["label"]]
         score.plot(run["iterations"], run["held_out"], marker="o", markersize=3, color=color, alpha=0.85, label=label)
         norm.plot(run["grad_norm"], color=color, alpha=0.6, linewidth=0.9)
+        if any(run["reference_deviation"]):  # not measured where the reference has no weight
+            distance.plot(run["reference_deviation"], color=color, alpha=0.6, linewidth=0.9)
     score.set(xlabel="iteration", ylabel="held-out score", title="Held-out score (each line one seed)")
     norm.set(xlabel="iteration", ylabel="gradient norm", title="Gradient norm before clipping", yscale="log")
-    for axes in (score, norm):
+    distance.set(xlabel="iteration", title="Mean squared distance from the reference velocity", yscale="log")
+    for axes in (score, norm, distance):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     score.set_ylim(bottom=0)
