@@ -134,7 +134,7 @@ class AdvantageFlowConfig:
     lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
-    offset: float = 0.2
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         _require(
@@ -381,6 +381,8 @@ class OptimConfig:
         warmup: optimiser steps over which the learning rate rises linearly from 0. AdamW's first steps move every
             weight by the learning rate however small its gradient, which a pretrained model remembers.
         decay: "second_half" lets the learning rate fall linearly to 0 over the run's second half, "none" keeps it.
+        hold: optimiser steps after which the learning rate also falls like hold / step, so that a run of any length
+            takes few long steps; null for never.
         betas: decay rates of AdamW's two moments.
         eps: AdamW's denominator constant.
         weight_decay: decoupled weight decay.
@@ -393,6 +395,7 @@ class OptimConfig:
     lr: float = 2e-4
     warmup: int = 10
     decay: Literal["none", "second_half"] = "second_half"
+    hold: int | None = 100
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -403,6 +406,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "zero or more steps")
+        _require(self.hold is None or self.hold >= 1, "optim.hold", self.hold, "1 or more steps, or null")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.steps_per_iteration >= 1, "optim.steps_per_iteration", self.steps_per_iteration, "1 or more")
         _require(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "1 or more")

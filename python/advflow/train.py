@@ -212,7 +212,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of optimiser step `step` (from 0) of a run of `steps`."""
     risen = min(1.0, (step + 1) / max(config.warmup, 1))
     left = 2.0 * (1.0 - step / steps) if config.decay == "second_half" else 1.0
-    return config.lr * min(risen, left)
+    held = min(1.0, config.hold / (step + 1)) if config.hold is not None else 1.0
+    return config.lr * min(risen, left) * held
 
 
 def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:

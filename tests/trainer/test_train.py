@@ -147,9 +147,11 @@ def test_metrics_of_micro_batches_are_joined_by_what_they_are() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    late, flat = OptimConfig(lr=1.0, warmup=4, decay="second_half"), OptimConfig(lr=1.0, warmup=0, decay="none")
+    late = OptimConfig(lr=1.0, warmup=4, decay="second_half", hold=None)
+    flat, held = (OptimConfig(lr=1.0, warmup=0, decay="none", hold=hold) for hold in (None, 5))
     assert [learning_rate(late, s, 10) for s in (0, 3, 5, 6, 9)] == pytest.approx([0.25, 1.0, 1.0, 0.8, 0.2])
     assert [learning_rate(flat, s, 10) for s in (0, 9)] == [1.0, 1.0]
+    assert [learning_rate(held, s, 10) for s in (0, 4, 9)] == [1.0, 1.0, 0.5]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:
