@@ -215,7 +215,8 @@ def test_numbers_that_are_none_leave_gaps_and_are_reported(tmp_path: Path) -> No
     assert data["loss"]["series"][0]["values"][-2:] == [None, None]
     assert data["reward"]["x"][-1] == 21
     text = Page(path.read_text()).text
-    assert "Non-finite samples (dropped by the loss, of all in the iteration) in 1 of 22 iterations, first in 20." in text
+    where = "dropped by the loss, of all in the iteration"
+    assert f"Non-finite samples ({where}) in 1 of 22 iterations, first in 20." in text
     assert not re.search(r"\bnan\b|\binf\b|None", text)
 
 
