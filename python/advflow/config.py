@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -362,14 +363,24 @@ class DrawConfig:
             so that what their advantages, which sum to zero, have in common cancels).
         timesteps: "uniform", "stratified" (one in each of `per_image` equal parts of (0, 1]) or "sampler_grid" (a
             random choice of the rollout's own timesteps, as in DiffusionNFT's code).
+        shift: a uniform or stratified t becomes shift t / (1 + (shift - 1) t), Stable Diffusion 3's timestep shift
+            (arXiv 2403.03206, eq. 23): above 1, more of the pairs are noisy ones.
     """
 
     per_image: int = 4
     noise: Literal["per_image", "shared_in_group"] = "shared_in_group"
     timesteps: Literal["uniform", "stratified", "sampler_grid"] = "stratified"
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.per_image >= 1, "draws.per_image", self.per_image, "1 or more")
+        _require(0 < self.shift < math.inf, "draws.shift", self.shift, "a positive number")
+        _require(
+            self.shift == 1 or self.timesteps != "sampler_grid",
+            "draws.shift",
+            self.shift,
+            "1 with draws.timesteps=sampler_grid, which is not shifted",
+        )
 
 
 @dataclass

@@ -50,12 +50,12 @@ class Draws:
             # The same order for every pair of an iteration, so that an image never meets a timestep twice.
             shuffle = torch.rand(count, len(self._grid), generator=generator(self._seed, "grid", iteration)).argsort(1)
             return self._grid[shuffle[:, index]]
-        uniform = 1.0 - torch.rand(count, generator=rng)  # (0, 1]
-        if config.timesteps == "uniform":
-            return uniform
-        # Neighbours start in different strata: every pair covers all of (0, 1] across the batch.
-        stratum = (torch.arange(count) + index) % config.per_image
-        return (stratum + uniform) / config.per_image
+        t = 1.0 - torch.rand(count, generator=rng)  # (0, 1]
+        if config.timesteps == "stratified":
+            # Neighbours start in different strata: every pair covers all of (0, 1] across the batch.
+            stratum = (torch.arange(count) + index) % config.per_image
+            t = (stratum + t) / config.per_image
+        return t / (t + (1 - t) / config.shift)  # never above 1
 
 
 class ForwardProcess:

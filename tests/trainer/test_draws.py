@@ -48,6 +48,18 @@ def test_the_sampler_grid_is_drawn_without_repetition() -> None:
         Draws(DrawConfig(5, "per_image", "sampler_grid"), LATENT, GRID, seed=1)
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
+def test_shift_moves_every_t_as_stable_diffusion_3_does(timesteps: str) -> None:
+    plain, shifted = (
+        Draws(DrawConfig(4, "per_image", timesteps, shift), LATENT, GRID, seed=1).draw(3, 0, ROLLOUT).t  # type: ignore[arg-type]
+        for shift in (1.0, 2.3)
+    )
+    torch.testing.assert_close(shifted, 2.3 * plain / (1 + 1.3 * plain))
+    assert (shifted <= 1).all()
+    with pytest.raises(ValueError, match=r"draws.shift is 2.0; 1 with draws.timesteps=sampler_grid"):
+        DrawConfig(4, "per_image", "sampler_grid", 2.0)
+
+
 def test_a_draw_depends_on_seed_iteration_and_index_alone() -> None:
     config = DrawConfig(2, "per_image", "uniform")
     first = Draws(config, LATENT, GRID, seed=1)
