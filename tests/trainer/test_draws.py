@@ -56,7 +56,7 @@ def test_shift_moves_every_t_as_stable_diffusion_3_does(timesteps: str) -> None:
     )
     torch.testing.assert_close(shifted, 2.3 * plain / (1 + 1.3 * plain))
     assert (shifted <= 1).all()
-    with pytest.raises(ValueError, match=r"draws.shift is 2.0; 1 with draws.timesteps=sampler_grid"):
+    with pytest.raises(ValueError, match=r"draws.shift is 2.0; accepted: 1 with draws.timesteps=sampler_grid"):
         DrawConfig(4, "per_image", "sampler_grid", 2.0)
 
 
