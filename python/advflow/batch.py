@@ -57,7 +57,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B]."""
+    """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B].
+
+    `reference_scale` multiplies the weight that the configuration gives to the reference.
+    """
 
     v: torch.Tensor
     v_old: torch.Tensor | None
@@ -67,6 +70,7 @@ class ForwardBatch:
     t: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
+    reference_scale: float
 
 
 @dataclass(frozen=True)

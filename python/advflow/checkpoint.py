@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +18,23 @@ _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 
 
-def save_checkpoint(folder: Path, iteration: int, policies: Policies, optimizer: torch.optim.Optimizer) -> Path:
-    """Writes everything that iteration `iteration` (the next to run) depends on; keeps the newest two."""
-    target = folder / f"{iteration:06d}"
-    scratch = folder / f".{iteration:06d}.partial"
+@dataclass(frozen=True)
+class RunState:
+    """What a run depends on beside tensors: the iteration to run next, and the scale of the reference's weight."""
+
+    iteration: int
+    reference_scale: float = 1.0
+
+
+def save_checkpoint(folder: Path, state: RunState, policies: Policies, optimizer: torch.optim.Optimizer) -> Path:
+    """Writes everything that the next iteration depends on; keeps the newest two."""
+    target = folder / f"{state.iteration:06d}"
+    scratch = folder / f".{state.iteration:06d}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     tensors = _flatten(policies, optimizer)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / _TENSORS)
-    (scratch / _STATE).write_text(json.dumps({"iteration": iteration}))
+    (scratch / _STATE).write_text(json.dumps(asdict(state)))
     for file in scratch.iterdir():
         _flush_to_disk(file)
     shutil.rmtree(target, ignore_errors=True)
@@ -40,8 +49,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / _STATE).is_file())
 
 
-def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optimizer | None) -> int:
-    """Restores what `save_checkpoint` wrote, bit for bit. Returns the iteration to run next."""
+def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optimizer | None) -> RunState:
+    """Restores what `save_checkpoint` wrote, bit for bit."""
     stored = load_file(path / _TENSORS)
     if optimizer is not None:
         _materialise_optimizer_state(optimizer)
@@ -57,8 +66,7 @@ def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optim
             )
         with torch.no_grad():
             tensor.copy_(stored[name])
-    iteration: int = json.loads((path / _STATE).read_text())["iteration"]
-    return iteration
+    return RunState(**json.loads((path / _STATE).read_text()))
 
 
 def _flatten(policies: Policies, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

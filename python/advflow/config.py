@@ -446,6 +446,27 @@ class RolloutPolicyConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """How far a method of the forward process may take the learner from the reference policy.
+
+    Args:
+        max_deviation: mean <(v - v_ref)^2> above which the algorithm's weight of the reference grows, by up to 2 % an
+            iteration, and below which it returns to what was set: the adaptive KL penalty of arXiv 1909.08593. null
+            leaves the weight alone.
+    """
+
+    max_deviation: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_deviation is None or 0 < self.max_deviation < math.inf,
+            "reference.max_deviation",
+            self.max_deviation,
+            "a positive number, or null",
+        )
+
+
+@dataclass
 class EvalConfig:
     """Evaluation of the learner on held-out prompts, before the first iteration, along the way and at the end.
 
@@ -513,6 +534,7 @@ class TrainConfig:
     sde: SDEConfig = field(default_factory=SDEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rollout_policy: RolloutPolicyConfig = field(default_factory=RolloutPolicyConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     advantage_flow: AdvantageFlowConfig = field(default_factory=AdvantageFlowConfig)
     diffusion_nft: DiffusionNFTConfig = field(default_factory=DiffusionNFTConfig)
@@ -527,7 +549,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
-        if self.algorithm not in REVERSE_PROCESS:
+        if self.algorithm in REVERSE_PROCESS:
+            _require(
+                self.reference.max_deviation is None,
+                "reference.max_deviation",
+                self.reference.max_deviation,
+                f"null, since {self.algorithm} is a method of the reverse process",
+            )
+        else:
             share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
             _require(
                 share >= 1 and rest == 0,

@@ -13,6 +13,7 @@ from advflow.config import DrawConfig, TrainConfig
 from advflow.model import LatentShape
 from advflow.policies import Policies, policy_velocities
 from advflow.randomness import generator
+from advflow.reference_control import ReferenceControl
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,15 @@ class Draws:
 class ForwardProcess:
     """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws) -> None:
-        self._config, self._policies, self._draws = config, policies, draws
+    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws, control: ReferenceControl) -> None:
+        self._config, self._policies, self._draws, self._control = config, policies, draws, control
         self._algorithm = FORWARD[config.algorithm]
         self._needs = self._algorithm.needs(config)
+        if config.reference.max_deviation is not None and not self._needs.reference:
+            raise ValueError(
+                f"reference.max_deviation is {config.reference.max_deviation}; accepted: null, since the weight that "
+                f"{config.algorithm} gives the reference is 0"
+            )
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
@@ -87,4 +93,5 @@ class ForwardProcess:
         x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         v, v_old, v_ref = policy_velocities(self._policies, self._needs, x_t, t, prompts)
-        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rollout.rewards[rows], rollout.advantages[rows])
+        rewards, advantages = rollout.rewards[rows], rollout.advantages[rows]
+        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self._control.scale)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import advflow_ext as af
 from advflow.algorithms import REVERSE
 from advflow.batch import Rollout, Transitions
-from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow.evaluate import Evaluation, evaluate
 from advflow.forward_process import Draws, ForwardProcess
@@ -30,6 +30,7 @@ from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, l
 from advflow.policies import follow, make_policies
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
+from advflow.reference_control import ReferenceControl
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
 from advflow.run_log import EVALS, RunLog, read_rows
@@ -57,6 +58,7 @@ class Trainer:
         self.policies = make_policies(pipeline.transformer, config.model, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
+        self.reference_control = ReferenceControl(config.reference)
         self.stochastic_sampler: StochasticSampler | None = None
         self.process: ForwardProcess | ReverseProcess
         if config.algorithm in REVERSE:
@@ -64,7 +66,7 @@ class Trainer:
             self.process = ReverseProcess(config, self.policies, self.sigmas)
         else:
             draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
-            self.process = ForwardProcess(config, self.policies, draws)
+            self.process = ForwardProcess(config, self.policies, draws, self.reference_control)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -80,6 +82,9 @@ class Trainer:
         rollout, row = self._roll_out(iteration)
         rolled_out = time.monotonic()
         row |= self._improve(iteration, rollout)
+        if self.config.reference.max_deviation is not None:
+            row["reference_scale"] = self.reference_control.scale
+            self.reference_control.update(row["reference_deviation"])
         trained = time.monotonic()
         rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
@@ -227,7 +232,8 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     trainer = Trainer(config)
     first = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
-        first = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
+        state = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
+        first, trainer.reference_control.scale = state.iteration, state.reference_scale
     log = RunLog(folder, first)
     grid = _grid_indices(trainer)
     images = config.rollout.prompts * config.rollout.images_per_prompt
@@ -249,7 +255,8 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
             if done % config.evaluation.every == 0 or done == config.iterations:
                 latest = assess(done)
             if done % config.checkpoint_every == 0 or done == config.iterations or interrupted():
-                save_checkpoint(folder / "checkpoints", done, trainer.policies, trainer.optimizer)
+                state = RunState(done, trainer.reference_control.scale)
+                save_checkpoint(folder / "checkpoints", state, trainer.policies, trainer.optimizer)
             held_out = f"{latest.overall:.3f}" if latest else "-"
             progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
             if interrupted() and done < config.iterations:

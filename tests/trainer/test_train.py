@@ -9,10 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from advflow.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from advflow.config import ModelConfig, OptimConfig, RolloutPolicyConfig, SDEConfig, TrainConfig
+from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
+from advflow.config import (
+    DiffusionNFTConfig,
+    ModelConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RolloutPolicyConfig,
+    SDEConfig,
+    TrainConfig,
+)
 from advflow.model import PromptEncoder, load_pipeline
 from advflow.policies import Policies, follow, make_policies
+from advflow.reference_control import ReferenceControl
 from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.sampling import velocity
 from advflow.train import Trainer, join_metrics, learning_rate, rollout_decay, train
@@ -53,6 +62,7 @@ def test_resuming_equals_never_having_stopped(
         model=model,
         optim=OptimConfig(micro_batch=5, steps_per_iteration=steps),
         sde=SDEConfig(window="random", steps=1, within=2, epochs=2),
+        reference=ReferenceConfig(1e-9 if algorithm == "advantage_flow" else None),
         out=str(tmp_path / "whole"),
         iterations=4,
     )
@@ -74,7 +84,9 @@ def test_resuming_equals_never_having_stopped(
     train(parts, resume=True)
     for name in (METRICS, EVALS):
         assert _without_times(read_rows(Path(whole.out) / name)) == _without_times(read_rows(Path(parts.out) / name))
-    saved = [load_file(checkpoints(Path(c.out) / "checkpoints")[-1] / "tensors.safetensors") for c in (whole, parts)]
+    last = [checkpoints(Path(c.out) / "checkpoints")[-1] for c in (whole, parts)]
+    assert (last[0] / "state.json").read_text() == (last[1] / "state.json").read_text()
+    saved = [load_file(path / "tensors.safetensors") for path in last]
     assert saved[0].keys() == saved[1].keys()
     for name, tensor in saved[0].items():
         assert torch.equal(tensor, saved[1][name]), name
@@ -154,9 +166,52 @@ def test_learning_rate_rises_and_falls() -> None:
     assert [learning_rate(held, s, 10) for s in (0, 4, 9)] == [1.0, 1.0, 0.5]
 
 
+def test_the_pull_towards_the_reference_grows_while_the_learner_is_too_far_away() -> None:
+    control = ReferenceControl(ReferenceConfig(max_deviation=0.1))
+    scales = []
+    for deviation in (0.05, 0.11, 9.0, float("nan"), 0.09, *[0.0] * 3):
+        control.update(deviation)
+        scales.append(control.scale)
+    grown = 1.01 * 1.02
+    assert scales == pytest.approx([1.0, 1.01, grown, grown, grown * 0.99, 1.0, 1.0, 1.0])
+    free = ReferenceControl(ReferenceConfig())
+    free.update(9.0)
+    assert free.scale == 1.0
+
+
+def test_the_scale_reaches_the_loss_and_the_log(small_config: Make) -> None:
+    rows = []
+    for limit in (None, 1e-12, 1e12):
+        trainer = Trainer(small_config(reference=ReferenceConfig(limit), optim=OptimConfig(lr=1e-2)))
+        rows.append([trainer.iterate(iteration) for iteration in range(3)])
+    free, held, wide = rows
+    assert "reference_scale" not in free[0]
+    # Before the first update the learner is the reference: the second iteration is the first that finds it away.
+    assert [row["reference_scale"] for row in held] == pytest.approx([1.0, 1.0, 1.02])
+    assert [row["reference_scale"] for row in wide] == [1.0] * 3
+    assert [row["grad_norm"] for row in free] == [row["grad_norm"] for row in wide]
+    assert [row["loss"] == other["loss"] for row, other in zip(held, wide, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "flow_grpo"},
+        {"algorithm": "diffusion_nft", "diffusion_nft": DiffusionNFTConfig(kl_weight=0.0)},
+    ],
+)
+def test_a_bound_on_the_distance_from_a_reference_that_does_not_pull_is_refused(
+    small_config: Make, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=r"reference.max_deviation is 0.1; accepted: null"):
+        Trainer(small_config(reference=ReferenceConfig(0.1), **changes))
+    with pytest.raises(ValueError, match=r"reference.max_deviation is 0.0; accepted: a positive number, or null"):
+        ReferenceConfig(0.0)
+
+
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:
     small, large = (Trainer(small_config(model=replace(LORA, lora_rank=rank))) for rank in (2, 4))
-    path = save_checkpoint(tmp_path, 1, small.policies, small.optimizer)
+    path = save_checkpoint(tmp_path, RunState(1), small.policies, small.optimizer)
     with pytest.raises(ValueError, match="does not fit this run: learner.0000 is"):
         load_checkpoint(path, large.policies, None)
     full = Trainer(small_config())
@@ -166,7 +221,7 @@ def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: 
 
 def test_a_half_written_checkpoint_is_not_a_checkpoint(small_config: Make, tmp_path: Path) -> None:
     trainer = Trainer(small_config(model=LORA))
-    save_checkpoint(tmp_path, 1, trainer.policies, trainer.optimizer)
+    save_checkpoint(tmp_path, RunState(1), trainer.policies, trainer.optimizer)
     (tmp_path / ".000002.partial").mkdir()
     (tmp_path / "000003").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["000001"]

@@ -23,7 +23,7 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         v_old=batch.v_old,
         v_ref=batch.v_ref,
         gamma=choice.gamma,
-        lam=choice.lam,
+        lam=choice.lam * batch.reference_scale,
         weighting=choice.weighting,
         beta=choice.beta,
     )

@@ -24,5 +24,5 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         weighting=choice.weighting,
         power=choice.power,
         ema_weight=choice.ema_weight,
-        kl_weight=choice.kl_weight,
+        kl_weight=choice.kl_weight * batch.reference_scale,
     )

@@ -24,7 +24,7 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         v_ref=batch.v_ref,
         beta=choice.beta,
         adv_clip_max=choice.adv_clip_max,
-        kl_weight=choice.kl_weight,
+        kl_weight=choice.kl_weight * batch.reference_scale,
         adaptive=choice.adaptive,
         mode=choice.mode,
     )

@@ -21,5 +21,5 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         batch.advantages,
         v_old=batch.v_old,
         v_ref=batch.v_ref,
-        kl_weight=config.flow_awr.kl_weight,
+        kl_weight=config.flow_awr.kl_weight * batch.reference_scale,
     )

@@ -23,5 +23,5 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         tau=choice.tau,
         group_size=config.rollout.images_per_prompt if choice.method == "best" else None,
         v_ref=batch.v_ref,
-        kl_weight=choice.kl_weight,
+        kl_weight=choice.kl_weight * batch.reference_scale,
     )
