@@ -452,10 +452,10 @@ class ReferenceConfig:
     Args:
         max_deviation: mean <(v - v_ref)^2> above which the algorithm's weight of the reference grows, by up to 2 % an
             iteration, and below which it returns to what was set: the adaptive KL penalty of arXiv 1909.08593. null
-            leaves the weight alone.
+            leaves the weight alone, and a weight of 0 stays 0.
     """
 
-    max_deviation: float | None = None
+    max_deviation: float | None = 0.15
 
     def __post_init__(self) -> None:
         _require(
@@ -549,14 +549,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
-        if self.algorithm in REVERSE_PROCESS:
-            _require(
-                self.reference.max_deviation is None,
-                "reference.max_deviation",
-                self.reference.max_deviation,
-                f"null, since {self.algorithm} is a method of the reverse process",
-            )
-        else:
+        if self.algorithm not in REVERSE_PROCESS:
             share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
             _require(
                 share >= 1 and rest == 0,

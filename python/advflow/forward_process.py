@@ -66,17 +66,20 @@ class ForwardProcess:
         self._config, self._policies, self._draws, self._control = config, policies, draws, control
         self._algorithm = FORWARD[config.algorithm]
         self._needs = self._algorithm.needs(config)
-        if config.reference.max_deviation is not None and not self._needs.reference:
-            raise ValueError(
-                f"reference.max_deviation is {config.reference.max_deviation}; accepted: null, since the weight that "
-                f"{config.algorithm} gives the reference is 0"
-            )
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
         share = self._config.draws.per_image // self._config.optim.steps_per_iteration
         for step in range(self._config.optim.steps_per_iteration):
             yield self._losses(iteration, rollout, range(step * share, (step + 1) * share))
+
+    def control(self, row: dict[str, float]) -> dict[str, float]:
+        """After an iteration with metrics `row`: adapts the pull towards the reference; returns what it was."""
+        if self._config.reference.max_deviation is None or not self._needs.reference:
+            return {}
+        used = self._control.scale
+        self._control.update(row["reference_deviation"])
+        return {"reference_scale": used}
 
     def _losses(self, iteration: int, rollout: Rollout, pairs: range) -> Iterator[WeightedLoss]:
         count, size = len(rollout.x0), self._config.optim.micro_batch

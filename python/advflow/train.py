@@ -82,9 +82,6 @@ class Trainer:
         rollout, row = self._roll_out(iteration)
         rolled_out = time.monotonic()
         row |= self._improve(iteration, rollout)
-        if self.config.reference.max_deviation is not None:
-            row["reference_scale"] = self.reference_control.scale
-            self.reference_control.update(row["reference_deviation"])
         trained = time.monotonic()
         rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
@@ -181,6 +178,8 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         if isinstance(self.process, ReverseProcess):
             row |= self.process.mismatch(join_metrics(updates[0]))
+        else:
+            row |= self.process.control(row)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:

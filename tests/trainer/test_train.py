@@ -62,7 +62,7 @@ def test_resuming_equals_never_having_stopped(
         model=model,
         optim=OptimConfig(micro_batch=5, steps_per_iteration=steps),
         sde=SDEConfig(window="random", steps=1, within=2, epochs=2),
-        reference=ReferenceConfig(1e-9 if algorithm == "advantage_flow" else None),
+        reference=ReferenceConfig(max_deviation=1e-9),
         out=str(tmp_path / "whole"),
         iterations=4,
     )
@@ -174,7 +174,7 @@ def test_the_pull_towards_the_reference_grows_while_the_learner_is_too_far_away(
         scales.append(control.scale)
     grown = 1.01 * 1.02
     assert scales == pytest.approx([1.0, 1.01, grown, grown, grown * 0.99, 1.0, 1.0, 1.0])
-    free = ReferenceControl(ReferenceConfig())
+    free = ReferenceControl(ReferenceConfig(None))
     free.update(9.0)
     assert free.scale == 1.0
 
@@ -193,18 +193,9 @@ def test_the_scale_reaches_the_loss_and_the_log(small_config: Make) -> None:
     assert [row["loss"] == other["loss"] for row, other in zip(held, wide, strict=True)] == [True, True, False]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"algorithm": "flow_grpo"},
-        {"algorithm": "diffusion_nft", "diffusion_nft": DiffusionNFTConfig(kl_weight=0.0)},
-    ],
-)
-def test_a_bound_on_the_distance_from_a_reference_that_does_not_pull_is_refused(
-    small_config: Make, changes: dict[str, object]
-) -> None:
-    with pytest.raises(ValueError, match=r"reference.max_deviation is 0.1; accepted: null"):
-        Trainer(small_config(reference=ReferenceConfig(0.1), **changes))
+def test_a_reference_without_weight_is_not_asked(small_config: Make) -> None:
+    trainer = Trainer(small_config(diffusion_nft=DiffusionNFTConfig(kl_weight=0.0), algorithm="diffusion_nft"))
+    assert "reference_scale" not in trainer.iterate(0)
     with pytest.raises(ValueError, match=r"reference.max_deviation is 0.0; accepted: a positive number, or null"):
         ReferenceConfig(0.0)
 
