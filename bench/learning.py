@@ -66,7 +66,8 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
 
 def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    colors = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))
+    palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    colors = dict(zip(labels, palette, strict=False))
     figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for run in runs:
         first = run is next(r for r in runs if r["label"] == run["label"])
