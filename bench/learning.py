@@ -68,7 +68,7 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys(run["label"] for run in runs))
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
     colors = dict(zip(labels, palette, strict=False))
-    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, 4.4 + 0.22 * ((len(labels) + 3) // 4)), layout="constrained")
     for run in runs:
         first = run is next(r for r in runs if r["label"] == run["label"])
         label = run["label"] if first else None
@@ -84,7 +84,7 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     score.set_ylim(bottom=0)
-    score.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     figure.savefig(path, dpi=130)
 
 
