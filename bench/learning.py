@@ -68,7 +68,8 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys(run["label"] for run in runs))
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
     colors = dict(zip(labels, palette, strict=False))
-    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, 4.4 + 0.22 * ((len(labels) + 3) // 4)), layout="constrained")
+    height = 4.2 + 0.25 * ((len(labels) + 3) // 4)  # the legend below has four columns
+    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, height), layout="constrained")
     for run in runs:
         first = run is next(r for r in runs if r["label"] == run["label"])
         label = run["label"] if first else None
