@@ -2,7 +2,7 @@
 
 python -m bench.learning --json bench/results/learning.json --png docs/images/learning.png LABEL=RUN_FOLDER ...
 
-Runs with the same label (other seeds) share a colour. Every curve of the docs comes from a file made this way.
+Runs with the same label (other seeds) share a colour. Every picture of learning in the docs is made this way.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
         "grad_norm": [row["grad_norm"] for row in metrics],
         "reward": [row["reward"] for row in metrics],
         "reference_deviation": [row.get("reference_deviation", 0.0) for row in metrics],
+        "reference_scale": [row.get("reference_scale", 1.0) for row in metrics],
         "summary": json.loads(summary.read_text()) if summary.is_file() else None,
     }
 

@@ -447,21 +447,22 @@ class RolloutPolicyConfig:
 
 @dataclass
 class ReferenceConfig:
-    """How far a method of the forward process may take the learner from the reference policy.
+    """How far from the reference policy a method of the forward process settles.
 
     Args:
-        max_deviation: mean <(v - v_ref)^2> above which the algorithm's weight of the reference grows, by up to 2 % an
-            iteration, and below which it returns to what was set: the adaptive KL penalty of arXiv 1909.08593. null
-            leaves the weight alone, and a weight of 0 stays 0.
+        target_deviation: mean <(v - v_ref)^2> over the drawn t, so it depends on those and on the model. While it is
+            exceeded, the algorithm's weight of the reference grows, by up to 2 % an iteration; below, the weight
+            returns to what was set: the adaptive KL penalty of arXiv 1909.08593. No bound: a weight that is orders of
+            magnitude too small takes hundreds of iterations to grow, and one of 0 stays 0. null: no such control.
     """
 
-    max_deviation: float | None = 0.15
+    target_deviation: float | None = 0.15
 
     def __post_init__(self) -> None:
         _require(
-            self.max_deviation is None or 0 < self.max_deviation < math.inf,
-            "reference.max_deviation",
-            self.max_deviation,
+            self.target_deviation is None or 0 < self.target_deviation < math.inf,
+            "reference.target_deviation",
+            self.target_deviation,
             "a positive number, or null",
         )
 

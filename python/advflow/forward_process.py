@@ -62,24 +62,17 @@ class Draws:
 class ForwardProcess:
     """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws, control: ReferenceControl) -> None:
-        self._config, self._policies, self._draws, self._control = config, policies, draws, control
+    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws) -> None:
+        self._config, self._policies, self._draws = config, policies, draws
         self._algorithm = FORWARD[config.algorithm]
         self._needs = self._algorithm.needs(config)
+        self.reference_control = ReferenceControl(config.reference.target_deviation if self._needs.reference else None)
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
         share = self._config.draws.per_image // self._config.optim.steps_per_iteration
         for step in range(self._config.optim.steps_per_iteration):
             yield self._losses(iteration, rollout, range(step * share, (step + 1) * share))
-
-    def control(self, row: dict[str, float]) -> dict[str, float]:
-        """After an iteration with metrics `row`: adapts the pull towards the reference; returns what it was."""
-        if self._config.reference.max_deviation is None or not self._needs.reference:
-            return {}
-        used = self._control.scale
-        self._control.update(row["reference_deviation"])
-        return {"reference_scale": used}
 
     def _losses(self, iteration: int, rollout: Rollout, pairs: range) -> Iterator[WeightedLoss]:
         count, size = len(rollout.x0), self._config.optim.micro_batch
@@ -97,4 +90,4 @@ class ForwardProcess:
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         v, v_old, v_ref = policy_velocities(self._policies, self._needs, x_t, t, prompts)
         rewards, advantages = rollout.rewards[rows], rollout.advantages[rows]
-        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self._control.scale)
+        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self.reference_control.scale)

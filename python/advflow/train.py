@@ -30,7 +30,6 @@ from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, l
 from advflow.policies import follow, make_policies
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
-from advflow.reference_control import ReferenceControl
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
 from advflow.run_log import EVALS, RunLog, read_rows
@@ -58,7 +57,6 @@ class Trainer:
         self.policies = make_policies(pipeline.transformer, config.model, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
-        self.reference_control = ReferenceControl(config.reference)
         self.stochastic_sampler: StochasticSampler | None = None
         self.process: ForwardProcess | ReverseProcess
         if config.algorithm in REVERSE:
@@ -66,7 +64,7 @@ class Trainer:
             self.process = ReverseProcess(config, self.policies, self.sigmas)
         else:
             draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
-            self.process = ForwardProcess(config, self.policies, draws, self.reference_control)
+            self.process = ForwardProcess(config, self.policies, draws)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -90,6 +88,18 @@ class Trainer:
             "seconds_rollout": round(rolled_out - started, 4),
             "seconds_train": round(trained - rolled_out, 4),
         }
+
+    def state(self, iteration: int) -> RunState:
+        """What a checkpoint holds beside tensors, `iteration` being the next."""
+        if isinstance(self.process, ForwardProcess):
+            return RunState(iteration, self.process.reference_control.scale)
+        return RunState(iteration)
+
+    def restore(self, state: RunState) -> int:
+        """Goes on from a checkpoint's state; returns the next iteration."""
+        if isinstance(self.process, ForwardProcess):
+            self.process.reference_control.restore(state.reference_scale)
+        return state.iteration
 
     def evaluate(self) -> Evaluation:
         return evaluate(
@@ -179,7 +189,7 @@ class Trainer:
         if isinstance(self.process, ReverseProcess):
             row |= self.process.mismatch(join_metrics(updates[0]))
         else:
-            row |= self.process.control(row)
+            row |= self.process.reference_control.update(row)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:
@@ -232,7 +242,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     first = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
         state = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
-        first, trainer.reference_control.scale = state.iteration, state.reference_scale
+        first = trainer.restore(state)
     log = RunLog(folder, first)
     grid = _grid_indices(trainer)
     images = config.rollout.prompts * config.rollout.images_per_prompt
@@ -254,8 +264,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
             if done % config.evaluation.every == 0 or done == config.iterations:
                 latest = assess(done)
             if done % config.checkpoint_every == 0 or done == config.iterations or interrupted():
-                state = RunState(done, trainer.reference_control.scale)
-                save_checkpoint(folder / "checkpoints", state, trainer.policies, trainer.optimizer)
+                save_checkpoint(folder / "checkpoints", trainer.state(done), trainer.policies, trainer.optimizer)
             held_out = f"{latest.overall:.3f}" if latest else "-"
             progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
             if interrupted() and done < config.iterations:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from advflow.algorithms import FORWARD
+from advflow.batch import ForwardBatch
 from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from advflow.config import (
     DiffusionNFTConfig,
@@ -62,7 +64,7 @@ def test_resuming_equals_never_having_stopped(
         model=model,
         optim=OptimConfig(micro_batch=5, steps_per_iteration=steps),
         sde=SDEConfig(window="random", steps=1, within=2, epochs=2),
-        reference=ReferenceConfig(max_deviation=1e-9),
+        reference=ReferenceConfig(1e-9),
         out=str(tmp_path / "whole"),
         iterations=4,
     )
@@ -167,22 +169,23 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_the_pull_towards_the_reference_grows_while_the_learner_is_too_far_away() -> None:
-    control = ReferenceControl(ReferenceConfig(max_deviation=0.1))
-    scales = []
-    for deviation in (0.05, 0.11, 9.0, float("nan"), 0.09, *[0.0] * 3):
-        control.update(deviation)
-        scales.append(control.scale)
+    control, free = ReferenceControl(0.1), ReferenceControl(None)
+    used = []
+    for deviation in (0.05, 0.11, 9.0, float("nan"), 0.0, 0.09, 0.01, 0.01):
+        row = {"reference_deviation": deviation}
+        used.append(control.update(row)["reference_scale"])
+        assert free.update(row) == {}
     grown = 1.01 * 1.02
-    assert scales == pytest.approx([1.0, 1.01, grown, grown, grown * 0.99, 1.0, 1.0, 1.0])
-    free = ReferenceControl(ReferenceConfig(None))
-    free.update(9.0)
-    assert free.scale == 1.0
+    assert used == pytest.approx([1.0, 1.0, 1.01, grown, grown, grown, grown * 0.99, 1.0])
+    for each in (control, free):
+        each.restore(5.0)
+    assert (control.scale, free.scale) == (5.0, 1.0)
 
 
-def test_the_scale_reaches_the_loss_and_the_log(small_config: Make) -> None:
+def test_the_scale_is_logged_and_acts(small_config: Make) -> None:
     rows = []
-    for limit in (None, 1e-12, 1e12):
-        trainer = Trainer(small_config(reference=ReferenceConfig(limit), optim=OptimConfig(lr=1e-2)))
+    for target in (None, 1e-12, 1e12):
+        trainer = Trainer(small_config(reference=ReferenceConfig(target), optim=OptimConfig(lr=1e-2)))
         rows.append([trainer.iterate(iteration) for iteration in range(3)])
     free, held, wide = rows
     assert "reference_scale" not in free[0]
@@ -193,11 +196,33 @@ def test_the_scale_reaches_the_loss_and_the_log(small_config: Make) -> None:
     assert [row["loss"] == other["loss"] for row, other in zip(held, wide, strict=True)] == [True, True, False]
 
 
+@pytest.mark.parametrize("name", list(FORWARD))
+def test_the_scale_multiplies_every_method_s_weight_of_the_reference(name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
+    t, rewards = torch.linspace(0.1, 0.9, 6), torch.rand(6, generator=rng)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 1.0)
+    weight = "lam" if name == "advantage_flow" else "kl_weight"
+    plain, doubled = TrainConfig(), TrainConfig()
+    setattr(getattr(plain, name), weight, 0.25)
+    setattr(getattr(doubled, name), weight, 0.5)
+    loss = FORWARD[name].loss
+    assert loss(replace(batch, reference_scale=2.0), plain).loss == loss(batch, doubled).loss
+    assert loss(batch, plain).loss != loss(batch, doubled).loss
+
+
 def test_a_reference_without_weight_is_not_asked(small_config: Make) -> None:
     trainer = Trainer(small_config(diffusion_nft=DiffusionNFTConfig(kl_weight=0.0), algorithm="diffusion_nft"))
     assert "reference_scale" not in trainer.iterate(0)
-    with pytest.raises(ValueError, match=r"reference.max_deviation is 0.0; accepted: a positive number, or null"):
+    with pytest.raises(ValueError, match=r"reference.target_deviation is 0.0; accepted: a positive number, or null"):
         ReferenceConfig(0.0)
+
+
+def test_a_checkpoint_from_before_the_reference_had_a_scale_loads(small_config: Make, tmp_path: Path) -> None:
+    trainer = Trainer(small_config())
+    path = save_checkpoint(tmp_path, RunState(3), trainer.policies, trainer.optimizer)
+    (path / "state.json").write_text('{"iteration": 3}')
+    assert load_checkpoint(path, trainer.policies, trainer.optimizer) == RunState(3, 1.0)
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ GROUPS: dict[str, list[Panel]] = {
     "Distance from other policies": [
         Panel("rollout_deviation", "Rollout deviation", "mean square of v \N{MINUS SIGN} v_old"),
         Panel("reference_deviation", "Reference deviation", "mean square of v \N{MINUS SIGN} v_ref"),
-        Panel("reference_scale", "Reference pull", "weight over what was set, grows beyond max_deviation"),
+        Panel("reference_scale", "Reference pull", "weight over what was set; see target_deviation"),
         Panel("rollout_policy_rho", "Rollout policy rho", "share of itself the rollout policy keeps", smoothed=False),
     ],
     "Trust region": [
