@@ -222,7 +222,7 @@ def test_a_checkpoint_from_before_the_reference_had_a_scale_loads(small_config: 
     trainer = Trainer(small_config())
     path = save_checkpoint(tmp_path, RunState(3), trainer.policies, trainer.optimizer)
     (path / "state.json").write_text('{"iteration": 3}')
-    assert load_checkpoint(path, trainer.policies, trainer.optimizer) == RunState(3, 1.0)
+    assert load_checkpoint(path, trainer.policies, None) == RunState(3, 1.0)
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:
