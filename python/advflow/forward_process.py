@@ -62,11 +62,10 @@ class Draws:
 class ForwardProcess:
     """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws) -> None:
-        self._config, self._policies, self._draws = config, policies, draws
+    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws, control: ReferenceControl) -> None:
+        self._config, self._policies, self._draws, self._control = config, policies, draws, control
         self._algorithm = FORWARD[config.algorithm]
         self._needs = self._algorithm.needs(config)
-        self.reference_control = ReferenceControl(config.reference.target_deviation if self._needs.reference else None)
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
@@ -90,4 +89,4 @@ class ForwardProcess:
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         v, v_old, v_ref = policy_velocities(self._policies, self._needs, x_t, t, prompts)
         rewards, advantages = rollout.rewards[rows], rollout.advantages[rows]
-        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self.reference_control.scale)
+        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self._control.scale)

@@ -30,6 +30,7 @@ from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, l
 from advflow.policies import follow, make_policies
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
+from advflow.reference_control import ReferenceControl, reference_target
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
 from advflow.run_log import EVALS, RunLog, read_rows
@@ -59,12 +60,13 @@ class Trainer:
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
         self.stochastic_sampler: StochasticSampler | None = None
         self.process: ForwardProcess | ReverseProcess
+        self.reference_control = ReferenceControl(reference_target(config))
         if config.algorithm in REVERSE:
             self.stochastic_sampler = StochasticSampler(config, self.sigmas)
             self.process = ReverseProcess(config, self.policies, self.sigmas)
         else:
             draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
-            self.process = ForwardProcess(config, self.policies, draws)
+            self.process = ForwardProcess(config, self.policies, draws, self.reference_control)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -88,18 +90,6 @@ class Trainer:
             "seconds_rollout": round(rolled_out - started, 4),
             "seconds_train": round(trained - rolled_out, 4),
         }
-
-    def state(self, iteration: int) -> RunState:
-        """What a checkpoint holds beside tensors, `iteration` being the next."""
-        if isinstance(self.process, ForwardProcess):
-            return RunState(iteration, self.process.reference_control.scale)
-        return RunState(iteration)
-
-    def restore(self, state: RunState) -> int:
-        """Goes on from a checkpoint's state; returns the next iteration."""
-        if isinstance(self.process, ForwardProcess):
-            self.process.reference_control.restore(state.reference_scale)
-        return state.iteration
 
     def evaluate(self) -> Evaluation:
         return evaluate(
@@ -188,8 +178,7 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         if isinstance(self.process, ReverseProcess):
             row |= self.process.mismatch(join_metrics(updates[0]))
-        else:
-            row |= self.process.reference_control.update(row)
+        row |= self.reference_control.update(row)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:
@@ -242,7 +231,8 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     first = 0
     if resume and (saved := checkpoints(folder / "checkpoints")):
         state = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
-        first = trainer.restore(state)
+        first = state.iteration
+        trainer.reference_control.restore(state.reference_scale)
     log = RunLog(folder, first)
     grid = _grid_indices(trainer)
     images = config.rollout.prompts * config.rollout.images_per_prompt
@@ -264,7 +254,8 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
             if done % config.evaluation.every == 0 or done == config.iterations:
                 latest = assess(done)
             if done % config.checkpoint_every == 0 or done == config.iterations or interrupted():
-                save_checkpoint(folder / "checkpoints", trainer.state(done), trainer.policies, trainer.optimizer)
+                state = RunState(done, trainer.reference_control.scale)
+                save_checkpoint(folder / "checkpoints", state, trainer.policies, trainer.optimizer)
             held_out = f"{latest.overall:.3f}" if latest else "-"
             progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
             if interrupted() and done < config.iterations:
