@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [_collect(*_split(word, parser)) for word in arguments.runs]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
+    arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # a run a line
     arguments.png.parent.mkdir(parents=True, exist_ok=True)
     _draw(runs, arguments.png)
     for run in runs:
@@ -59,8 +59,12 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
         "categories": [row["categories"] for row in evals],
         "grad_norm": [row["grad_norm"] for row in metrics],
         "reward": [row["reward"] for row in metrics],
-        "reference_deviation": [row.get("reference_deviation", 0.0) for row in metrics],
-        "reference_scale": [row.get("reference_scale", 1.0) for row in metrics],
+        # Methods of the reverse process do not log the one, runs without a target not the other.
+        **{
+            name: [row[name] for row in metrics]
+            for name in ("reference_deviation", "reference_scale")
+            if name in metrics[0]
+        },
         "summary": json.loads(summary.read_text()) if summary.is_file() else None,
     }
 
@@ -77,7 +81,7 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
         color = colors[run["label"]]
         score.plot(run["iterations"], run["held_out"], marker="o", markersize=3, color=color, alpha=0.85, label=label)
         norm.plot(run["grad_norm"], color=color, alpha=0.6, linewidth=0.9)
-        if any(run["reference_deviation"]):  # not measured where the reference has no weight
+        if any(run.get("reference_deviation", [])):  # 0 where the reference has no weight
             distance.plot(run["reference_deviation"], color=color, alpha=0.6, linewidth=0.9)
     score.set(xlabel="iteration", ylabel="held-out score", title="Held-out score (each line one seed)")
     norm.set(xlabel="iteration", ylabel="gradient norm", title="Gradient norm before clipping", yscale="log")
