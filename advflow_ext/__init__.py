@@ -2,7 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from advflow_ext import reference
+from advflow_ext import nn, reference
+from advflow_ext.integrations.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.ops._outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
@@ -26,9 +27,11 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "LossMetrics",
     "LossOutput",
+    "SD3Patch",
     "SdeStep",
     "StepTable",
     "advantage_flow_loss",
+    "apply_to_sd3",
     "awm_log_prob",
     "awm_loss",
     "diffusion_nft_loss",
@@ -40,6 +43,7 @@ __all__ = [
     "gaussian_kl_from_velocity",
     "group_advantages",
     "grpo_guard_loss",
+    "nn",
     "reference",
     "reward_weighted_loss",
     "sde_step",

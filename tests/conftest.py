@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +18,12 @@ settings.register_profile(
     "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ci")
+
+# Triton decides when it is first imported whether it compiles or interprets, and many things import it. Where there is
+# no GPU it interprets; tests/nn says when our kernels may make use of that.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        import triton  # noqa: F401
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -1,5 +1,6 @@
 """Plain PyTorch statements of every op: the fallback where nothing is compiled, the oracle, the bench baseline."""
 
+from advflow_ext.reference.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from advflow_ext.reference.advantage_flow import advantage_flow_loss
 from advflow_ext.reference.awm import awm_log_prob, awm_loss
 from advflow_ext.reference.diffusion_nft import diffusion_nft_loss
@@ -9,6 +10,8 @@ from advflow_ext.reference.flow_dppo import flow_dppo_loss
 from advflow_ext.reference.flow_grpo import flow_grpo_loss
 from advflow_ext.reference.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.reference.grpo_guard import grpo_guard_loss
+from advflow_ext.reference.joint_qk_norm import joint_qk_norm
+from advflow_ext.reference.lora_linear import lora_linear
 from advflow_ext.reference.reward_weighted import reward_weighted_loss
 from advflow_ext.reference.sde_step import sde_step
 
@@ -21,9 +24,14 @@ __all__ = [
     "flow_cps_loss",
     "flow_dppo_loss",
     "flow_grpo_loss",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
     "gaussian_kl",
     "gaussian_kl_from_velocity",
     "grpo_guard_loss",
+    "joint_qk_norm",
+    "layer_norm_modulate",
+    "lora_linear",
     "reward_weighted_loss",
     "sde_step",
 ]

@@ -1,0 +1,272 @@
+"""The forward pass of diffusers' JointTransformerBlock on the ops of :mod:`advflow_ext.nn`.
+
+Everything that is not one of those ops is asked of the block's own modules, by their own calls: projections
+(PEFT-wrapped or not), the AdaLN projections, dropout. Nothing of diffusers is imported; modules are told apart by their
+class's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from advflow_ext.integrations._verify import Verifier
+from advflow_ext.nn import (
+    _backend,
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    joint_qk_norm,
+    layer_norm_modulate,
+)
+
+Module = Any  # diffusers' modules, whose attributes torch's Module does not declare
+Pair = tuple[Tensor, Tensor]
+
+
+class Norm1(NamedTuple):
+    """What a block's first norm says about one stream.
+
+    The context of the last block has x alone, and only a block with dual attention has x2 and gate2.
+    """
+
+    x: Tensor
+    gate: Any = None
+    shift_mlp: Any = None
+    scale_mlp: Any = None
+    gate_mlp: Any = None
+    x2: Any = None
+    gate2: Any = None
+
+
+def reason_to_keep(block: Module) -> str | None:
+    """Why a block cannot run on the fused ops; None if it can."""
+    for name in ("norm1", "norm1_context", "norm2"):
+        norm = getattr(block, name, None)
+        inner = getattr(norm, "norm", norm)
+        if not isinstance(inner, nn.LayerNorm) or inner.elementwise_affine:
+            return f"its {name} is not a plain layer norm"
+    if getattr(block, "_chunk_size", None) is not None:
+        return "feed-forward chunking is on"
+    return None
+
+
+def reason_to_keep_attention(attn: Module) -> str | None:
+    """Why a block's attention keeps its own processor; None if the fused one can take its place."""
+    processor = type(attn.processor).__name__
+    if processor != "JointAttnProcessor2_0":
+        return f"its attention processor is {processor}"
+    if getattr(attn, "fused_projections", False):
+        return "its projections are fused"
+    for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        norm = getattr(attn, name, None)
+        if norm is None and name.startswith("norm_added") and getattr(attn, "add_q_proj", None) is None:
+            continue
+        if norm is None:
+            return f"it has no {name}"
+        if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
+            return f"its {name} is not a weighted RMS norm"
+    head_dim = attn.norm_q.weight.shape[0]
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"its head dimension {head_dim} is no power of two from 16"
+    return None
+
+
+class FusedBlock:
+    """Forward passes of blocks with a set of ops in place of theirs; the rest of each block stays its own."""
+
+    def __init__(self, ops: frozenset[str], verifier: Verifier | None) -> None:
+        self.ops, self._verifier = ops, verifier
+
+    def forward(
+        self,
+        original: Callable[..., tuple[Tensor | None, Tensor]],
+        block: Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """(context, hidden states) after the block, as the block's own forward returns them."""
+        if not _backend.serves(hidden_states) or joint_attention_kwargs:
+            return original(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        image = self._norm1(block.norm1, hidden_states, temb)
+        text = self._norm1(block.norm1_context, encoder_hidden_states, temb)
+        attn_image, attn_text = self._attention(block.attn, image.x, text.x)
+        branches = [(attn_image, image.gate)]
+        if block.use_dual_attention:
+            branches.append((self._attention(block.attn2, image.x2, None)[0], image.gate2))
+        hidden_states = self._feed_forward(block.norm2, block.ff, hidden_states, branches, image)
+        if block.context_pre_only:
+            return None, hidden_states
+        context = self._feed_forward(
+            block.norm2_context, block.ff_context, encoder_hidden_states, [(attn_text, text.gate)], text
+        )
+        return context, hidden_states
+
+    def _norm1(self, norm: Module, x: Tensor, temb: Tensor) -> Norm1:
+        """AdaLN's projection of the conditioning, then layer norm and one or two modulations."""
+        continuous = type(norm).__name__ == "AdaLayerNormContinuous"
+        if "adaln" not in self.ops:
+            return Norm1(norm(x, temb)) if continuous else Norm1(*norm(x, emb=temb))
+        if continuous:
+            scale, shift = norm.linear(norm.silu(temb).to(x.dtype)).chunk(2, dim=1)
+            return Norm1(self._modulate(norm.norm, x, (scale, shift))[0])
+        parts = norm.linear(norm.silu(temb)).chunk(9 if type(norm).__name__ == "SD35AdaLayerNormZeroX" else 6, dim=1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts[:6]
+        if len(parts) == 6:
+            return Norm1(self._modulate(norm.norm, x, (scale, shift))[0], gate, shift_mlp, scale_mlp, gate_mlp)
+        shift2, scale2, gate2 = parts[6:]
+        y, y2 = self._modulate(norm.norm, x, (scale, shift), (scale2, shift2))
+        return Norm1(y, gate, shift_mlp, scale_mlp, gate_mlp, y2, gate2)
+
+    def _modulate(self, norm: Module, x: Tensor, *modulations: Pair) -> tuple[Tensor, ...]:
+        dtype = _compute_dtype(x)
+
+        def fused(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            return layer_norm_modulate(x, *_pairs(flat), eps=norm.eps, dtype=dtype)
+
+        def stock(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            normed = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+            return tuple(normed * (1 + scale[:, None]) + shift[:, None] for scale, shift in _pairs(flat))
+
+        return self._run("adaln", fused, stock, x, *(tensor for pair in modulations for tensor in pair))
+
+    def _feed_forward(self, norm: Module, ff: Module, x: Tensor, branches: list[Any], says: Norm1) -> Tensor:
+        """The gated branches joined to the residual, its norm, the feed-forward network and that one's gate."""
+        if {"gate", "adaln"} <= self.ops:
+            dtype = _compute_dtype(x)
+
+            def fused(x: Tensor, scale: Tensor, shift: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+                return gate_residual_layer_norm_modulate(x, _pairs(flat), (scale, shift), eps=norm.eps, dtype=dtype)
+
+            def stock(x: Tensor, scale: Tensor, shift: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+                h = _gated(x, _pairs(flat))
+                return h, F.layer_norm(h, h.shape[-1:], eps=norm.eps) * (1 + scale[:, None]) + shift[:, None]
+
+            flat = [tensor for pair in branches for tensor in pair]
+            x, normed = self._run("gate", fused, stock, x, says.scale_mlp, says.shift_mlp, *flat)
+        else:
+            x = self._gate(x, *branches)
+            if "adaln" in self.ops:
+                (normed,) = self._modulate(norm, x, (says.scale_mlp, says.shift_mlp))
+            else:
+                normed = norm(x) * (1 + says.scale_mlp[:, None]) + says.shift_mlp[:, None]
+        return self._gate(x, (self._mlp(ff, normed), says.gate_mlp))
+
+    def _gate(self, x: Tensor, *branches: Pair) -> Tensor:
+        if "gate" not in self.ops:
+            return _gated(x, branches)
+
+        def fused(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            return (gate_residual(x, *_pairs(flat)),)
+
+        def stock(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            return (_gated(x, _pairs(flat)),)
+
+        return self._run("gate", fused, stock, x, *(tensor for pair in branches for tensor in pair))[0]
+
+    def _mlp(self, ff: Module, x: Tensor) -> Tensor:
+        """The feed-forward network; its activation overwrites its input where nothing will be differentiated."""
+        act = ff.net[0]
+        if "gelu" not in self.ops or type(act).__name__ != "GELU":
+            out: Tensor = ff(x)
+            return out
+        h: Tensor = act.proj(x)
+        if h.requires_grad or h is x:
+            h = act.gelu(h)
+        else:
+            h = torch.ops.aten.gelu_(h, approximate=act.approximate)
+        for module in ff.net[1:]:
+            h = module(h)
+        return h
+
+    def _attention(self, attn: Module, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attention over the image tokens and, where given, the context's. The two outputs, projected."""
+        if "qk_norm" not in self.ops or reason_to_keep_attention(attn) is not None:
+            out = attn(hidden_states=x) if context is None else attn(hidden_states=x, encoder_hidden_states=context)
+            return (out, None) if context is None else out
+        image = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        weights: tuple[Tensor, ...] = (attn.norm_q.weight, attn.norm_k.weight)
+        text: tuple[Tensor, ...] = ()
+        if context is not None:
+            text = attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
+            weights += (attn.norm_added_q.weight, attn.norm_added_k.weight)
+        q, k, v = self._joint_qkv(attn.heads, attn.norm_q.eps, image, text, weights)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        if context is None:
+            return attn.to_out[1](attn.to_out[0](out)), None
+        # One split, so that its backward is one concatenation instead of two zero-filled buffers added up.
+        out, out_context = out.split([x.shape[1], context.shape[1]], dim=1)
+        if not attn.context_pre_only:
+            out_context = attn.to_add_out(out_context)
+        return attn.to_out[1](attn.to_out[0](out)), out_context
+
+    def _joint_qkv(
+        self, heads: int, eps: float, image: tuple[Tensor, ...], text: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        streams = bool(text)
+
+        def unpack(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+            return (tensors[:3], tensors[3:6], tensors[6:]) if streams else (tensors[:3], (), tensors[3:])
+
+        def fused(*tensors: Tensor) -> tuple[Tensor, ...]:
+            image, text, weights = unpack(tensors)
+            given: Any = {"text": text, "text_weights": weights[2:]} if streams else {}
+            return joint_qk_norm(*image, *weights[:2], heads=heads, eps=eps, **given)
+
+        def stock(*tensors: Tensor) -> tuple[Tensor, ...]:
+            image, text, weights = unpack(tensors)
+            joint = _stock_stream(image, weights[:2], heads, eps)
+            if not text:
+                return joint
+            return tuple(
+                torch.cat(pair, 1) for pair in zip(joint, _stock_stream(text, weights[2:], heads, eps), strict=True)
+            )
+
+        return self._run("qk_norm", fused, stock, *image, *text, *weights)
+
+    def _run(
+        self,
+        op: str,
+        fused: Callable[..., tuple[Tensor, ...]],
+        stock: Callable[..., tuple[Tensor, ...]],
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        if self._verifier is not None and not self._verifier.trusts(op, fused, stock, tensors):
+            return stock(*tensors)
+        return fused(*tensors)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the linear layer that reads the result would cast it to."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _pairs(flat: tuple[Tensor, ...]) -> list[Pair]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _gated(x: Tensor, branches: Any) -> Tensor:
+    for branch, gate in branches:
+        x = x + gate.unsqueeze(1) * branch
+    return x
+
+
+def _stock_stream(
+    tensors: tuple[Tensor, ...], weights: tuple[Tensor, ...], heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """diffusers' RMSNorm, roundings included, on q and k of one stream."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return x.to(weight.dtype) * weight
+
+    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in tensors)
+    return norm(q, weights[0]), norm(k, weights[1]), v

@@ -1,0 +1,75 @@
+"""Comparing a fused op with the formula it replaces, once for each kind of call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Op = Callable[..., tuple[Tensor, ...]]
+
+
+class Verifier:
+    """Trusts an op for given dtypes and shapes once it was seen to be no worse than the stock formula.
+
+    The first sample of the first such call is computed three times, with gradients: fused, by the stock formula, and by
+    the stock formula in float64. Fused results and gradients may be 1.5 times as far from float64 as the stock ones,
+    plus `slack`. This waits for the device, so it is left out inside torch.compile and CUDA graph capture.
+    """
+
+    slack = 1e-5
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Any, bool] = {}
+
+    def trusts(self, op: str, fused: Op, stock: Op, tensors: tuple[Tensor, ...]) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        # Weights [D] have no batch; of everything else the first dimension is that.
+        key = (op, *((tensor.dtype, tensor.shape[tensor.dim() > 1 :]) for tensor in tensors))
+        if key not in self._verdicts:
+            if tensors[0].shape[0] == 0 or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+                return True
+            self._verdicts[key] = self._agrees(op, fused, stock, tensors)
+        return self._verdicts[key]
+
+    def _agrees(self, op: str, fused: Op, stock: Op, tensors: tuple[Tensor, ...]) -> bool:
+        sample = [(tensor[:1] if tensor.dim() > 1 else tensor).detach() for tensor in tensors]
+        ours, theirs = _with_gradients(fused, sample), _with_gradients(stock, sample)
+        truth = _with_gradients(stock, [tensor.double() for tensor in sample])
+        for i, (mine, other, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+            error, allowed = _error(mine, exact), 1.5 * _error(other.to(mine.dtype), exact) + self.slack
+            if not error <= allowed:
+                warnings.warn(
+                    f"the fused {op} differs from float64 by {error:.3g} (relative, result or gradient {i}) where "
+                    f"{allowed:.3g} is allowed; the stock formula serves for "
+                    f"{', '.join(f'{list(t.shape)} {t.dtype}' for t in tensors)}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return False
+        return True
+
+
+def _with_gradients(op: Op, tensors: list[Tensor]) -> list[Tensor]:
+    """Results, and the gradients of every input for a fixed pattern of incoming ones."""
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        results = op(*leaves)
+        incoming = [_pattern(result) for result in results]
+        grads = torch.autograd.grad(results, leaves, incoming, allow_unused=True)
+    return [tensor.detach() for tensor in (*results, *grads) if tensor is not None]
+
+
+def _pattern(like: Tensor) -> Tensor:
+    """Numbers of both signs that no norm is blind to and that every dtype holds exactly."""
+    numbers = torch.arange(like.numel(), device=like.device).remainder(7) - 3
+    return numbers.view(like.shape).to(like.dtype)
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    return float((actual.double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))

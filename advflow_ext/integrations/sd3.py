@@ -1,0 +1,228 @@
+"""One call that makes diffusers' Stable Diffusion 3 transformer run on the ops of :mod:`advflow_ext.nn`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advflow_ext.integrations._sd3_block import FusedBlock, reason_to_keep, reason_to_keep_attention
+from advflow_ext.integrations._verify import Verifier
+from advflow_ext.nn import _backend
+from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle
+from advflow_ext.ops._checks import require_choice, require_flag
+
+OPS = ("qk_norm", "adaln", "gate", "gelu", "lora")
+DISABLE = "ADVFLOW_DISABLE"
+_MARK = "_advflow_sd3_patch"
+
+
+@dataclass
+class SD3Patch:
+    """What :func:`apply_to_sd3` did: print it, :meth:`unapply` it, or use it in a ``with`` statement.
+
+    Attributes:
+        replaced: op -> how many modules run on it now.
+        kept: module -> why it stays as it was.
+    """
+
+    replaced: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def unapply(self) -> None:
+        """Puts everything back; nothing happens the second time."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> SD3Patch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.unapply()
+
+    def __str__(self) -> str:
+        lines = [f"{op}: {count} modules" for op, count in self.replaced.items()]
+        return "\n".join([*lines, *(f"kept {name}: {reason}" for name, reason in self.kept.items())])
+
+
+def apply_to_sd3(
+    model: nn.Module | None = None,
+    *,
+    qk_norm: bool = True,
+    adaln: bool = True,
+    gate: bool = True,
+    gelu: bool = True,
+    lora: bool = True,
+    verify: Literal["first", False] = "first",
+) -> SD3Patch:
+    """Makes the transformer blocks of Stable Diffusion 3 and 3.5 run on fused forward and backward kernels.
+
+    Works on diffusers' ``SD3Transformer2DModel``, alone or inside PEFT, DDP or FSDP2 wrappers, before or after any of
+    them; under autocast, gradient checkpointing, CUDA graphs and ``torch.compile`` (whole or by
+    ``compile_repeated_blocks``).
+    Parameters, state dicts and saved adapters are untouched: only forward passes are replaced.
+
+    Arguments:
+        model: the module to patch. None: the classes of diffusers and PEFT, for every model made before or after.
+        qk_norm: RMS norm of queries and keys, written into the buffers of joint attention
+            (:func:`advflow_ext.nn.joint_qk_norm`).
+        adaln: layer norm and modulation (:func:`advflow_ext.nn.layer_norm_modulate`).
+        gate: gated residuals, with ``adaln`` fused with the layer norm that follows
+            (:func:`advflow_ext.nn.gate_residual_layer_norm_modulate`).
+        gelu: the activation overwrites its input where nothing will be differentiated.
+        lora: PEFT's LoRA linear layers (:func:`advflow_ext.nn.lora.lora_forward`).
+        verify: "first" compares each op with the formula it replaces, result and gradients, the first time it meets a
+            combination of dtypes and shapes, and leaves it to the stock formula, with a warning, where it is worse.
+
+    The environment variable ADVFLOW_DISABLE, a comma-separated list of these five names, switches ops off.
+    Where Triton cannot run, the stock blocks do, and the report says so; the LoRA layers need no Triton.
+
+    Returns an :class:`SD3Patch`, which says what was replaced and what was kept and why, and takes it all back.
+
+    Raises ValueError for a model without SD3 blocks, for one that is patched already, and for unknown names.
+    """
+    flags = {"qk_norm": qk_norm, "adaln": adaln, "gate": gate, "gelu": gelu, "lora": lora}
+    for name, value in flags.items():
+        require_flag(name, value)
+    if verify not in ("first", False):
+        raise ValueError(f"verify is {verify!r}; accepted are 'first' and False.")
+    ops = frozenset(name for name, value in flags.items() if value) - _disabled()
+    fused = FusedBlock(ops - {"lora"}, Verifier() if verify else None)
+    return _patch_classes(ops, fused) if model is None else _patch_model(model, ops, fused)
+
+
+def _disabled() -> frozenset[str]:
+    names = frozenset(name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip())
+    for name in sorted(names):
+        require_choice(f"a name in {DISABLE}", name, OPS)
+    return names
+
+
+def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
+    blocks = {
+        name: module for name, module in model.named_modules() if type(module).__name__ == "JointTransformerBlock"
+    }
+    if not blocks:
+        raise ValueError(
+            f"model is a {type(model).__name__} without JointTransformerBlocks; accepted is an SD3 transformer."
+        )
+    if any(hasattr(block, _MARK) for block in blocks.values()):
+        raise ValueError("model is patched already; accepted is one that is not: call unapply() of its patch first.")
+    patch = SD3Patch()
+    _note_missing_triton(patch, next(model.parameters()))
+    for name, block in blocks.items():
+        _report_block(patch, name, block, fused.ops)
+        if fused.ops and reason_to_keep(block) is None:
+            _replace_forward(patch, block, functools.partial(fused.forward, block.forward, block))
+    if "lora" in ops:
+        layers = {name: module for name, module in model.named_modules() if is_lora_layer(module)}
+        for name, layer in layers.items():
+            if obstacle := lora_obstacle(layer):
+                patch.kept[name] = obstacle
+            else:
+                patch.replaced["lora"] = patch.replaced.get("lora", 0) + 1
+            # Patched either way: an obstacle, such as training mode with dropout, may go away.
+            _replace_forward(patch, layer, functools.partial(_lora_instance, layer.forward, layer))
+    return patch
+
+
+def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
+    from diffusers.models.attention import JointTransformerBlock
+
+    patch = SD3Patch()
+    _note_missing_triton(patch, None)
+    targets: list[tuple[type[nn.Module], Callable[[Callable[..., Any]], Callable[..., Any]]]] = []
+    if fused.ops:
+        targets.append((JointTransformerBlock, lambda stock: _block_method(fused, stock)))
+        patch.replaced |= {op: 1 for op in sorted(fused.ops)}
+    if "lora" in ops:
+        try:
+            from peft.tuners.lora.layer import Linear
+        except ImportError:
+            patch.kept["LoRA layers"] = "PEFT is not installed"
+        else:
+            targets.append((Linear, _lora_method))
+            patch.replaced["lora"] = 1
+    for cls, _ in targets:
+        if hasattr(cls, _MARK):
+            patch.unapply()
+            raise ValueError(f"{cls.__name__} is patched already; call unapply() of its patch first.")
+    for cls, wrap in targets:
+        stock = cls.forward
+        setattr(cls, _MARK, True)
+        cls.forward = wrap(stock)
+        patch._undo.append(functools.partial(_restore_class, cls, stock))
+    return patch
+
+
+def _block_method(fused: FusedBlock, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+        if reason_to_keep(block) is not None:
+            return stock(block, *args, **kwargs)
+        return fused.forward(functools.partial(stock, block), block, *args, **kwargs)
+
+    return forward
+
+
+def _lora_method(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(stock)
+    def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return lora_forward(layer, x, *args, stock=stock, **kwargs)
+
+    return forward
+
+
+def _lora_instance(stock: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return lora_forward(layer, x, *args, stock=lambda _, *a, **k: stock(*a, **k), **kwargs)
+
+
+def _replace_forward(patch: SD3Patch, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Sets an instance's forward, past ``nn.Module.__setattr__``, and notes how to take it back."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    module.__dict__[_MARK] = True
+    patch._undo.append(functools.partial(_restore_instance, module, before))
+
+
+def _restore_instance(module: nn.Module, before: Callable[..., Any] | None) -> None:
+    module.__dict__.pop(_MARK, None)
+    if before is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = before
+
+
+def _restore_class(cls: type[nn.Module], stock: Callable[..., Any]) -> None:
+    delattr(cls, _MARK)
+    cls.forward = stock
+
+
+def _report_block(patch: SD3Patch, name: str, block: Any, ops: frozenset[str]) -> None:
+    if reason := reason_to_keep(block):
+        patch.kept[name] = reason
+        return
+    for op in sorted(ops - {"qk_norm"}):
+        patch.replaced[op] = patch.replaced.get(op, 0) + 1
+    if "qk_norm" in ops:
+        for part in ("attn", "attn2"):
+            attn = getattr(block, part, None)
+            if attn is None:
+                continue
+            if reason := reason_to_keep_attention(attn):
+                patch.kept[f"{name}.{part}"] = reason
+            else:
+                patch.replaced["qk_norm"] = patch.replaced.get("qk_norm", 0) + 1
+
+
+def _note_missing_triton(patch: SD3Patch, parameter: Tensor | None) -> None:
+    device = parameter.device if parameter is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not _backend.serves(torch.empty(0, device=device)):
+        patch.kept["blocks"] = f"Triton does not run on {device.type} here; the stock blocks do"

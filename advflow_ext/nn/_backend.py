@@ -1,0 +1,34 @@
+"""Where the Triton kernels can serve, and the library their raw ops are registered in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("advflow", "FRAGMENT")
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the Triton kernels run on tensors like ``x``: on CUDA, and on the CPU in Triton's interpreter.
+
+    The interpreter is for tests: it is switched on by TRITON_INTERPRET=1 before a kernel is first used, and slow.
+    float64 has no kernels: the references are exact there.
+    """
+    if x.dtype == torch.float64 or not _HAS_TRITON:
+        return False
+    return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def define(schema: str, kernel: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
+    """Registers a raw op without gradient: its ``kernel``, and the ``shapes`` of its results for tracing."""
+    library.define(schema)
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        library.impl(name, kernel, key)
+    torch.library.register_fake(f"advflow::{name}", shapes, lib=library)

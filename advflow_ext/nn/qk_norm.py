@@ -1,0 +1,153 @@
+"""RMS norm of queries and keys per head, written straight into the buffers that joint attention reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advflow_ext import reference
+from advflow_ext.nn import _backend
+from advflow_ext.ops._block_checks import joint_qk_norm_arguments
+
+
+def joint_qk_norm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+    text: tuple[Tensor, Tensor, Tensor] | None = None,
+    text_weights: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys normalised per head, image tokens before text tokens, as joint attention reads them.
+
+    ::
+
+        norm(x) = x / sqrt(mean(x^2) + eps) * weight          over the D elements of one head, in float32
+        q' = [norm_q(q), norm_text_q(text_q)],  k' likewise,  v' = [v, text_v]
+
+    One launch forward and one backward, each tensor read and written once: no float32 copies, no concatenation. What is
+    kept for the backward pass is q and k themselves. No weight gradient is computed where no weight asks for one.
+
+    Arguments:
+        q, k, v: projections of the image tokens ``[B, N, heads * D]`` of one dtype; rows may be strided.
+        weight_q, weight_k: ``[D]``, any floating-point dtype.
+        text: q, k and v of the text tokens ``[B, M, heads * D]``; text_weights: theirs. None: image tokens alone, as in
+            SD3.5's second attention; v comes back as it is.
+
+    Returns q', k', v' ``[B, N + M, heads, D]`` in q's dtype; ``.transpose(1, 2)`` is what
+    ``scaled_dot_product_attention`` takes. On float64, a D that is no power of two or below 16, or where Triton cannot
+    run, :func:`advflow_ext.reference.joint_qk_norm` serves.
+
+    Differs from diffusers' RMSNorm in rounding once instead of twice in half precision, and in keeping q's dtype where
+    the weight is float32.
+
+    Raises ValueError, naming argument, value and what is accepted.
+    """
+    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights)
+    head_dim = q.shape[2] // heads
+    if not _backend.serves(q) or head_dim < 16 or head_dim & (head_dim - 1):
+        return reference.joint_qk_norm(
+            q, k, v, weight_q, weight_k, heads=heads, eps=eps, text=text, text_weights=text_weights
+        )
+    if text is None or text_weights is None:
+        joint_q, joint_k = _JointQKNorm.apply(heads, eps, False, q, k, weight_q, weight_k)
+        return joint_q, joint_k, v.unflatten(-1, (heads, -1))
+    joint: tuple[Tensor, Tensor, Tensor] = _JointQKNorm.apply(
+        heads, eps, True, q, k, v, *text, weight_q, weight_k, *text_weights
+    )
+    return joint
+
+
+class _JointQKNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: int, eps: float, has_text: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        streams = 3 if has_text else 2
+        image, rest = _unit_stride(tensors[:streams]), tensors[streams:]
+        text, weights = (_unit_stride(rest[:3]), rest[3:]) if has_text else ([], rest)
+        ctx.save_for_backward(*image[:2], *text[:2], *weights)
+        ctx.heads, ctx.eps, ctx.has_text = heads, eps, has_text
+        return tuple(torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        image, saved = saved[:2], saved[2:]
+        text, weights = (saved[:2], saved[2:]) if ctx.has_text else ((), saved)
+        weight_grad = any(ctx.needs_input_grad[-len(weights) :])
+        found = torch.ops.advflow.joint_qk_norm_backward(
+            _unit_stride(grads), image, text, weights, ctx.heads, ctx.eps, weight_grad
+        )
+        latents = len(grads) * (2 if ctx.has_text else 1)
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        if weight_grad:
+            of_weights = [grad.to(weight.dtype) for grad, weight in zip(found[latents], weights, strict=True)]
+        return None, None, None, *found[:latents], *of_weights
+
+
+def _unit_stride(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The kernels take any strides but that of the last dimension."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _forward(image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
+    from advflow_ext.triton import qk_norm
+
+    return qk_norm.forward(image, text, weights, heads, eps)
+
+
+def _forward_shapes(
+    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float
+) -> list[Tensor]:
+    batch, tokens, width = image[0].shape
+    tokens = tokens + (text[0].shape[1] if text else 0)
+    return [x.new_empty(batch, tokens, heads, width // heads) for x in image]
+
+
+def _backward(
+    grads: list[Tensor],
+    image: list[Tensor],
+    text: list[Tensor],
+    weights: list[Tensor],
+    heads: int,
+    eps: float,
+    weight_grad: bool,
+) -> list[Tensor]:
+    from advflow_ext.triton import qk_norm
+
+    return qk_norm.backward(grads, image, text, weights, heads, eps, weight_grad)
+
+
+def _backward_shapes(
+    grads: list[Tensor],
+    image: list[Tensor],
+    text: list[Tensor],
+    weights: list[Tensor],
+    heads: int,
+    eps: float,
+    weight_grad: bool,
+) -> list[Tensor]:
+    found = [image[0].new_empty(image[0].shape) for _ in grads]
+    if text:
+        found += [text[0].new_empty(text[0].shape) for _ in grads]
+    if weight_grad:
+        found.append(weights[0].new_empty((len(weights), *weights[0].shape), dtype=torch.float32))
+    return found
+
+
+_backend.define(
+    "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps) -> Tensor[]",
+    _forward,
+    _forward_shapes,
+)
+_backend.define(
+    "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, "
+    "bool weight_grad) -> Tensor[]",
+    _backward,
+    _backward_shapes,
+)

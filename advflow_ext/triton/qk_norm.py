@@ -1,0 +1,225 @@
+"""RMS norm of queries and keys per head, written straight into the buffers that joint attention reads.
+
+One program handles ``ROWS`` (token, head) pairs of one of q, k and v. A sample's tokens are those of the image followed
+by those of the text; a program that straddles the border loads from both with complementary masks. A row's result
+depends on that row alone, so it never depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 32
+FORWARD_WARPS = 4
+BACKWARD_WARPS = 4
+
+
+@triton.jit
+def _load_rows(
+    image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens,
+    HAS_TEXT: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, D)
+    from_image = token < image_tokens
+    offset = sample * image_sb + token * image_sn + head * D
+    x = tl.load(image + offset[:, None] + column[None, :], mask=(live & from_image)[:, None], other=0.0).to(tl.float32)
+    if HAS_TEXT:
+        offset = sample * text_sb + (token - image_tokens) * text_sn + head * D
+        from_text = live & (token >= image_tokens)
+        y = tl.load(text + offset[:, None] + column[None, :], mask=from_text[:, None], other=0.0).to(tl.float32)
+        x = tl.where(from_image[:, None], x, y)
+    return x
+
+
+@triton.jit
+def _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT: tl.constexpr, D: tl.constexpr):
+    column = tl.arange(0, D)
+    w = tl.load(weight + column).to(tl.float32)[None, :]
+    if HAS_TEXT:
+        w = tl.where((token < image_tokens)[:, None], w, tl.load(text_weight + column).to(tl.float32)[None, :])
+    return w
+
+
+@triton.jit
+def _write_joint(
+    image, text, weight, text_weight, joint, rows, tokens, image_tokens, heads, eps,
+    image_sb, image_sn, text_sb, text_sn,
+    NORM: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    head, token, sample = row % heads, (row // heads) % tokens, row // (heads * tokens)
+    x = _load_rows(
+        image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
+    )
+    if NORM:
+        w = _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * w
+    tl.store(joint + (row * D)[:, None] + tl.arange(0, D)[None, :], x, mask=live[:, None])
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, joint_q, joint_k, joint_v,
+    rows, tokens, image_tokens, heads, eps,
+    q_sb, q_sn, k_sb, k_sn, v_sb, v_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn, text_v_sb, text_v_sn,
+    HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    if which == 0:
+        _write_joint(
+            q, text_q, wq, text_wq, joint_q, rows, tokens, image_tokens, heads, eps, q_sb, q_sn, text_q_sb, text_q_sn,
+            True, HAS_TEXT, D, ROWS,
+        )  # fmt: skip
+    elif which == 1:
+        _write_joint(
+            k, text_k, wk, text_wk, joint_k, rows, tokens, image_tokens, heads, eps, k_sb, k_sn, text_k_sb, text_k_sn,
+            True, HAS_TEXT, D, ROWS,
+        )  # fmt: skip
+    else:
+        _write_joint(
+            v, text_v, wq, text_wq, joint_v, rows, tokens, image_tokens, heads, eps, v_sb, v_sn, text_v_sb, text_v_sn,
+            False, HAS_TEXT, D, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _read_joint_gradient(
+    grad, image, text, weight, text_weight, d_image, d_text, d_weight,
+    rows, tokens, image_tokens, heads, eps, grad_sb, grad_sn, grad_sh, image_sb, image_sn, text_sb, text_sn,
+    NORM: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, D)
+    program = tl.program_id(0).to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    head, token, sample = row % heads, (row // heads) % tokens, row // (heads * tokens)
+    from_image = token < image_tokens
+    offset = sample * grad_sb + token * grad_sn + head * grad_sh
+    g = tl.load(grad + offset[:, None] + column[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    if NORM:
+        x = _load_rows(
+            image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
+        )
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * scale
+        if WEIGHT_GRAD:
+            # One row of sums a program, added up afterwards in the order of the programs: the same bits every time.
+            of_weight = g * x
+            sums = tl.sum(tl.where((live & from_image)[:, None], of_weight, 0.0), 0)
+            tl.store(d_weight + program * 2 * D + column, sums)
+            sums = tl.sum(tl.where((live & (token >= image_tokens))[:, None], of_weight, 0.0), 0)
+            tl.store(d_weight + program * 2 * D + D + column, sums)
+        g = g * _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
+        g = scale * (g - x * (tl.sum(g * x, 1) / D)[:, None])
+    to_image = ((sample * image_tokens + token) * heads + head) * D
+    tl.store(d_image + to_image[:, None] + column[None, :], g, mask=(live & from_image)[:, None])
+    if HAS_TEXT:
+        to_text = ((sample * (tokens - image_tokens) + token - image_tokens) * heads + head) * D
+        tl.store(d_text + to_text[:, None] + column[None, :], g, mask=(live & (token >= image_tokens))[:, None])
+
+
+@triton.jit
+def backward_kernel(
+    grad_q, grad_k, grad_v, q, k, text_q, text_k, wq, wk, text_wq, text_wk,
+    d_q, d_k, d_v, d_text_q, d_text_k, d_text_v, d_wq, d_wk,
+    rows, tokens, image_tokens, heads, eps,
+    grad_q_sb, grad_q_sn, grad_q_sh, grad_k_sb, grad_k_sn, grad_k_sh, grad_v_sb, grad_v_sn, grad_v_sh,
+    q_sb, q_sn, k_sb, k_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn,
+    HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    if which == 0:
+        _read_joint_gradient(
+            grad_q, q, text_q, wq, text_wq, d_q, d_text_q, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_q_sb, grad_q_sn, grad_q_sh, q_sb, q_sn, text_q_sb, text_q_sn, True, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+        )  # fmt: skip
+    elif which == 1:
+        _read_joint_gradient(
+            grad_k, k, text_k, wk, text_wk, d_k, d_text_k, d_wk, rows, tokens, image_tokens, heads, eps,
+            grad_k_sb, grad_k_sn, grad_k_sh, k_sb, k_sn, text_k_sb, text_k_sn, True, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+        )  # fmt: skip
+    else:
+        _read_joint_gradient(
+            grad_v, q, text_q, wq, text_wq, d_v, d_text_v, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_v_sb, grad_v_sn, grad_v_sh, q_sb, q_sn, text_q_sb, text_q_sn, False, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+        )  # fmt: skip
+
+
+def forward(
+    image: Sequence[Tensor], text: Sequence[Tensor], weights: Sequence[Tensor], heads: int, eps: float
+) -> list[Tensor]:
+    """Joint q, k (normalised) and, with text, v: ``[B, N + M, H, D]`` each.
+
+    ``image`` is q and k, ``[B, N, H * D]``, and with text v; ``text`` is the same of the text, ``[B, M, H * D]``, or
+    empty.
+    ``weights``: those of q, k and, with text, of the text's q and k, ``[D]`` each.
+    """
+    q, k, v = (*image, image[0])[:3]
+    text_q, text_k, text_v = text or (q, k, v)
+    wq, wk, text_wq, text_wk = weights if text else (*weights, *weights)
+    batch, image_tokens, width = q.shape
+    tokens = image_tokens + (text_q.shape[1] if text else 0)
+    joint = [tensor.new_empty(batch, tokens, heads, width // heads) for tensor in image]
+    rows = batch * tokens * heads
+    if rows:
+        forward_kernel[(triton.cdiv(rows, ROWS), len(image))](
+            q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, *(*joint, joint[0])[:3],
+            rows, tokens, image_tokens, heads, eps,
+            *_strides(q, k, v, text_q, text_k, text_v),
+            HAS_TEXT=bool(text), D=width // heads, ROWS=ROWS, num_warps=FORWARD_WARPS,
+        )  # fmt: skip
+    return joint
+
+
+def backward(
+    grads: Sequence[Tensor],
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads: int,
+    eps: float,
+    weight_grad: bool,
+) -> list[Tensor]:
+    """Gradients of ``image``, then of ``text``, then with ``weight_grad`` those of all weights,
+    ``[2 or 4, D]`` in float32.
+
+    ``grads``: one for each of its results, any strides but the last. ``image`` and ``text``: q and k alone.
+    """
+    q, k = image
+    text_q, text_k = text or (q, k)
+    wq, wk, text_wq, text_wk = weights if text else (*weights, *weights)
+    batch, image_tokens, width = q.shape
+    tokens, head_dim = grads[0].shape[1], width // heads
+    d_image = [torch.empty((batch, image_tokens, width), dtype=q.dtype, device=q.device) for _ in grads]
+    d_text = [text_q.new_empty(batch, tokens - image_tokens, width) for _ in grads] if text else []
+    rows = batch * tokens * heads
+    programs = triton.cdiv(rows, ROWS)
+    d_weights = [wq.new_empty((programs if weight_grad else 0, 2, head_dim), dtype=torch.float32) for _ in range(2)]
+    if rows:
+        backward_kernel[(programs, len(grads))](
+            *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk,
+            *(*d_image, d_image[0])[:3], *((*d_text, d_text[0])[:3] if text else d_image[:1] * 3), *d_weights,
+            rows, tokens, image_tokens, heads, eps,
+            *_head_strides(*(*grads, grads[0])[:3]), *_strides(q, k, text_q, text_k),
+            HAS_TEXT=bool(text), WEIGHT_GRAD=weight_grad, D=head_dim, ROWS=ROWS, num_warps=BACKWARD_WARPS,
+        )  # fmt: skip
+    found: list[Tensor] = [*d_image, *d_text]
+    if weight_grad:
+        sums = torch.stack([partial.sum(0) for partial in d_weights], 1)  # [image or text, q or k, D]
+        found.append(sums.flatten(0, 1)[: len(weights)].contiguous())
+    return found
+
+
+def _strides(*tensors: Tensor) -> list[Any]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _head_strides(*tensors: Tensor) -> list[Any]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -1,0 +1,93 @@
+"""Compiles every Triton kernel for GPUs that need not be there; prints one JSON line a variant. Run as a program.
+
+In a process of its own, since Triton's interpreter, which the other tests use, cannot be switched off again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from advflow_ext.triton import adaln, qk_norm
+
+CAPABILITIES = (80, 90)
+# Pointers that are always of another type than the activations: sums of gradients.
+FLOAT32 = re.compile(r"d_(w[qk]|gate_\d|scale_\d|shift_\d)$")
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """SD3.5's shapes: name, kernel, constants, warps."""
+    for text in (True, False):
+        constants = {"HAS_TEXT": text, "D": 64, "ROWS": qk_norm.ROWS}
+        yield f"qk_norm forward text={text}", qk_norm.forward_kernel, constants, qk_norm.FORWARD_WARPS
+        for grad in (False, True):
+            more = constants | {"WEIGHT_GRAD": grad}
+            yield f"qk_norm backward text={text} grad={grad}", qk_norm.backward_kernel, more, qk_norm.BACKWARD_WARPS
+    block = 2048
+    for gates, norms in ((0, 1), (0, 2), (1, 0), (1, 1), (2, 1)):
+        constants = {"GATES": gates, "NORMS": norms, "BLOCK": block}
+        yield f"adaln forward {gates} {norms}", adaln.forward_kernel, constants, adaln.warps(block, False)
+        for grad in (False, True):
+            rows = adaln.ROWS_OF_A_PARTIAL if grad else 1
+            more = constants | {"HAS_D_H": gates > 0, "MODULATION_GRAD": grad, "ROWS": rows}
+            yield f"adaln backward {gates} {norms} grad={grad}", adaln.backward_kernel, more, adaln.warps(block, grad)
+
+
+def compile_ahead(kernel: Any, constants: dict[str, Any], warps: int, dtype: str, capability: int) -> Any:
+    """As a launch with contiguous, 16-byte aligned tensors of SD3.5's width would compile it."""
+    signature, hints, values = {}, {}, {}
+    for i, name in enumerate(inspect.signature(kernel.fn).parameters):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(i,)] = constants[name]
+        elif name in ("rows", "tokens", "image_tokens", "heads", "width", "chunks") or "_s" in name[-3:]:
+            signature[name] = "i32"
+            if name == "width" or "_s" in name[-3:]:
+                hints[(i,)] = [["tt.divisibility", 16]]
+        elif name == "eps":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*fp32" if FLOAT32.match(name) else f"*{dtype}"
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found is not None, text
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def main() -> None:
+    for name, kernel, constants, warps in variants():
+        for capability in CAPABILITIES:
+            compiled = compile_ahead(kernel, constants, warps, "bf16", capability)
+            ptx = compiled.asm["ptx"]
+            row = {"kernel": name, "dtype": "bf16", "capability": capability, "warps": warps}
+            row |= resources(compiled.asm["cubin"])
+            row["wide_loads"] = len(
+                re.findall(r"(?:ld\.global|cp\.async)[.\w:]*(?:\.v[248]\.b\d+| .*0x(?:8|10),)", ptx)
+            )
+            row["loads"] = len(re.findall(r"ld\.global", ptx))
+            row["shared"] = compiled.metadata.shared
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

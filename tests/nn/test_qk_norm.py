@@ -1,0 +1,200 @@
+"""Queries, keys and values of joint attention: the kernel, its gradient, and what it may not read or touch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import KERNEL_DEVICE, RecordedOps, assert_right, results_and_gradients, rows_apart
+from torch import Tensor
+
+import advflow_ext as af
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(
+    batch: int, image: int, text: int, heads: int, head_dim: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> list[Tensor]:
+    """q, k, v, those of the text if there is any, and two or four weights; all ask for gradients."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device, dtype).requires_grad_()
+
+    tensors = [normal(batch, image, heads * head_dim) for _ in range(3)]
+    tensors += [normal(batch, text, heads * head_dim) for _ in range(3 if text else 0)]
+    return tensors + [normal(head_dim) for _ in range(4 if text else 2)]
+
+
+def split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    return (tensors[:3], tensors[3:6], tensors[6:]) if len(tensors) == 10 else (tensors[:3], (), tensors[3:])
+
+
+def call(module, heads: int, eps: float = 1e-6):
+    def op(*tensors: Tensor) -> tuple[Tensor, ...]:
+        image, text, weights = split(tensors)
+        given = {"text": tuple(text), "text_weights": tuple(weights[2:])} if text else {}
+        return module.joint_qk_norm(*image, *weights[:2], heads=heads, eps=eps, **given)
+
+    return op
+
+
+def stock(heads: int, eps: float = 1e-6):
+    """As diffusers writes it: RMSNorm's own roundings, then a concatenation."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        variance = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
+        return (x * torch.rsqrt(variance + eps)).to(weight.dtype) * weight
+
+    def stream(q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor) -> list[Tensor]:
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
+        return [norm(q, wq), norm(k, wk), v]
+
+    def op(*tensors: Tensor) -> tuple[Tensor, ...]:
+        image, text, weights = split(tensors)
+        joint = stream(*image, *weights[:2])
+        if not text:
+            return tuple(joint)
+        return tuple(torch.cat(pair, 1) for pair in zip(joint, stream(*text, *weights[2:]), strict=True))
+
+    return op
+
+
+def incoming(batch: int, tokens: int, heads: int, head_dim: int, device: str) -> list[Tensor]:
+    """Laid out as attention's backward does: heads before tokens."""
+    rng = torch.Generator().manual_seed(1)
+    shape = (batch, heads, tokens, head_dim)
+    return [torch.randn(shape, generator=rng).to(device).transpose(1, 2) for _ in range(3)]
+
+
+@given(
+    batch=st.integers(1, 3),
+    image=st.integers(1, 6),
+    text=st.integers(0, 4),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from(FLOATS),
+    gap=st.sampled_from([0, 3]),
+)
+@settings(max_examples=40)
+def test_results_and_gradients_are_right(batch, image, text, heads, head_dim, dtype, gap):
+    device = KERNEL_DEVICE
+    tensors = [rows_apart(tensor, gap) for tensor in draw(batch, image, text, heads, head_dim, dtype, device)]
+    assert_right(call(af.nn, heads), stock(heads), tensors, incoming(batch, image + text, heads, head_dim, device))
+
+
+@pytest.mark.parametrize("text", [0, 5])
+def test_reference_is_right(text):
+    tensors = draw(2, 7, text, 3, 8, torch.float32, "cpu")
+    assert_right(call(af.reference, 3), stock(3), tensors, incoming(2, 7 + text, 3, 8, "cpu"))
+
+
+def test_gradients_of_the_reference_pass_gradcheck():
+    tensors = draw(1, 2, 2, 2, 4, torch.float64, "cpu")
+    assert torch.autograd.gradcheck(call(af.reference, 2), tensors)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_other_head_dimensions_are_left_to_the_reference(head_dim):
+    tensors = draw(1, 3, 2, 2, head_dim, torch.float32, KERNEL_DEVICE)
+    assert_right(call(af.nn, 2), stock(2), tensors, incoming(1, 5, 2, head_dim, KERNEL_DEVICE))
+
+
+def test_float32_weights_leave_the_dtype_of_the_queries():
+    tensors = draw(1, 3, 2, 2, 32, torch.bfloat16, KERNEL_DEVICE)
+    tensors[6:] = [weight.detach().float().requires_grad_() for weight in tensors[6:]]
+    ours = results_and_gradients(call(af.nn, 2), tensors, incoming(1, 5, 2, 32, KERNEL_DEVICE))
+    assert [tensor.dtype for tensor in ours] == [torch.bfloat16] * 9 + [torch.float32] * 4
+
+
+@pytest.mark.parametrize("text", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_see_its_batch(text, dtype):
+    tensors = [tensor.detach() for tensor in draw(5, 4, text, 3, 32, dtype, KERNEL_DEVICE)]
+    image, text_tensors, weights = split(tensors)
+    for tensor in (*image, *text_tensors):
+        tensor.requires_grad_()
+    grads = [grad.to(dtype) for grad in incoming(5, 4 + text, 3, 32, KERNEL_DEVICE)]
+    together = results_and_gradients(call(af.nn, 3), tensors, grads)
+    for row in range(5):
+        alone = [tensor.detach()[row : row + 1].requires_grad_() for tensor in (*image, *text_tensors)]
+        results = results_and_gradients(call(af.nn, 3), [*alone, *weights], [grad[row : row + 1] for grad in grads])
+        for one, all_of_them in zip(results, together, strict=True):
+            assert torch.equal(one[0], all_of_them[row])
+
+
+def test_frozen_weights_get_no_gradient_and_keep_nothing_but_queries_and_keys():
+    tensors = draw(2, 4, 3, 2, 32, torch.bfloat16, KERNEL_DEVICE)
+    tensors[6:] = [weight.detach() for weight in tensors[6:]]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        results = call(af.nn, 2)(*tensors)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    allowed = {tensors[i].untyped_storage().data_ptr() for i in (0, 1, 3, 4, 6, 7, 8, 9)}
+    assert storages <= allowed
+    with RecordedOps() as recorded:
+        torch.autograd.grad(results, tensors[:6], [torch.ones_like(result) for result in results])
+    asked_for_weights = [arguments[-1] for name, arguments in recorded.calls if name == "joint_qk_norm_backward"]
+    assert asked_for_weights == [False]
+
+
+def test_no_tokens_and_no_samples_are_no_error():
+    for batch, image in ((0, 3), (2, 0)):
+        tensors = draw(batch, image, 2, 2, 32, torch.float32, KERNEL_DEVICE)
+        results = results_and_gradients(call(af.nn, 2), tensors, incoming(batch, image + 2, 2, 32, KERNEL_DEVICE))
+        assert results[0].shape == (batch, image + 2, 2, 32)
+        assert all(tensor.isfinite().all() for tensor in results)
+
+
+def test_one_launch_forward_and_one_backward():
+    tensors = draw(1, 3, 2, 2, 32, torch.float32, KERNEL_DEVICE)
+    with RecordedOps() as recorded:
+        results_and_gradients(call(af.nn, 2), tensors, incoming(1, 5, 2, 32, KERNEL_DEVICE))
+    assert [name for name, _ in recorded.calls] == ["joint_qk_norm", "joint_qk_norm_backward"]
+
+
+@pytest.mark.parametrize("text", [0, 3])
+def test_opcheck(text):
+    tensors = [tensor.detach() for tensor in draw(2, 4, text, 2, 32, torch.float32, KERNEL_DEVICE)]
+    image, texts, weights = ([*part] for part in split(tensors))
+    streams = image if text else image[:2]
+    torch.library.opcheck(torch.ops.advflow.joint_qk_norm.default, (streams, texts, weights, 2, 1e-6))
+    grads = [grad.contiguous() for grad in incoming(2, 4 + text, 2, 32, KERNEL_DEVICE)][: len(streams)]
+    for weight_grad in (False, True):
+        arguments = (grads, image[:2], texts[:2], weights, 2, 1e-6, weight_grad)
+        torch.library.opcheck(torch.ops.advflow.joint_qk_norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("text", [0, 3])
+def test_compiles_into_one_graph(text):
+    tensors = draw(2, 4, text, 2, 32, torch.float32, KERNEL_DEVICE)
+    grads = incoming(2, 4 + text, 2, 32, KERNEL_DEVICE)
+    eager = results_and_gradients(call(af.nn, 2), tensors, grads)
+    compiled = torch.compile(call(af.nn, 2), fullgraph=True, backend="aot_eager")
+    for one, other in zip(results_and_gradients(compiled, tensors, grads), eager, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 5}, "heads is 5; accepted is a positive divisor of q's width 64"),
+        ({"k": torch.zeros(2, 3, 64)}, r"k has shape \[2, 3, 64\]; accepted is that of q, \[2, 4, 64\]"),
+        ({"v": torch.zeros(2, 4, 64, dtype=torch.bfloat16)}, "v has dtype torch.bfloat16; accepted is that of q"),
+        ({"weight_q": torch.zeros(64)}, r"weight_q has shape \[64\]; accepted is \[width of q / heads\], \[32\]"),
+        ({"text": (torch.zeros(2, 1, 64),) * 3}, "text and text_weights are given together"),
+        ({"q": torch.zeros(2, 64)}, r"q has shape \[2, 64\]; accepted is \[batch, tokens, width\]"),
+        ({"eps": -1.0}, "eps is -1.0"),
+    ],
+)
+@pytest.mark.parametrize("module", [af.nn, af.reference])
+def test_bad_arguments_are_named(module, change, message):
+    q, k, v = torch.zeros(3, 2, 4, 64).unbind()
+    arguments = {"q": q, "k": k, "v": v, "weight_q": torch.ones(32), "weight_k": torch.ones(32), "heads": 2} | change
+    with pytest.raises(ValueError, match=message):
+        module.joint_qk_norm(**arguments)
