@@ -56,7 +56,9 @@ class Verifier:
 
 def _with_gradients(op: Op, tensors: list[Tensor]) -> list[Tensor]:
     """Results, and the gradients of every input for a fixed pattern of incoming ones."""
-    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    # Hooks of our own keep what is saved here from those of gradient checkpointing, which would miss it the second time.
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.enable_grad(), unseen, torch.autocast(tensors[0].device.type, enabled=False):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         results = op(*leaves)
         incoming = [_pattern(result) for result in results]

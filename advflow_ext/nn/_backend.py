@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ def serves(x: Tensor) -> bool:
     if x.dtype == torch.float64 or not _HAS_TRITON:
         return False
     return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Whether an op on ``tensors`` needs its autograd function.
+
+    Where it does not, calling the raw op saves time, and Dynamo cannot trace a function with a variable number of
+    arguments of which none asks for a gradient.
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def unit_stride(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The kernels take any strides but that of the last dimension."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def define(schema: str, kernel: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:

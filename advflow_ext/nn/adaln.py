@@ -82,12 +82,15 @@ def _apply(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     columns = [x for x, _ in branches], [gate for _, gate in branches]
-    norms = [scale for scale, _ in modulations], [shift for _, shift in modulations]
-    tensors = [tensor for group in (*columns, *norms) for tensor in group]
-    found: tuple[Tensor, ...] = _AdaLN.apply(
-        len(branches), len(modulations), eps, dtype or residual.dtype, residual, *tensors
-    )
-    return found
+    columns += ([scale for scale, _ in modulations], [shift for _, shift in modulations])
+    groups = [_backend.unit_stride(column) for column in columns]
+    (residual,) = _backend.unit_stride((residual,))
+    dtype = dtype or residual.dtype
+    tensors = [tensor for group in groups for tensor in group]
+    if _backend.differentiated((residual, *tensors)):
+        found: tuple[Tensor, ...] = _AdaLN.apply(len(branches), len(modulations), eps, dtype, residual, *tensors)
+        return found
+    return tuple(torch.ops.advflow.adaln(residual, *groups, eps, dtype))
 
 
 class _AdaLN(torch.autograd.Function):
@@ -95,8 +98,7 @@ class _AdaLN(torch.autograd.Function):
     def forward(
         ctx: Any, gate_count: int, norms: int, eps: float, dtype: torch.dtype, residual: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        residual, *rest = _unit_stride((residual, *tensors))
-        branches, gates, scales, shifts = _groups(rest, gate_count, norms)
+        branches, gates, scales, shifts = _groups(tensors, gate_count, norms)
         results = torch.ops.advflow.adaln(residual, branches, gates, scales, shifts, eps, dtype)
         modulation_grad = any(ctx.needs_input_grad[5 + gate_count :])
         h = [results[0] if gate_count else residual] if norms else []
@@ -109,9 +111,10 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, norms = ctx.gates, ctx.norms
-        incoming = _unit_stride(grads)
+        incoming = _backend.unit_stride(grads)
         d_h, d_y = (incoming[0], incoming[1:]) if gates else (None, incoming)
-        normalised, kept = (ctx.saved_tensors[:1], ctx.saved_tensors[1:]) if norms else ((d_h,), ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: under gradient checkpointing each look at it is a recomputation
+        normalised, kept = (saved[:1], saved[1:]) if norms else ((d_h,), saved)
         branches, kept = (kept[:gates], kept[gates:]) if ctx.modulation_grad else ((), kept)
         found = torch.ops.advflow.adaln_backward(
             normalised[0],
@@ -132,15 +135,10 @@ class _AdaLN(torch.autograd.Function):
         return None, None, None, None, d_residual, *d_rest[:gates], *d_modulations
 
 
-def _groups(tensors: list[Tensor], gates: int, norms: int) -> tuple[list[Tensor], ...]:
+def _groups(tensors: tuple[Tensor, ...], gates: int, norms: int) -> tuple[tuple[Tensor, ...], ...]:
     """Branches, gates, scales, shifts."""
     ends = (0, gates, 2 * gates, 2 * gates + norms, 2 * gates + 2 * norms)
     return tuple(tensors[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
-
-
-def _unit_stride(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The kernels take any strides but that of the last dimension."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _forward(

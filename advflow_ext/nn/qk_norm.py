@@ -56,11 +56,17 @@ def joint_qk_norm(
             q, k, v, weight_q, weight_k, heads=heads, eps=eps, text=text, text_weights=text_weights
         )
     if text is None or text_weights is None:
-        joint_q, joint_k = _JointQKNorm.apply(heads, eps, False, q, k, weight_q, weight_k)
+        joint_q, joint_k = _apply([q, k], [], [weight_q, weight_k], heads, eps)
         return joint_q, joint_k, v.unflatten(-1, (heads, -1))
-    joint: tuple[Tensor, Tensor, Tensor] = _JointQKNorm.apply(
-        heads, eps, True, q, k, v, *text, weight_q, weight_k, *text_weights
-    )
+    joint_q, joint_k, joint_v = _apply([q, k, v], [*text], [weight_q, weight_k, *text_weights], heads, eps)
+    return joint_q, joint_k, joint_v
+
+
+def _apply(image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
+    image, text = _backend.unit_stride(image), _backend.unit_stride(text)
+    if _backend.differentiated((*image, *text, *weights)):
+        return list(_JointQKNorm.apply(heads, eps, bool(text), *image, *text, *weights))
+    joint: list[Tensor] = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps)
     return joint
 
 
@@ -68,8 +74,8 @@ class _JointQKNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: int, eps: float, has_text: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         streams = 3 if has_text else 2
-        image, rest = _unit_stride(tensors[:streams]), tensors[streams:]
-        text, weights = (_unit_stride(rest[:3]), rest[3:]) if has_text else ([], rest)
+        image, rest = tensors[:streams], tensors[streams:]
+        text, weights = (rest[:3], rest[3:]) if has_text else ((), rest)
         ctx.save_for_backward(*image[:2], *text[:2], *weights)
         ctx.heads, ctx.eps, ctx.has_text = heads, eps, has_text
         return tuple(torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps))
@@ -81,18 +87,13 @@ class _JointQKNorm(torch.autograd.Function):
         text, weights = (saved[:2], saved[2:]) if ctx.has_text else ((), saved)
         weight_grad = any(ctx.needs_input_grad[-len(weights) :])
         found = torch.ops.advflow.joint_qk_norm_backward(
-            _unit_stride(grads), image, text, weights, ctx.heads, ctx.eps, weight_grad
+            _backend.unit_stride(grads), image, text, weights, ctx.heads, ctx.eps, weight_grad
         )
         latents = len(grads) * (2 if ctx.has_text else 1)
         of_weights: list[Tensor | None] = [None] * len(weights)
         if weight_grad:
             of_weights = [grad.to(weight.dtype) for grad, weight in zip(found[latents], weights, strict=True)]
         return None, None, None, *found[:latents], *of_weights
-
-
-def _unit_stride(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The kernels take any strides but that of the last dimension."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _forward(image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
