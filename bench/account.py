@@ -27,6 +27,7 @@ Phase = Literal["forward", "backward"]
 Kind = Literal["gemm", "attention", "elementwise"]
 
 GRADIENT_SUMS = "gradient sums"  # of tensors used more than once: autograd's own additions, which no module asks for
+OTHER = "other"  # what was saved by a node that ran no operator
 
 _GEMMS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
@@ -222,7 +223,7 @@ class _Tracer(TorchDispatchMode):
         by_site: dict[str, int] = defaultdict(int)
         for storage, size, node in self._saved.values():
             if not storage.expired():
-                by_site[self._node_sites[node]] += size
+                by_site[self._node_sites.get(node, OTHER)] += size
         return dict(by_site)
 
     def _entered(self, module: nn.Module, _inputs: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.account import GRADIENT_SUMS, Origin
+from bench.account import GRADIENT_SUMS, OTHER, Origin
 
 QK_NORM = "QK-RMSNorm"
 JOINT = "joint concat, reshape, cast"
@@ -16,7 +16,6 @@ LORA = "LoRA scale, add, cast"
 LORA_GEMM = "LoRA GEMMs"
 GEMM = "base GEMMs"
 ATTENTION = "attention"
-OTHER = "other"
 
 SITES = (QK_NORM, JOINT, ADALN, NORM2, GATE, GELU, LORA, LORA_GEMM, GRADIENT_SUMS, OTHER, ATTENTION, GEMM)
 
