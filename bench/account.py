@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import advflow_ext
+
 Phase = Literal["forward", "backward"]
 Kind = Literal["gemm", "attention", "elementwise"]
 
@@ -36,8 +38,14 @@ _ZEROS_THEN_COPY = {"slice_backward", "select_backward"}  # two kernels behind o
 # Their CUDA kernels want contiguous inputs, and copy any that is not.
 _CONTIGUOUS_ONLY = {"native_layer_norm", "native_layer_norm_backward", "rms_norm", "rms_norm_backward"}
 
-# Neither torch nor the tracing itself is where an operator comes from.
-_SKIPPED_SOURCES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen", "<string>")
+# Neither torch, nor our ops, nor the tracing itself is where an operator comes from, but whoever calls them.
+_SKIPPED_SOURCES = (
+    str(Path(torch.__file__).parent),
+    str(Path(advflow_ext.__file__).parent / "nn"),
+    str(Path(__file__).parent),
+    "<frozen",
+    "<string>",
+)
 
 
 @dataclass(frozen=True)

@@ -19,41 +19,30 @@ ATTENTION = "attention"
 
 SITES = (QK_NORM, JOINT, ADALN, NORM2, GATE, GELU, LORA, LORA_GEMM, GRADIENT_SUMS, OTHER, ATTENTION, GEMM)
 
-# Our operators by how their names begin. Those that normalise q and k also write them into the joint buffers.
-_OURS = {
-    "qk_norm": QK_NORM,
-    "joint_qk_norm": QK_NORM,
-    "layer_norm_modulate": ADALN,
-    "gate_residual": GATE,
-    "gelu": GELU,
-    "lora": LORA,
-}
+# The patched block by the functions that issue operators. QK norm also writes the joint buffers, and the norm that
+# follows a gate is one operator with it.
+_PATCHED_BLOCK = "_sd3_block.py"
+_OURS = {"_joint_qkv": QK_NORM, "_attention": JOINT, "_norm1": ADALN, "_modulate": ADALN, "_mlp": GELU}
 
 
 def site_of(origin: Origin) -> str:
     """The site of an operator, one of SITES."""
-    if origin.op.namespace == "advflow_ext":
-        return _of_ours(origin)
     if origin.kind == "attention":
         return ATTENTION
     if origin.kind == "gemm":
         return GEMM if origin.frozen else LORA_GEMM
     if origin.phase == "forward":
+        if origin.source is not None and origin.source.file.endswith(_PATCHED_BLOCK):
+            return _of_patched_block(origin.source.function)
         return _of_module(origin)
     if origin.source is not None and "lora" in f"{origin.source.file}{origin.source.function}".lower():
         return LORA
     return origin.forward_site or OTHER
 
 
-def _of_ours(origin: Origin) -> str:
-    name = origin.op._schema.name.split("::")[1]
-    site = next((site for prefix, site in _OURS.items() if name.startswith(prefix)), OTHER)
-    if site != ADALN:
-        return site
-    # One operator serves both norms of a block.
-    if origin.forward_site in (ADALN, NORM2):
-        return origin.forward_site
-    return NORM2 if "norm2" in (origin.source.text if origin.source else "") else ADALN
+def _of_patched_block(function: str) -> str:
+    """`function` is qualified, as FusedBlock._modulate.<locals>.fused."""
+    return next((site for name, site in _OURS.items() if f".{name}" in function), GATE)
 
 
 def _of_module(origin: Origin) -> str:

@@ -56,7 +56,7 @@ class Verifier:
 
 def _with_gradients(op: Op, tensors: list[Tensor]) -> list[Tensor]:
     """Results, and the gradients of every input for a fixed pattern of incoming ones."""
-    # Hooks of our own keep what is saved here from those of gradient checkpointing, which would miss it the second time.
+    # Hooks of our own keep what is saved here from gradient checkpointing's, which would miss it the second time.
     unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.enable_grad(), unseen, torch.autocast(tensors[0].device.type, enabled=False):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]

@@ -81,8 +81,8 @@ def _apply(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    columns = [x for x, _ in branches], [gate for _, gate in branches]
-    columns += ([scale for scale, _ in modulations], [shift for _, shift in modulations])
+    columns = [*zip(*branches, strict=True)] or [(), ()]
+    columns += [*zip(*modulations, strict=True)] or [(), ()]
     groups = [_backend.unit_stride(column) for column in columns]
     (residual,) = _backend.unit_stride((residual,))
     dtype = dtype or residual.dtype
