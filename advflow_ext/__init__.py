@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from advflow_ext import reference
+from advflow_ext import nn, reference
 from advflow_ext.ops._outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
@@ -17,6 +17,7 @@ from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.step_table import StepTable
+from advflow_ext.policy_set import Mismatch, PolicySet
 
 try:
     __version__ = version("advflow-ext")
@@ -26,6 +27,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "LossMetrics",
     "LossOutput",
+    "Mismatch",
+    "PolicySet",
     "SdeStep",
     "StepTable",
     "advantage_flow_loss",
@@ -40,6 +43,7 @@ __all__ = [
     "gaussian_kl_from_velocity",
     "group_advantages",
     "grpo_guard_loss",
+    "nn",
     "reference",
     "reward_weighted_loss",
     "sde_step",

@@ -9,6 +9,7 @@ from advflow_ext.reference.flow_dppo import flow_dppo_loss
 from advflow_ext.reference.flow_grpo import flow_grpo_loss
 from advflow_ext.reference.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.reference.grpo_guard import grpo_guard_loss
+from advflow_ext.reference.lora_linear import lora_linear
 from advflow_ext.reference.reward_weighted import reward_weighted_loss
 from advflow_ext.reference.sde_step import sde_step
 
@@ -24,6 +25,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_kl_from_velocity",
     "grpo_guard_loss",
+    "lora_linear",
     "reward_weighted_loss",
     "sde_step",
 ]

@@ -1,0 +1,249 @@
+"""Low-rank adapters on frozen linear layers: a training form made of matrix products alone, and merged weights.
+
+PEFT's layers are recognised by what they hold (``lora_A``, ``lora_B``, ``scaling``, ``base_layer``, ...); PEFT itself
+is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from advflow_ext import reference
+
+PeftLayer = Any  # an nn.Module that `is_lora_layer`; what such a module holds is known by its names alone
+
+
+class Adapter(NamedTuple):
+    """One low-rank term ``scale (x A^T) B^T``: ``a`` is ``[r, in]``, ``b`` is ``[out, r]``."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def _products(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    scales: tuple[float, ...],
+    adapters: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """The layer's output ``[N, out]``, and every ``x A^T`` ``[N, r]`` on the way."""
+    out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    products = []
+    for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
+        products.append(x @ a.to(dtype).t())
+        out.addmm_(products[-1], b.to(dtype).t(), alpha=scale)
+    return out, products
+
+
+class _LoraLinear(torch.autograd.Function):
+    """``x`` ``[N, in]`` in ``dtype``; ``adapters`` are a_1, b_1, a_2, b_2, ... with one of ``scales`` for each pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scales: tuple[float, ...],
+        *adapters: Tensor,
+    ) -> Tensor:
+        out, products = _products(x, weight, bias, dtype, scales, adapters)
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        kept = [product if needed else None for product, needed in zip(products, needs[1::2], strict=True)]
+        # Weights are saved by reference and cast again in the backward pass: only x and the products are activations.
+        ctx.save_for_backward(x if any(needs[::2]) else None, weight if needs_x else None, *adapters, *kept)
+        ctx.dtype, ctx.scales = dtype, scales
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dtype, needs = ctx.dtype, ctx.needs_input_grad[5:]
+        x, weight, *rest = ctx.saved_tensors
+        grad_x = None if weight is None else grad @ weight.to(dtype)
+        grads: list[Tensor | None] = []
+        for pair, scale in enumerate(ctx.scales):
+            a, b, product = rest[2 * pair], rest[2 * pair + 1], rest[2 * len(ctx.scales) + pair]
+            needs_a, needs_b = needs[2 * pair], needs[2 * pair + 1]
+            grad_a = None
+            if needs_a or grad_x is not None:
+                inner = grad @ b.to(dtype)
+                if grad_x is not None:
+                    grad_x.addmm_(inner, a.to(dtype), alpha=scale)
+                if needs_a:
+                    grad_a = _weight_gradient(inner, x, scale, a.dtype)
+            grads.append(grad_a)
+            grads.append(_weight_gradient(grad, product, scale, b.dtype) if needs_b else None)
+        return grad_x, None, None, None, None, *grads
+
+
+def _weight_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale left^T right`` in ``dtype``, never rounded in between to less where the device can do so."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(left.t(), right, out_dtype=torch.float32)
+    else:
+        product = torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))
+    return product.mul_(scale).to(dtype)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``x W^T + bias + scale (x A^T) B^T``, the low-rank product added in place by the matrix product that makes it.
+
+    Three matrix products forward; backward two, or four where ``x`` needs a gradient. Gradients flow to ``x``,
+    ``lora_a`` and ``lora_b``, each only if it requires one; with a ``weight`` or ``bias`` that requires one this is
+    :func:`advflow_ext.reference.lora_linear`. Saved for backward: ``x``, ``x A^T`` and the parameters, by reference.
+
+    Everything is computed in the dtype of ``x``, or in autocast's where that is on, as PEFT does there. The adapters
+    may have any dtype: they are cast, not the activations, so an fp32 adapter on a bf16 base is multiplied in bf16, as
+    under autocast. Its gradient is fp32: on CUDA, whose matrix product has an fp32 output, accumulated and handed over
+    without a rounding; elsewhere rounded once to the dtype of ``x``.
+
+    Arguments: ``x`` ``[..., in]``; ``weight`` ``[out, in]``; ``bias`` ``[out]`` or None; ``lora_a`` ``[r, in]``;
+    ``lora_b`` ``[out, r]``; ``scale`` a number. Returns ``[..., out]``.
+
+    Raises ValueError where shapes do not fit, or ``weight`` has another dtype than ``x`` and autocast is off.
+    """
+    for name, tensor, shape in (
+        ("weight", weight, (None, x.shape[-1])),
+        ("lora_a", lora_a, (None, x.shape[-1])),
+        ("lora_b", lora_b, (weight.shape[0], lora_a.shape[0])),
+    ):
+        if tensor.dim() != 2 or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
+            accepted = ["any" if size is None else size for size in shape]
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted for x {list(x.shape)} is {accepted}.")
+    return _lora_linear(x, weight, bias, [Adapter(lora_a, lora_b, scale)])
+
+
+def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif weight.dtype != dtype:
+        raise ValueError(f"x is {dtype} and weight {weight.dtype}; accepted without autocast is one dtype for both.")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        (a, b, scale), *others = adapters
+        out = reference.lora_linear(x, weight, bias, a, b, scale)
+        for a, b, scale in others:
+            out = (out + F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
+        return out
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    scales = tuple(adapter.scale for adapter in adapters)
+    tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+    # Dynamo cannot trace a Function of this signature where no gradient is asked for.
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, *tensors)):
+        out = _LoraLinear.apply(flat, weight, bias, dtype, scales, *tensors)
+    else:
+        out, _ = _products(flat, weight, bias, dtype, scales, tensors)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a PEFT layer with LoRA adapters on a layer of its own."""
+    return all(isinstance(getattr(module, name, None), nn.ModuleDict) for name in ("lora_A", "lora_B")) and hasattr(
+        module, "base_layer"
+    )
+
+
+def lora_obstacle(layer: PeftLayer) -> str | None:
+    """Why :func:`lora_forward` leaves ``layer`` as it is now to its own forward, as a sentence; None where it does not.
+
+    It is asked at every call, because training mode, merging and the active adapters may change in between.
+    """
+    if not is_lora_layer(layer) or type(layer).__name__ != "Linear":
+        return f"{type(layer).__name__} is not PEFT's LoRA Linear."
+    for name in _active_adapters(layer):
+        if obstacle := _adapter_obstacle(layer, name):
+            return obstacle
+        dropout = layer.lora_dropout[name]
+        if not isinstance(dropout, nn.Identity) and dropout.training:
+            return f"Adapter {name!r} has a dropout, and the layer is in training mode."
+    return _base_obstacle(layer)
+
+
+def _adapter_obstacle(layer: PeftLayer, name: str) -> str | None:
+    """What there is to adapter ``name`` beside the two matrices and the scale, as a sentence."""
+    if layer.use_dora.get(name, False):
+        return f"Adapter {name!r} is DoRA."
+    if name in getattr(layer, "lora_variant", {}):
+        return f"Adapter {name!r} is the LoRA variant {type(layer.lora_variant[name]).__name__}."
+    for matrix in (layer.lora_A[name], layer.lora_B[name]):
+        if not _is_plain(matrix):
+            return f"A matrix of adapter {name!r} has hooks or is a {type(matrix).__name__}, not a plain Linear."
+        if matrix.bias is not None:
+            return f"Adapter {name!r} has a bias."
+    return None
+
+
+def _base_obstacle(layer: PeftLayer) -> str | None:
+    if getattr(layer, "merged_adapters", None):
+        return "PEFT has merged its adapters into the base weight."
+    if not _is_plain(layer.base_layer):
+        return f"Its base layer has hooks or is a {type(layer.base_layer).__name__}, not a plain Linear."
+    if getattr(layer, "fan_in_fan_out", False):
+        return "Its base weight is transposed (fan_in_fan_out)."
+    return None
+
+
+def _is_plain(module: object) -> bool:
+    """Whether calling ``module`` is `F.linear` of its weight and bias and nothing else."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _active_adapters(layer: PeftLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def lora_forward(
+    layer: PeftLayer, x: Tensor, *args: Any, stock: Callable[..., Tensor] | None = None, **kwargs: Any
+) -> Tensor:
+    """What ``layer``, PEFT's LoRA ``Linear``, gives for ``x`` ``[..., in]``, by :func:`lora_linear`.
+
+    Any number of active adapters, each with its own rank, scale and dtype. Where :func:`lora_obstacle` has something to
+    say, where the adapters are disabled, and with any further argument (such as ``adapter_names``), it is the stock
+    forward's result. ``stock`` is that forward; None takes the one of the layer's class, which is right unless the
+    class is what has been patched.
+    """
+    if args or kwargs or layer.disable_adapters or lora_obstacle(layer) is not None:
+        return (stock or type(layer).forward)(layer, x, *args, **kwargs)
+    base = layer.base_layer
+    adapters = [
+        Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        for name in _active_adapters(layer)
+    ]
+    if not adapters:
+        out: Tensor = base(x)
+        return out
+    return _lora_linear(x, base.weight, base.bias, adapters)
+
+
+def merge_obstacle(layer: PeftLayer, name: str) -> str | None:
+    """Why :func:`merged_weight` does not exist for adapter ``name`` of ``layer``, as a sentence; None where it does."""
+    if obstacle := _base_obstacle(layer):
+        return obstacle
+    if type(layer.base_layer.weight) is not nn.Parameter:
+        return f"Its base weight is a {type(layer.base_layer.weight).__name__}, not a plain parameter."
+    return _adapter_obstacle(layer, name) if name in layer.lora_A else None
+
+
+@torch.no_grad()
+def merged_weight(layer: PeftLayer, name: str) -> Tensor:
+    """``W + scale B A`` ``[out, in]`` of adapter ``name``, computed in float32 and rounded once to the dtype of W.
+
+    What of ``scale B A`` is smaller than half a unit in the last place of W is lost in that rounding.
+    """
+    weight = layer.base_layer.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = layer.lora_A[name].weight.to(wide), layer.lora_B[name].weight.to(wide)
+    return torch.addmm(weight.to(wide), b, a, alpha=layer.scaling[name]).to(weight.dtype)
