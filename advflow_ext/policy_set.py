@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from advflow_ext.nn.lora import PeftLayer, is_lora_layer, merge_obstacle, merged_weight
 from advflow_ext.nn.modulation_cache import stamp
@@ -46,11 +48,14 @@ class PolicySet:
 
     **Merged weights.** Where gradients are off when a policy is put in force, its layers run on W' = W + scale B A, so
     that the adapter costs nothing. W' is computed in float32, rounded once to the dtype of W, kept, and computed again
-    only when W, A, B or the scale has changed: seen by the tensors' identity, memory and version, so a change through
-    ``.data``, or by a kernel that does not bump the version, has to be told by :meth:`forget`. At most ``merged_bytes``
-    are kept, the policy least recently used is dropped first, and one that does not fit runs unmerged. On a bf16 base
-    the rounding is not small: what of ``scale B A`` is below half a unit in the last place of W vanishes, always in the
-    same way. Images may be drawn so; velocities of a merged and of an unmerged policy should not meet in one loss.
+    only when W, A, B or the scale has changed: seen by the tensors' identity, memory and version and by the steps of
+    torch's optimisers, so that only a change through ``.data`` has to be told, by :meth:`forget`. At most
+    ``merged_bytes`` are kept, the policy least recently used is dropped first, one that does not fit runs unmerged.
+
+    On a bf16 base the rounding is not small: what of ``scale B A`` is below half a unit in the last place of W is lost.
+    An adapter 4 % of the size of W arrives with an error of 4 % of itself, one of 0.4 % (about one step of Adam at 3e-4
+    from nothing, at the width of SD3.5 Medium) with 38 %, one of 0.04 % with 90 %. Images may be drawn so. Velocities
+    of a merged and of an unmerged policy should not meet in one loss, whose subject is their difference.
 
     ``state_dict()`` and ``load_state_dict()`` of the model first put the base weights back; the policy stays in force,
     unmerged. Move or cast the model with an unmerged policy in force.
@@ -81,6 +86,7 @@ class PolicySet:
         self._merged_bytes = merged_bytes
         self._cache: OrderedDict[str, _Merged] = OrderedDict()
         self._bases: list[nn.Parameter] | None = None  # what merged weights stand in for at the moment
+        _count_optimizer_steps()
         model.register_state_dict_pre_hook(self._before_state_dict)
         model.register_load_state_dict_pre_hook(self._before_state_dict)
         self.activate(next(iter(adapters)), merged=False)
@@ -263,3 +269,14 @@ class PolicySet:
     def _before_state_dict(self, *_: object) -> None:
         if self.merged:
             self.activate(self.active, merged=False)
+
+
+@cache
+def _count_optimizer_steps() -> None:
+    """Counts, from now on, every step of an optimiser as a version of its parameters: fused ones do not themselves."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(count)

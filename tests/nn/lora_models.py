@@ -13,7 +13,7 @@ TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_p
 
 
 def transformer(dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
-    """Two blocks in the shape of SD3.5's: dual attention in the first, QK-norm in both, the last without text output."""
+    """Two blocks in the shape of SD3.5's: dual attention in the first, QK-norm in both, no text output of the last."""
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=8,
@@ -55,12 +55,12 @@ def with_adapters(
     return model
 
 
-def layer(adapter_dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """One of PEFT's LoRA layers, 24 inputs and 16 outputs, with the adapter "default"."""
+def layer(features: int = 24, **settings: Any) -> Any:
+    """One of PEFT's LoRA layers, with the adapter "default"."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(features, features)).requires_grad_(False)
     inject_adapter_in_model(LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ["0"]} | settings)), model)
-    fill(model, "default", adapter_dtype, 0.3, 0)
+    fill(model, "default", torch.float32, 0.3, 0)
     return model[0]
 
 
