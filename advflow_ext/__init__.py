@@ -18,6 +18,7 @@ from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.step_table import StepTable
+from advflow_ext.policy_set import Mismatch, PolicySet
 
 try:
     __version__ = version("advflow-ext")
@@ -28,6 +29,8 @@ __all__ = [
     "LossMetrics",
     "LossOutput",
     "SD3Patch",
+    "Mismatch",
+    "PolicySet",
     "SdeStep",
     "StepTable",
     "advantage_flow_loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,6 +18,7 @@ from advflow_ext.integrations._verify import Verifier
 from advflow_ext.nn import _backend
 from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle
 from advflow_ext.ops._checks import require_choice, require_flag
+from advflow_ext.policy_set import PolicySet
 
 OPS = ("qk_norm", "adaln", "gate", "gelu", "lora")
 DISABLE = "ADVFLOW_DISABLE"
@@ -60,6 +62,7 @@ def apply_to_sd3(
     gate: bool = True,
     gelu: bool = True,
     lora: bool = True,
+    mode: Literal["train", "infer"] = "train",
     verify: Literal["first", False] = "first",
 ) -> SD3Patch:
     """Makes the transformer blocks of Stable Diffusion 3 and 3.5 run on fused forward and backward kernels.
@@ -78,6 +81,9 @@ def apply_to_sd3(
             (:func:`advflow_ext.nn.gate_residual_layer_norm_modulate`).
         gelu: the activation overwrites its input where nothing will be differentiated.
         lora: PEFT's LoRA linear layers (:func:`advflow_ext.nn.lora.lora_forward`).
+        mode: "infer" merges the active adapter, as it is now, into weights of its own that stand in for the base's until
+            ``unapply()``: no adapter costs anything then, and none is trained. :class:`advflow_ext.PolicySet` does that
+            for several policies whose weights change. Needs a model.
         verify: "first" compares each op with the formula it replaces, result and gradients, the first time it meets a
             combination of dtypes and shapes, and leaves it to the stock formula, with a warning, where it is worse.
 
@@ -91,11 +97,14 @@ def apply_to_sd3(
     flags = {"qk_norm": qk_norm, "adaln": adaln, "gate": gate, "gelu": gelu, "lora": lora}
     for name, value in flags.items():
         require_flag(name, value)
+    require_choice("mode", mode, ("train", "infer"))
+    if mode == "infer" and model is None:
+        raise ValueError("mode is 'infer' without a model; accepted for the classes is 'train'.")
     if verify not in ("first", False):
         raise ValueError(f"verify is {verify!r}; accepted are 'first' and False.")
     ops = frozenset(name for name, value in flags.items() if value) - _disabled()
     fused = FusedBlock(ops - {"lora"}, Verifier() if verify else None)
-    return _patch_classes(ops, fused) if model is None else _patch_model(model, ops, fused)
+    return _patch_classes(ops, fused) if model is None else _patch_model(model, ops, fused, mode)
 
 
 def _disabled() -> frozenset[str]:
@@ -105,7 +114,7 @@ def _disabled() -> frozenset[str]:
     return names
 
 
-def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
+def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock, mode: str) -> SD3Patch:
     blocks = {
         name: module for name, module in model.named_modules() if type(module).__name__ == "JointTransformerBlock"
     }
@@ -121,8 +130,8 @@ def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock) -> SD
         _report_block(patch, name, block, fused.ops)
         if fused.ops and reason_to_keep(block) is None:
             _replace_forward(patch, block, functools.partial(fused.forward, block.forward, block))
-    if "lora" in ops:
-        layers = {name: module for name, module in model.named_modules() if is_lora_layer(module)}
+    layers = {name: module for name, module in model.named_modules() if is_lora_layer(module)}
+    if "lora" in ops and layers and not (mode == "infer" and _merge(patch, model, layers)):
         for name, layer in layers.items():
             if obstacle := lora_obstacle(layer):
                 patch.kept[name] = obstacle
@@ -131,6 +140,23 @@ def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock) -> SD
             # Patched either way: an obstacle, such as training mode with dropout, may go away.
             _replace_forward(patch, layer, functools.partial(_lora_instance, layer.forward, layer))
     return patch
+
+
+def _merge(patch: SD3Patch, model: nn.Module, layers: dict[str, Any]) -> bool:
+    """Puts merged weights in the place of the base's; whether it did."""
+    active = {name for layer in layers.values() if not layer.disable_adapters for name in layer.active_adapters}
+    if len(active) != 1:
+        patch.kept["merged weights"] = f"{len(active)} adapters are active, and exactly one can be merged"
+        return False
+    (adapter,) = active
+    policies = PolicySet(model, {adapter: adapter}, merged_bytes=sys.maxsize)
+    patch._undo.append(policies.close)
+    if obstacle := policies.obstacle(adapter):
+        patch.kept["merged weights"] = obstacle
+        return False
+    policies.activate(adapter, merged=True)
+    patch.replaced["lora"] = len(layers)
+    return True
 
 
 def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:

@@ -487,6 +487,30 @@ class EvalConfig:
         _require(self.prompts_per_category >= 1, "evaluation.prompts_per_category", self.prompts_per_category, ">= 1")
 
 
+@dataclass
+class RuntimeConfig:
+    """What a run does for speed. Apart from `compile`, none of it acts on a run that trains every weight.
+
+    Args:
+        merge_lora: for what a policy may run on weights its adapter is merged into, which costs nothing per forward
+            pass but is rounded to the base's precision: "images" to be looked at or learnt from, but whose velocities
+            no loss compares with the learner's (rollouts of the forward process, rollouts whose anchor is replayed,
+            evaluation); "all" forward passes without gradient, so that even the first ratio of an iteration is not 1
+            and in bfloat16 small steps of the learner drown; "none".
+        merged_gigabytes: memory for merged weights; a policy of SD3.5 Medium takes 0.9 in bfloat16.
+        modulation_cache: compute what depends on timestep and pooled text alone once for all policies. Exact.
+        compile: "regional" compiles the transformer's blocks, one by one, when they are first used.
+    """
+
+    merge_lora: Literal["images", "all", "none"] = "images"
+    merged_gigabytes: float = 4.0
+    modulation_cache: bool = True
+    compile: Literal["none", "regional"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(self.merged_gigabytes >= 0, "runtime.merged_gigabytes", self.merged_gigabytes, "zero or more")
+
+
 Algorithm = Literal[
     "advantage_flow",
     "diffusion_nft",
@@ -537,6 +561,7 @@ class TrainConfig:
     rollout_policy: RolloutPolicyConfig = field(default_factory=RolloutPolicyConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     advantage_flow: AdvantageFlowConfig = field(default_factory=AdvantageFlowConfig)
     diffusion_nft: DiffusionNFTConfig = field(default_factory=DiffusionNFTConfig)
     awm: AWMConfig = field(default_factory=AWMConfig)

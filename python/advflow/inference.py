@@ -39,7 +39,7 @@ def load_run(folder: Path, config: TrainConfig, base: bool) -> LoadedRun:
     if not base and not saved:
         raise FileNotFoundError(f"run {str(folder)!r} has no checkpoint yet; --base uses the model before training")
     pipeline = load_pipeline(config.model, pick_device(config.device))
-    policies = make_policies(pipeline.transformer, config.model, config.seed)
+    policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
     if not base:
         load_checkpoint(saved[-1], policies, optimizer=None)
     return LoadedRun(config, pipeline, policies)
@@ -50,7 +50,7 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     config = run.config
     prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
     return evaluate(
-        run.policies.transformer("learner"),
+        run.policies.transformer("learner", for_images=True),
         run.sampler,
         prompts,
         encode_prompts(run.pipeline, prompts, config.model.max_sequence_length),
@@ -65,5 +65,5 @@ def draw_images(run: LoadedRun, prompt: str, count: int, steps: int, seed: int) 
     embeddings = encode_prompts(run.pipeline, [prompt] * count, run.config.model.max_sequence_length)
     noise = run.sampler.latent.noise(count, generator(seed, "sample", 0), embeddings.tokens.device)
     sigmas = sigma_grid(run.pipeline.scheduler, steps)
-    latents = sample_latents(run.policies.transformer("learner"), noise, sigmas, embeddings)
+    latents = sample_latents(run.policies.transformer("learner", for_images=True), noise, sigmas, embeddings)
     return decode(run.pipeline.vae, latents).cpu()

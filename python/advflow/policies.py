@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
+import advflow_ext as af
 from advflow.batch import Needs
-from advflow.config import ModelConfig
-from advflow.sampling import PromptEmbeddings, velocity
+from advflow.config import ModelConfig, RuntimeConfig
+from advflow.sampling import PromptEmbeddings, timesteps, velocity_at
 
 Role = Literal["learner", "rollout", "reference"]
 
@@ -23,27 +25,46 @@ class Policies(Protocol):
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
 
-    def transformer(self, role: Role) -> SD3Transformer2DModel:
-        """The transformer with the weights of `role` in force, until the next call."""
+    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
+        """The transformer with the weights of `role` in force, until the next call.
+
+        `for_images` says that only images are made with it, without gradients, and that none of its velocities will be
+        compared with another policy's: its weights may then be rounded in another way.
+        """
+        ...
+
+    def shared_modulation(self) -> AbstractContextManager[object]:
+        """While it is open, the policies share what they make of one batch's timesteps and pooled text."""
         ...
 
 
-def make_policies(transformer: SD3Transformer2DModel, config: ModelConfig, seed: int) -> Policies:
+def make_policies(
+    transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig, seed: int
+) -> Policies:
     """Sets up the three policies, equal at first, on a freshly loaded transformer. `seed` is for new adapters."""
     transformer.requires_grad_(False)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.trainable == "full":
-        return FullPolicies(transformer)
+        return FullPolicies(transformer, runtime)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LoraPolicies(transformer, config)
+        return LoraPolicies(transformer, config, runtime)
+
+
+def _compile_blocks(transformer: SD3Transformer2DModel) -> None:
+    """Regional compilation; diffusers' own compile_repeated_blocks has no list of SD3's blocks."""
+    # Every kind of block is compiled for each policy, with and without gradients, and for some batch sizes; past the
+    # limit torch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in transformer.transformer_blocks:
+        block.compile()
 
 
 class FullPolicies:
     """Every weight is trained: three copies of the transformer."""
 
-    def __init__(self, transformer: SD3Transformer2DModel) -> None:
+    def __init__(self, transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> None:
         self._transformers: dict[Role, SD3Transformer2DModel] = {
             "learner": transformer,
             "rollout": copy.deepcopy(transformer),
@@ -53,9 +74,15 @@ class FullPolicies:
         self._transformers["rollout"].float()
         self.learner = list(transformer.parameters())
         self.rollout = list(self._transformers["rollout"].parameters())
+        if runtime.compile == "regional":
+            for each in self._transformers.values():
+                _compile_blocks(each)
 
-    def transformer(self, role: Role) -> SD3Transformer2DModel:
+    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
         return self._transformers[role]
+
+    def shared_modulation(self) -> AbstractContextManager[object]:
+        return nullcontext()  # each has a modulation of its own
 
 
 class LoraPolicies:
@@ -63,8 +90,8 @@ class LoraPolicies:
 
     _ADAPTERS = ("learner", "rollout")  # named after their roles
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig) -> None:
-        self._transformer = transformer
+    def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig) -> None:
+        self._transformer, self._runtime = transformer, runtime
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -76,42 +103,43 @@ class LoraPolicies:
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in self._ADAPTERS:
                 transformer.add_adapter(lora, adapter_name=adapter)
-        self.learner, self.rollout = (self._parameters_of(adapter) for adapter in self._ADAPTERS)
+        roles = {adapter: adapter for adapter in self._ADAPTERS} | {"reference": None}
+        self._policies = af.PolicySet(transformer, roles, merged_bytes=int(runtime.merged_gigabytes * 1e9))
+        self.learner, self.rollout = (self._policies.parameters(adapter) for adapter in self._ADAPTERS)
         with torch.no_grad():
             for learner, rollout in zip(self.learner, self.rollout, strict=True):
                 learner.data = learner.data.float()
                 rollout.data = learner.data.clone()
+                learner.requires_grad_(True)
+                rollout.requires_grad_(False)
+        if runtime.compile == "regional":
+            _compile_blocks(transformer)
 
-    def _parameters_of(self, adapter: str) -> list[torch.nn.Parameter]:
-        return [p for name, p in self._transformer.named_parameters() if f".{adapter}." in name]
-
-    def transformer(self, role: Role) -> SD3Transformer2DModel:
-        if role == "reference":
-            self._transformer.disable_adapters()
-        else:
-            self._transformer.enable_adapters()
-            self._transformer.set_adapter(role)
-            # Switching adapters also switches requires_grad; only the learner may ever collect gradients.
-            for parameter in self.rollout:
-                parameter.requires_grad_(False)
-            for parameter in self.learner:
-                parameter.requires_grad_(True)
+    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
+        choice = self._runtime.merge_lora
+        may_merge = choice == "all" or (choice == "images" and for_images)
+        self._policies.activate(role, merged=may_merge and (for_images or not torch.is_grad_enabled()))
         return self._transformer
+
+    def shared_modulation(self) -> AbstractContextManager[object]:
+        return af.nn.ModulationCache(self._transformer) if self._runtime.modulation_cache else nullcontext()
 
 
 def policy_velocities(
     policies: Policies, needs: Needs, x: torch.Tensor, t: torch.Tensor, prompts: PromptEmbeddings
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The learner's velocity at (x, t), with gradients, and those of rollout policy and reference where needed."""
+    timestep = timesteps(t)
 
     def frozen(role: Role) -> torch.Tensor:
         with torch.no_grad():
-            return velocity(policies.transformer(role), x, t, prompts)
+            return velocity_at(policies.transformer(role), x, timestep, prompts)
 
-    v_old = frozen("rollout") if needs.old else None
-    v_ref = frozen("reference") if needs.reference else None
-    # The learner comes last: with adapters, asking for another policy would switch its gradients off.
-    return velocity(policies.transformer("learner"), x, t, prompts), v_old, v_ref
+    with policies.shared_modulation():
+        v_old = frozen("rollout") if needs.old else None
+        v_ref = frozen("reference") if needs.reference else None
+        # The learner comes last and stays in force: a checkpointed backward pass runs its forward again.
+        return velocity_at(policies.transformer("learner"), x, timestep, prompts), v_old, v_ref
 
 
 @torch.no_grad()

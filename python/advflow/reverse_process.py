@@ -187,10 +187,11 @@ class ReverseProcess:
             value = floor["first_kl"]
         if value >= limit and not self._warned:
             self._warned = True
+            merged = "runtime.merge_lora=images, " if self._config.runtime.merge_lora == "all" else ""
             warnings.warn(
                 f"before any update the learner already differs from the rollout's velocities by {value:.3g}, and "
                 f"{self._config.algorithm} acts on differences of {limit:.3g}: it would act on rounding. Use "
-                "sde.anchor=replay, the same batch sizes for rollout and training, or a higher precision.",
+                f"{merged}sde.anchor=replay, the same batch sizes for rollout and training, or a higher precision.",
                 UserWarning,
                 stacklevel=2,
             )

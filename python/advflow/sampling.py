@@ -37,9 +37,21 @@ def velocity(
 
     Computed in the precision of the prompt embeddings, which is that of the frozen weights.
     """
+    return velocity_at(transformer, x_t, timesteps(t), prompts)
+
+
+def timesteps(t: torch.Tensor) -> torch.Tensor:
+    """What the transformer calls the times `t`."""
+    return t * 1000.0
+
+
+def velocity_at(
+    transformer: SD3Transformer2DModel, x_t: torch.Tensor, timestep: torch.Tensor, prompts: PromptEmbeddings
+) -> torch.Tensor:
+    """`velocity` at the `timesteps` [B] of t. Policies that share their modulation have to be given the same tensor."""
     dtype = prompts.tokens.dtype
     with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        v: torch.Tensor = transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, t * 1000.0, return_dict=False)[0]
+        v: torch.Tensor = transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, timestep, return_dict=False)[0]
     return v
 
 

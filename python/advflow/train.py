@@ -55,7 +55,7 @@ class Trainer:
         length = config.model.max_sequence_length
         self.encode = PromptEncoder(pipeline, self.prompts.texts, length)
         self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
-        self.policies = make_policies(pipeline.transformer, config.model, config.seed)
+        self.policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
         self.stochastic_sampler: StochasticSampler | None = None
@@ -93,7 +93,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         return evaluate(
-            self.policies.transformer("learner"),
+            self.policies.transformer("learner", for_images=True),
             self.sampler,
             self.eval_prompts,
             self.eval_embeddings,
@@ -133,12 +133,15 @@ class Trainer:
         rewards, advantages = scores.reward.to(self.device), advantages.to(self.device)
         return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
 
+    @torch.no_grad()
     def _sample(
         self, noise: torch.Tensor, embeddings: PromptEmbeddings, iteration: int
     ) -> tuple[torch.Tensor, Transitions | None]:
         """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
         config = self.config.rollout
-        transformer = self.policies.transformer(config.policy)
+        # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
+        for_images = self.stochastic_sampler is None or self.config.sde.anchor == "replay"
+        transformer = self.policies.transformer(config.policy, for_images=for_images)
         starts = range(0, len(noise), config.batch)
         if self.stochastic_sampler is None:
             parts = [

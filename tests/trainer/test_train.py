@@ -18,6 +18,7 @@ from advflow.config import (
     OptimConfig,
     ReferenceConfig,
     RolloutPolicyConfig,
+    RuntimeConfig,
     SDEConfig,
     TrainConfig,
 )
@@ -131,7 +132,7 @@ def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
 
 
 def test_following_with_rho_zero_copies_the_learner() -> None:
-    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA, seed=0)
+    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA, RuntimeConfig(), seed=0)
     with torch.no_grad():
         for parameter in policies.learner:
             parameter.normal_()

@@ -1,0 +1,177 @@
+"""What makes a run faster acts where it may, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from advflow.algorithms import FORWARD, REVERSE
+from advflow.config import (
+    FlowGRPOConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RolloutPolicyConfig,
+    RuntimeConfig,
+    SDEConfig,
+    TrainConfig,
+)
+from advflow.policies import LoraPolicies
+from advflow.train import Trainer
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+Make = Callable[..., TrainConfig]
+LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
+REVERSE_SDE = SDEConfig(window="random", steps=1, within=2)
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bool, bool]]]:
+    """(policy, merged, gradients on) of every forward pass of LoRA policies."""
+    sets: list[Any] = []
+    real = LoraPolicies.__init__
+
+    def remember(self: LoraPolicies, *arguments: object) -> None:
+        real(self, *arguments)  # type: ignore[arg-type]
+        sets.append(self._policies)
+
+    seen: list[tuple[str, bool, bool]] = []
+    forward = SD3Transformer2DModel.forward
+
+    def record(self: nn.Module, *arguments: object, **settings: object) -> object:
+        seen.append((sets[-1].active, sets[-1].merged, torch.is_grad_enabled()))
+        return forward(self, *arguments, **settings)
+
+    monkeypatch.setattr(LoraPolicies, "__init__", remember)
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", record)
+    yield seen
+
+
+ROLLOUT, OLD, LEARNER = ("rollout", True, False), ("rollout", False, False), ("learner", False, True)
+REFERENCE, EVALUATED = ("reference", False, False), ("learner", True, False)
+
+
+@pytest.mark.parametrize(
+    ("merge", "algorithm", "anchor", "expected"),
+    [
+        ("images", "advantage_flow", "stored", {ROLLOUT, OLD, REFERENCE, LEARNER, EVALUATED}),
+        ("images", "flow_grpo", "stored", {OLD, LEARNER, EVALUATED}),
+        ("images", "flow_grpo", "replay", {ROLLOUT, OLD, LEARNER, EVALUATED}),
+        ("all", "advantage_flow", "stored", {ROLLOUT, REFERENCE, LEARNER, EVALUATED}),
+        ("all", "flow_grpo", "stored", {ROLLOUT, LEARNER, EVALUATED}),
+        ("none", "advantage_flow", "stored", {OLD, REFERENCE, LEARNER, ("learner", False, False)}),
+    ],
+)
+def test_only_images_are_made_on_merged_weights(
+    small_config: Make, forwards: list[Any], merge: Any, algorithm: str, anchor: Any, expected: set[Any]
+) -> None:
+    sde = replace(REVERSE_SDE, anchor=anchor)
+    trainer = Trainer(small_config(algorithm=algorithm, model=LORA, runtime=RuntimeConfig(merge_lora=merge), sde=sde))
+    trainer.iterate(0)
+    trainer.evaluate()
+    assert set(forwards) == expected
+
+
+def test_too_little_memory_means_unmerged(small_config: Make, forwards: list[Any]) -> None:
+    trainer = Trainer(small_config(model=LORA, runtime=RuntimeConfig(merged_gigabytes=0.0)))
+    trainer.iterate(0)
+    assert set(forwards) == {OLD, REFERENCE, LEARNER}
+    with pytest.raises(ValueError, match=r"runtime.merged_gigabytes is -1.0; accepted: zero or more"):
+        RuntimeConfig(merged_gigabytes=-1.0)
+
+
+@pytest.mark.parametrize("algorithm", [*FORWARD, *REVERSE])
+def test_no_method_needs_a_reference_without_weight(algorithm: str) -> None:
+    settings = {"dance_grpo": "flow_grpo", "mix_grpo": "flow_grpo"}.get(algorithm, algorithm)
+    weight = "lam" if algorithm == "advantage_flow" else "kl_weight"
+    for value, needed in ((0.0, False), (0.1, True)):
+        config = TrainConfig(algorithm=algorithm)  # type: ignore[arg-type]
+        setattr(getattr(config, settings), weight, value)
+        assert (FORWARD | REVERSE)[algorithm].needs(config).reference is needed  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("algorithm", ["advantage_flow", "flow_grpo"])
+def test_a_reference_nobody_needs_is_never_run(small_config: Make, forwards: list[Any], algorithm: str) -> None:
+    config = small_config(algorithm=algorithm, model=LORA, sde=REVERSE_SDE)
+    config.advantage_flow.lam = config.flow_grpo.kl_weight = 0.0
+    Trainer(config).iterate(0)
+    assert "reference" not in {policy for policy, *_ in forwards}
+
+
+def test_the_modulation_cache_changes_no_bit_and_halves_its_work(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, calls = [], []
+    for cache in (True, False):
+        trainer = Trainer(small_config(model=LORA, runtime=RuntimeConfig(modulation_cache=cache)))
+        linear = trainer.policies.transformer("learner").transformer_blocks[0].norm1.linear
+        made: list[object] = []
+        real = torch.nn.functional.linear
+
+        def count(x: Any, weight: Any, bias: Any = None, mine: Any = linear.weight, made: Any = made) -> Any:
+            if weight is mine:
+                made.append(x)
+            return real(x, weight, bias)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", count)
+            row = trainer.iterate(0)
+        rows.append({name: value for name, value in row.items() if not name.startswith("seconds")})
+        calls.append(len(made))
+    assert rows[0] == rows[1]
+    sampled, micro_batches = 3 * 2, 2 * 3  # solver steps times batches; pairs times micro-batches
+    assert calls == [sampled + micro_batches, sampled + 3 * micro_batches]
+
+
+def test_merging_what_a_ratio_is_anchored_on_is_seen_and_said(small_config: Make) -> None:
+    floors = {}
+    for merge in ("images", "all"):
+        trainer = Trainer(
+            small_config(
+                algorithm="flow_grpo",
+                model=replace(LORA, dtype="bfloat16"),
+                sde=REVERSE_SDE,
+                rollout=RolloutConfig(prompts=3, images_per_prompt=4, steps=3, batch=12),
+                optim=OptimConfig(micro_batch=12, lr=1e-2, warmup=0),
+                rollout_policy=RolloutPolicyConfig(rate=0.0),
+                flow_grpo=FlowGRPOConfig(clip=1e-7),
+                runtime=RuntimeConfig(merge_lora=merge),  # type: ignore[arg-type]
+            )
+        )
+        trainer.iterate(0)
+        if merge == "all":
+            with pytest.warns(UserWarning, match="it would act on rounding. Use runtime.merge_lora=images, sde.anchor"):
+                row = trainer.iterate(1)
+        else:
+            row = trainer.iterate(1)
+        floors[merge] = row["first_max_log_ratio"]
+    assert floors["all"] > 10 * floors["images"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
+def test_compiled_blocks_train_like_stock_ones(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, model: ModelConfig
+) -> None:
+    torch._dynamo.reset()
+    real, compiled = nn.Module.compile, []
+
+    def with_a_quick_backend(self: nn.Module) -> None:
+        compiled.append(type(self).__name__)
+        real(self, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", with_a_quick_backend)
+    rows = []
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for choice in ("none", "regional"):
+            trainer = Trainer(small_config(model=model, runtime=RuntimeConfig(compile=choice)))  # type: ignore[arg-type]
+            rows.append([trainer.iterate(iteration) for iteration in range(2)])
+    blocks = len(trainer.policies.transformer("learner").transformer_blocks)
+    assert compiled == ["JointTransformerBlock"] * blocks * (1 if model is LORA else 3)
+    for stock, ours in zip(*rows, strict=True):
+        for name in ("reward", "loss", "grad_norm"):
+            assert ours[name] == pytest.approx(stock[name], rel=1e-3), name
