@@ -31,7 +31,7 @@ Kind = Literal["gemm", "attention", "elementwise"]
 GRADIENT_SUMS = "gradient sums"  # of tensors used more than once: autograd's own additions, which no module asks for
 OTHER = "other"  # what was saved by a node that ran no operator
 
-_GEMMS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
+_GEMMS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 _OVERWRITE = {"copy_", "fill_", "zero_"}  # their first argument is written, never read
 _ZEROS_THEN_COPY = {"slice_backward", "select_backward"}  # two kernels behind one name
@@ -190,7 +190,8 @@ def cost(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
 
 
 def _flops(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> int:
-    formula = flop_registry.get(op._overloadpacket)
+    in_place = _short_name(op) == "addmm_"  # torch's registry knows the out-of-place form alone
+    formula = flop_registry.get(torch.ops.aten.addmm if in_place else op._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
 

@@ -183,7 +183,7 @@ def _functional_rms_norm(transformer: nn.Module, _mode: str) -> Iterator[None]:
 
 @contextmanager
 def _ours(transformer: nn.Module, mode: Literal["train", "infer"]) -> Iterator[None]:
-    # Fake tensors sit on the CPU, where the kernels serve under Triton's interpreter alone, and have no values to verify.
+    # Fake tensors sit on the CPU, where kernels serve under Triton's interpreter alone, and have no values to verify.
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         with advflow_ext.apply_to_sd3(transformer, mode=mode, verify=False):
             yield

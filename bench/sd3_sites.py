@@ -34,6 +34,8 @@ def site_of(origin: Origin) -> str:
     if origin.phase == "forward":
         if origin.source is not None and origin.source.file.endswith(_PATCHED_BLOCK):
             return _of_patched_block(origin.source.function)
+        if origin.source is not None and origin.source.function == "GELU.gelu":  # called past the module's forward
+            return GELU
         return _of_module(origin)
     if origin.source is not None and "lora" in f"{origin.source.file}{origin.source.function}".lower():
         return LORA

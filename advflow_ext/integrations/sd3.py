@@ -81,9 +81,9 @@ def apply_to_sd3(
             (:func:`advflow_ext.nn.gate_residual_layer_norm_modulate`).
         gelu: the activation overwrites its input where nothing will be differentiated.
         lora: PEFT's LoRA linear layers (:func:`advflow_ext.nn.lora.lora_forward`).
-        mode: "infer" merges the active adapter, as it is now, into weights of its own that stand in for the base's until
-            ``unapply()``: no adapter costs anything then, and none is trained. :class:`advflow_ext.PolicySet` does that
-            for several policies whose weights change. Needs a model.
+        mode: "infer" merges the active adapter, as it is now, into weights of its own that stand in for the base's
+            until ``unapply()``: no adapter costs anything then, and none is trained. Needs a model.
+            :class:`advflow_ext.PolicySet` does that for several policies whose weights change.
         verify: "first" compares each op with the formula it replaces, result and gradients, the first time it meets a
             combination of dtypes and shapes, and leaves it to the stock formula, with a warning, where it is worse.
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from advflow_ext import reference
 
@@ -232,8 +233,9 @@ def merge_obstacle(layer: PeftLayer, name: str) -> str | None:
     """Why :func:`merged_weight` does not exist for adapter ``name`` of ``layer``, as a sentence; None where it does."""
     if obstacle := _base_obstacle(layer):
         return obstacle
-    if type(layer.base_layer.weight) is not nn.Parameter:
-        return f"Its base weight is a {type(layer.base_layer.weight).__name__}, not a plain parameter."
+    weight = layer.base_layer.weight
+    if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
+        return f"Its base weight is a {type(weight).__name__} of {weight.dtype}, not a plain floating-point parameter."
     return _adapter_obstacle(layer, name) if name in layer.lora_A else None
 
 
