@@ -16,7 +16,8 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Marked, so that "-m gpu" is all that a GPU can be asked.
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
