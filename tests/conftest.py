@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from advflow_ext.ops import _outputs
+
+# Deterministic algorithms, which poisoned_memory switches on, need this of cuBLAS, before its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The same examples in every run: a red test on one machine is red on all.
 settings.register_profile(
