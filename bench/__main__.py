@@ -14,7 +14,7 @@ import torch
 
 from bench import memory, report, timing
 from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
-from bench.registry import COPY, MAX_AUTOTUNE, OURS, cases, latent_bytes, parse_shapes
+from bench.registry import COPY, OURS, cases, latent_bytes, parse_shapes
 
 
 def progress(text: str) -> None:
@@ -36,11 +36,7 @@ def measure(planned: Planned, device: torch.device, rounds: int, only: list[str]
     rows: list[report.Row] = []
     calls: dict[str, list[timing.Call]] = {}
     implementations = op.implementations(device)
-    wanted = [
-        name
-        for name in implementations
-        if (only is None and (name != MAX_AUTOTUNE or planned.max_autotune)) or (only is not None and name in only)
-    ]
+    wanted = [name for name in implementations if name not in planned.without and (only is None or name in only)]
     for name in wanted:
         implementation = implementations[name]
         progress(f"  {name}: first call, correctness, memory")

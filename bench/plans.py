@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.kernels import KERNELS, SdeStep
 from bench.losses import LOSSES, TRAINING
-from bench.registry import Case, Op, Shape, cases
+from bench.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
 
 OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS}
 
@@ -21,11 +21,15 @@ SIZES: tuple[Shape, ...] = (
 BEYOND: Shape = (512, 16, 64, 64)  # where one read of a kernel's tensors in half precision passes 256 MB
 
 
+# Compiling takes longer than everything else, and the kind that tries variants the longest.
+TUNED = frozenset({MAX_AUTOTUNE})
+COMPILED = TUNED | {"compile", "plain compile"}
+
+
 @dataclass(frozen=True)
 class Planned:
     case: Case
-    # Compiling takes longer than everything else, and this kind the longest.
-    max_autotune: bool = True
+    without: frozenset[str] = frozenset()  # implementations
 
 
 def chosen(names: tuple[str, ...]) -> dict[str, Op]:
@@ -39,15 +43,23 @@ def cpu_plan() -> Iterator[Planned]:
 
 
 def gpu_plan() -> Iterator[Planned]:
-    """Everything at the training size, then some of it over all sizes, all with v_ref."""
-    ref = (True,)
+    """Everything at the training size, then some of it over all sizes, all with v_ref: about five minutes."""
+    ref, sizes = (True,), list(SIZES)
     kernels, swept = chosen(tuple(KERNELS)), chosen(SWEPT)
-    yield from map(Planned, cases(OPS, [TRAINING], ["bf16"], ref))
-    yield from map(Planned, cases(kernels, [LARGE, BEYOND], ["bf16", "fp32"], ref))
-    yield from map(Planned, cases(swept, [LARGE], ["bf16", "fp32"], ref))
-    yield from map(Planned, cases(kernels, list(SIZES), ["bf16", "fp32"], ref))
+    others = {name: op for name, op in OPS.items() if name not in kernels | swept}
+
+    def planned(ops: dict[str, Op], shapes: list[Shape], dtype: str, without: frozenset[str]) -> Iterator[Planned]:
+        for case in cases(ops, shapes, [dtype], ref):
+            yield Planned(case, without)
+
+    yield from planned(swept | kernels, [TRAINING], "bf16", frozenset())
     for dtype in ("bf16", "fp32"):
-        for shape in reversed(SIZES):
-            for case in cases(swept, [shape], [dtype], ref):
-                yield Planned(case, max_autotune=False)
-    yield from map(Planned, cases(kernels | swept, [TRAINING], ["fp32"], ref))
+        yield from planned(kernels, [LARGE, BEYOND], dtype, frozenset())
+    yield from planned(swept, [LARGE], "bf16", frozenset())
+    yield from planned(others, [TRAINING], "bf16", TUNED)
+    yield from planned(swept, [TRAINING, LARGE], "fp32", TUNED)
+    for dtype in ("bf16", "fp32"):
+        yield from planned(kernels, sizes, dtype, frozenset())
+    yield from planned(swept, sizes, "fp32", COMPILED)
+    yield from planned(swept, sizes, "bf16", TUNED)
+    yield from planned(kernels, [TRAINING], "fp32", frozenset())

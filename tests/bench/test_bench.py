@@ -160,6 +160,7 @@ def test_half_precision_limits_allow_one_rounding() -> None:
 
 def test_plans_cover_what_they_say() -> None:
     assert len(list(plans.cpu_plan())) == 12
+    assert set(OPS["advantage_flow_loss"].implementations(torch.device("cuda"))) >= plans.COMPILED
     planned = [each.case for each in plans.gpu_plan()]
     assert len(planned) == len(set(planned))
     assert {case.op for case in planned if case.shape == (8, 16, 64, 64) and case.dtype == "bf16"} == set(OPS)
