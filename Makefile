@@ -1,4 +1,5 @@
 # make demo: post-train the embedded world; make test: everything CI checks. Each sets up .venv by itself.
+# make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Waiting OpenMP threads must not spin: two cores are soon shared with something else.
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test setup lint bench clean
+.PHONY: demo test setup lint bench gpu-check clean
 
 demo: setup
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
@@ -37,6 +38,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+gpu-check:
+	PYTHON="$(PYTHON)" bench/gpu.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench import memory, report, timing
-from bench.registry import DTYPES, OPS, Arguments, Case, cases, parse_shapes
+from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
+from bench.registry import COPY, OURS, cases, latent_bytes, parse_shapes
 
 
 def progress(text: str) -> None:
@@ -24,32 +25,41 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
 
 
-def measure(case: Case, device: torch.device, rounds: int, only: list[str] | None) -> dict[str, Any]:
-    op = OPS[case.op]
+def measure(planned: Planned, device: torch.device, rounds: int, only: list[str] | None) -> dict[str, Any]:
+    case, op = planned.case, OPS[planned.case.op]
     bytes_moved = op.bytes_moved(case)
-    gradient_bytes = torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
-    sets = timing.input_sets(bytes_moved // 2, timing.cache_bytes(device))
-    arguments: list[Arguments] = [op.arguments(case, device, seed) for seed in range(sets)]
+    first = op.arguments(case, device, 0)
+    sets = timing.input_sets(first.bytes, timing.cache_bytes(device))
+    arguments = [first, *(op.arguments(case, device, seed) for seed in range(1, sets))]
+    truth = op.truth(first)
 
     rows: list[report.Row] = []
     calls: dict[str, list[timing.Call]] = {}
-    for name, implementation in op.implementations().items():
-        if only is not None and name not in only:
-            continue
+    implementations = op.implementations(device)
+    wanted = [name for name in implementations if name not in planned.without and (only is None or name in only)]
+    for name in wanted:
+        implementation = implementations[name]
         progress(f"  {name}: first call, correctness, memory")
-        variants: list[timing.Call] = [functools.partial(implementation, each) for each in arguments]
+        variants: list[timing.Call] = [functools.partial(implementation.run, each) for each in arguments]
         try:
-            check = op.check(case, arguments[0], implementation(arguments[0]))
+            check = op.check(case, first, truth, implementation.run(first), implementation.standard)
             row: report.Row = {"implementation": name, "check": asdict(check) | {"green": check.green}}
             row["peak_extra_bytes"] = memory.peak_extra_bytes(variants[0], device)
             calls[name] = variants
         except Exception as error:  # A baseline that cannot run on this machine must not hide the others.
             row = {"implementation": name, "check": {"green": False}, "error": first_line(error)}
         rows.append(row)
+    del truth
+    if only is None or COPY in only:
+        rows.append({"implementation": COPY, "check": {"green": True}, "peak_extra_bytes": 0})
+        calls[COPY] = timing.copies(bytes_moved, sets, device)
 
     progress(f"  timing {len(calls)} implementations in turn, {rounds} rounds over {sets} input sets")
     times = timing.round_robin(calls, device, rounds)
-    graph_times = graph_replays(calls, device, rounds) if device.type == "cuda" else {}
+    graph_times = {}
+    if device.type == "cuda":
+        capturable = {name: each for name, each in calls.items() if name == COPY or implementations[name].capturable}
+        graph_times = graph_replays(capturable, device, rounds)
     for row in rows:
         name = row["implementation"]
         row["times"] = times[name].to_json() if name in times else None
@@ -57,7 +67,7 @@ def measure(case: Case, device: torch.device, rounds: int, only: list[str] | Non
     return {
         "case": asdict(case) | {"name": case.name},
         "bytes_moved": bytes_moved,
-        "gradient_bytes": gradient_bytes,
+        "gradient_bytes": latent_bytes(case),
         "input_sets": sets,
         "implementations": rows,
         "ours_is_faster_than": {row["implementation"]: report.speedup(rows, row["implementation"]) for row in rows},
@@ -95,70 +105,85 @@ def shape_list(text: str) -> list[tuple[int, ...]]:
 
 
 def parser() -> argparse.ArgumentParser:
+    everything = list(OPS)
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    p.add_argument("--ops", type=choice_list(list(OPS)), default=list(OPS), help="comma-separated; default all")
+    p.add_argument("--ops", type=choice_list(everything), help=f"comma-separated, of {', '.join(everything)}")
     p.add_argument("--shapes", type=shape_list, help="as 8x16x64x64,8x1024x64; default each op's own")
-    p.add_argument("--dtypes", type=choice_list(list(DTYPES)), default=["fp32", "bf16"], help="fp32,fp16,bf16")
-    p.add_argument("--ref", choices=["both", "with", "without"], default="both", help="with or without v_ref")
+    p.add_argument("--dtypes", type=choice_list(["fp32", "fp16", "bf16"]), help="default fp32,bf16")
+    p.add_argument("--ref", choices=["both", "with", "without"], help="with or without v_ref; default both")
     p.add_argument("--only", type=lambda text: text.split(","), help="implementations, as ours,eager")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
     p.add_argument("--rounds", type=int, help="timed rounds; default 50")
     p.add_argument("--quick", action="store_true", help="one shape, fp32, 15 rounds: does it work at all?")
-    p.add_argument("--json", type=Path, metavar="OUT", help="write everything measured here")
+    p.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further case after this time")
+    p.add_argument("--json", type=Path, metavar="OUT", help="write everything measured here, after every case")
     return p
 
 
+def plan(options: argparse.Namespace, device: torch.device) -> list[Planned]:
+    """What was asked for, or the device's own plan where nothing was."""
+    if not (options.ops or options.shapes or options.dtypes or options.ref or options.quick):
+        return list(gpu_plan() if device.type == "cuda" else cpu_plan())
+    ops = chosen(tuple(options.ops or ["advantage_flow_loss"]))
+    shapes, dtypes = options.shapes, options.dtypes or ["fp32", "bf16"]
+    refs = {"both": (False, True), "with": (True,), "without": (False,)}[options.ref or "both"]
+    if options.quick:
+        shapes, dtypes, refs = shapes or [(8, 16, 64, 64)], dtypes[:1], refs[:1]
+    return [Planned(case) for case in cases(ops, shapes, dtypes, refs)]
+
+
+def headline(environment: dict[str, Any], bandwidth: float) -> str:
+    cpu = f"{environment['cpu']}, {environment['threads']} threads"
+    where = environment["gpu"]["name"] if environment["gpu"] else cpu
+    return f"{where}; torch {environment['torch']}; commit {environment['commit']}; copy {bandwidth / 1e9:.1f} GB/s"
+
+
 def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
     options = parser().parse_args(argv)
-    known = {name for op in options.ops for name in OPS[op].implementations()}
-    if options.only is not None and not known.issuperset(options.only):
-        parser().error(f"--only {','.join(options.only)}: choose from {', '.join(sorted(known))}")
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
+    planned = plan(options, device)
+    known = {COPY} | {name for each in planned for name in OPS[each.case.op].implementations(device)}
+    if options.only is not None and not known.issuperset(options.only):
+        parser().error(f"--only {','.join(options.only)}: choose from {', '.join(sorted(known))}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rounds = options.rounds or (15 if options.quick else 50)
-    refs = {"both": [False, True], "with": [True], "without": [False]}[options.ref]
-    shapes, dtypes = options.shapes, options.dtypes
-    if options.quick:
-        shapes, dtypes, refs = shapes or [(8, 16, 64, 64)], dtypes[:1], refs[:1]
 
     environment = report.environment(device)
     progress("measuring copy bandwidth")
     bandwidth = timing.copy_bandwidth(device)
-    where = (
-        environment["gpu"]["name"] if environment["gpu"] else f"{environment['cpu']}, {environment['threads']} threads"
-    )
-    print(f"{where}; torch {environment['torch']}; commit {environment['commit']}; copy {bandwidth / 1e9:.1f} GB/s")
+    print(headline(environment, bandwidth))
     if not environment["native"]:
         print("advflow_ext has no compiled code for this device: 'ours' is the reference here")
 
-    results = []
-    for case in cases(options.ops, shapes, dtypes, refs):
-        progress(case.name)
+    document: dict[str, Any] = {
+        "environment": environment,
+        "copy_bytes_per_second": bandwidth,
+        "rounds": rounds,
+        "left_out": [each.case.name for each in planned],
+        "results": [],
+    }
+    for each in planned:
+        if options.limit is not None and time.monotonic() - began > options.limit:
+            break
+        progress(each.case.name)
         # Compiled code of earlier cases would otherwise count against the limit on recompilations.
         torch.compiler.reset()
-        result = measure(case, device, rounds, options.only)
-        results.append(result)
-        print()
-        print(
-            report.table(
-                case.name, result["implementations"], result["bytes_moved"], result["gradient_bytes"], bandwidth
-            ),
-            flush=True,
-        )
+        result = measure(each, device, rounds, options.only)
+        document["results"].append(result)
+        document["left_out"].remove(each.case.name)
+        if options.json is not None:
+            report.write(document, options.json)
+        print(f"\n{report.table(result, bandwidth)}", flush=True)
+    if document["left_out"]:
+        print(f"\nleft out after {options.limit:g} s: {', '.join(document['left_out'])}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "environment": environment,
-            "copy_bytes_per_second": bandwidth,
-            "rounds": rounds,
-            "results": results,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        report.write(document, options.json)
         progress(f"wrote {options.json}")
-    ours = [row for result in results for row in result["implementations"] if row["implementation"] == "ours"]
+    ours = [row for result in document["results"] for row in result["implementations"] if row["implementation"] == OURS]
     return 0 if all(row["check"]["green"] for row in ours) else 1
 
 

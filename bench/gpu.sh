@@ -1,33 +1,104 @@
 #!/usr/bin/env bash
 # Everything worth asking a GPU, in one command, on a machine that has torch, nvcc, pytest and hypothesis but no network:
-# build in place, run the tests that need torch alone (the gpu ones among them), run the bench.
+# build in place, the GPU tests, the same under compute-sanitizer, the bench, table and plots. Under 10 minutes.
 #
-#   bench/gpu.sh                  logs and JSON under bench/results/gpu
-#   OUT=somewhere bench/gpu.sh    ... or under $OUT
+#   make gpu-check PYTHON=python3      with the interpreter that has torch; nothing is installed
+#   OUT=somewhere make gpu-check       results there instead of bench/results/<name of the GPU>
+#   ADVFLOW_COMMIT=abc make gpu-check  what the results say was measured, in a copy without .git
 #
-# A failing step does not stop the later ones, since GPU time is dear; the exit status tells.
+# Without a CUDA device it runs what can be run there into a scratch folder, and says so. A failing step does not stop
+# the later ones, since GPU time is dear; the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out="${OUT:-bench/results/gpu}"
 python="${PYTHON:-python3}"
+total=590 # seconds, of all steps together
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-mkdir -p "$out"
 status=0
 
+# step NAME SECONDS COMMAND...: its output to the screen and to NAME.log; stopped after SECONDS.
 step() {
-  local name="$1"
-  shift
+  local name="$1" limit="$2" began=$SECONDS code
+  shift 2
   echo "== $name"
-  if ! "$@" 2>&1 | tee "$out/$name.log"; then
-    echo "== $name FAILED"
-    status=1
-  fi
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) echo "== $name: $((SECONDS - began)) s" ;;
+    124 | 137) echo "== $name FAILED: stopped after its $limit s" ;;
+    *) echo "== $name FAILED: exit status $code" ;;
+  esac
+  return "$code"
 }
 
-step device "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)'
-step build env ADVFLOW_CUDA=1 "$python" setup.py build_ext --inplace
-step info "$python" -m advflow_ext.info
-step tests "$python" -m pytest tests --ignore=tests/trainer -q -ra --durations=10
-step bench "$python" -m bench --device cuda --json "$out/bench.json"
+# The same in the background, its output in the log alone.
+background() {
+  step "$@" >"$out/$1.status" 2>&1 &
+  jobs+=($!)
+  names+=("$1")
+}
+
+collect() {
+  local i
+  for i in "${!jobs[@]}"; do
+    wait "${jobs[$i]}" || status=1
+    tail -n 4 "$out/${names[$i]}.log"
+    tail -n 1 "$out/${names[$i]}.status"
+    rm "$out/${names[$i]}.status"
+  done
+  jobs=() names=()
+}
+jobs=() names=()
+
+gpu_part() {
+  out="${OUT:-bench/results/$("$python" -c 'import torch; from bench.report import slug; print(slug(torch.cuda.get_device_name()))')}"
+  mkdir -p "$out"
+  step build 140 env ADVFLOW_CUDA=1 "$python" setup.py build_ext --inplace || status=1
+  step environment 30 "$python" -m bench.report "$out/environment.json" || status=1
+  step info 30 "$python" -m advflow_ext.info || status=1
+
+  # Tests and sanitizers share the device; what is timed has it alone.
+  local shards=8 i tool limit=$((total - SECONDS - 260))
+  for ((i = 0; i < shards; i++)); do
+    background "tests-$i" "$limit" "$python" -m pytest -m gpu -q -ra --durations=5 -p no:cacheprovider \
+      $(ls tests/bench/test_*.py tests/kernels/test_*.py tests/ops/test_*.py | awk "NR % $shards == $i")
+  done
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+      # Without the caching allocator every tensor is an allocation of its own, whose ends the sanitizer can see.
+      background "sanitizer-$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_every_op_gpu.py -k test_small
+    done
+  else
+    echo "== compute-sanitizer is not on PATH: memcheck, racecheck, initcheck and synccheck were left out" |
+      tee "$out/sanitizer.log"
+  fi
+  collect
+
+  limit=$((total - SECONDS - 25))
+  step bench "$limit" "$python" -m bench --device cuda --limit $((limit - 45)) --json "$out/bench.json" || status=1
+  step render 25 "$python" -m bench.render "$out/bench.json" --out "$out" || status=1
+  echo "results: $out"
+}
+
+cpu_part() {
+  out="${OUT:-$(mktemp -d)}"
+  mkdir -p "$out"
+  "$python" -c 'import sys; from advflow_ext import _native; sys.exit(_native.module is None)' 2>/dev/null ||
+    step build 900 "$python" setup.py build_ext --inplace || status=1
+  step environment 30 "$python" -m bench.report "$out/environment.json" || status=1
+  step info 30 "$python" -m advflow_ext.info || status=1
+  step tests 900 "$python" -m pytest tests --ignore=tests/trainer -m "not gpu and not slow" -q || status=1
+  step bench 300 "$python" -m bench --device cpu --quick --json "$out/bench.json" || status=1
+  step render 60 "$python" -m bench.render "$out/bench.json" --out "$out" || status=1
+  echo "logs: $out"
+  echo "No GPU was found: this was the CPU part alone, and nothing on a GPU was checked."
+}
+
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  gpu_part
+else
+  cpu_part
+fi
 exit "$status"

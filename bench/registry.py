@@ -3,162 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-import advflow_ext as af
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OURS = "ours"
+OURS, COPY, MAX_AUTOTUNE = "ours", "copy", "compile max-autotune"
 
-Arguments = dict[str, Any]
-Result = tuple[Tensor, Tensor]  # loss, gradient
-Implementation = Callable[[Arguments], Result]
+# What errors are allowed on top of one rounding. A compiler may sum a sample's elements one after the other. Trainers
+# subtract fp32 log-probabilities and mix velocities in half precision: theirs show that the formula is the same.
+STANDARDS = {"ours": 1e-6, "baseline": 1e-5, "public": 1e-4}
+
+Shape = tuple[int, ...]
+Result = tuple[Tensor, Tensor]  # numbers a sample (or the loss they become), tensor of the latents' shape; may be empty
 
 
 @dataclass(frozen=True)
 class Case:
     op: str
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
-    with_ref: bool
+    with_ref: bool | None  # None: the op knows no v_ref
 
     @property
     def name(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{self.op} {shape} {self.dtype} {'with' if self.with_ref else 'no'} v_ref"
+        ref = {None: "", True: " with v_ref", False: " no v_ref"}[self.with_ref]
+        return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype}{ref}"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """``call`` is what our function takes; ``public`` what a public trainer holds instead, of the same transition."""
+
+    call: dict[str, Any]
+    public: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self.call.values() if isinstance(value, Tensor))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    run: Callable[[Arguments], Result]
+    standard: str = "baseline"  # of exactness, one of STANDARDS
+    capturable: bool = True  # in a CUDA graph; what reads a number back on the host is not
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The float64 answer for the same rounded inputs."""
+
+    numbers: Tensor
+    size: Tensor  # mean magnitude of what was added up for the numbers, which may cancel
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """Errors against fp64 on the same rounded inputs, and what is allowed."""
+
+    numbers_error: float  # relative to the mean magnitude of what is added up for them
+    latents_error: float  # ||x - exact|| / ||exact||: of the gradient, or of the sampler's next x
+    numbers_limit: float
+    latents_limit: float
+
+    @property
+    def green(self) -> bool:
+        # Written so that NaN is red.
+        return self.numbers_error <= self.numbers_limit and self.latents_error <= self.latents_limit
 
 
 class Op(Protocol):
-    default_shapes: list[tuple[int, ...]]
+    @property
+    def shapes(self) -> list[Shape]:
+        """Measured where none are asked for."""
+
+    @property
+    def refs(self) -> tuple[bool | None, ...]: ...
 
     def arguments(self, case: Case, device: torch.device, seed: int) -> Arguments: ...
 
     def bytes_moved(self, case: Case) -> int: ...
 
-    def implementations(self) -> dict[str, Implementation]: ...
+    def implementations(self, device: torch.device) -> dict[str, Implementation]: ...
 
-    def check(self, case: Case, arguments: Arguments, result: Result) -> Check: ...
+    def truth(self, arguments: Arguments) -> Truth: ...
 
-
-@dataclass(frozen=True)
-class Check:
-    """Errors against fp64 on the same rounded inputs."""
-
-    loss_error: float  # relative to the mean magnitude of the samples' losses, which may cancel
-    grad_error: float  # ||grad - exact|| / ||exact||
-    limit: float
-
-    @property
-    def green(self) -> bool:
-        # Written so that NaN is red.
-        return self.loss_error <= 1e-6 and self.grad_error <= self.limit
+    def check(self, case: Case, arguments: Arguments, truth: Truth, result: Result, standard: str) -> Check: ...
 
 
-def gradient_limit(dtype: torch.dtype) -> float:
-    """What one rounding to ``dtype`` may cost at most, on top of 1e-6 for fp32 arithmetic."""
-    return 1e-6 + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+def limits(dtype: torch.dtype, standard: str) -> tuple[float, float]:
+    """For numbers and for latents, which are rounded to ``dtype``."""
+    allowed = STANDARDS[standard]
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    if standard == "public":
+        return allowed + 4 * rounding, allowed + 4 * rounding
+    return allowed, allowed + rounding
 
 
-def plain_loss(
-    v: Tensor,
-    x0: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    advantages: Tensor,
-    *,
-    v_old: Tensor,
-    v_ref: Tensor | None,
-    gamma: float,
-    lam: float,
-) -> Tensor:
-    """The loss as a trainer would write it: no checks, no metrics, no care for non-finite samples."""
-
-    def deviation(anchor: Tensor) -> Tensor:
-        return (v.float() - anchor).square().flatten(1).mean(1)
-
-    loss = advantages * deviation(noise.float() - x0.float()) + gamma * deviation(v_old.float())
-    if v_ref is not None:
-        loss = loss + lam * deviation(v_ref.float())
-    return (t.square() * loss).mean()
+def compare(dtype: torch.dtype, truth: Truth, result: Result, standard: str) -> Check:
+    numbers, latents = (tensor.detach().double() for tensor in result)
+    error = (latents - truth.latents).norm() / truth.latents.norm().clamp(min=1e-300)
+    largest = (numbers - truth.numbers).abs().amax() if numbers.numel() else numbers.new_zeros(())
+    return Check(float(largest / truth.size), float(error), *limits(dtype, standard))
 
 
-class AdvantageFlowLoss:
-    """Forward and backward of ``advantage_flow_loss`` with the gradient of v alone."""
-
-    default_shapes = [(8, 16, 64, 64), (9, 16, 64, 64), (8, 1024, 64)]
-
-    def arguments(self, case: Case, device: torch.device, seed: int) -> Arguments:
-        generator = torch.Generator().manual_seed(seed)
-
-        def latent() -> Tensor:
-            return torch.randn(case.shape, generator=generator).to(device, DTYPES[case.dtype])
-
-        batch = case.shape[0]
-        return {
-            "v": latent().requires_grad_(),
-            "x0": latent(),
-            "noise": latent(),
-            "t": (0.05 + 0.95 * torch.rand(batch, generator=generator)).to(device),
-            "advantages": torch.randn(batch, generator=generator).clamp(-1, 1).to(device),
-            "v_old": latent(),
-            "v_ref": latent() if case.with_ref else None,
-            "gamma": 1.1,
-            "lam": 1e-3,
-        }
-
-    def bytes_moved(self, case: Case) -> int:
-        """Every input read once for the loss and once for the gradient, the gradient written once."""
-        inputs = 5 if case.with_ref else 4
-        return (2 * inputs + 1) * torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
-
-    def implementations(self) -> dict[str, Implementation]:
-        def with_gradient(loss: Callable[..., Tensor]) -> Implementation:
-            def run(arguments: Arguments) -> Result:
-                value = loss(**arguments)
-                (grad,) = torch.autograd.grad(value, arguments["v"])
-                return value.detach(), grad
-
-            return run
-
-        def ours(**arguments: Any) -> Tensor:
-            return af.advantage_flow_loss(**arguments).loss
-
-        def reference(**arguments: Any) -> Tensor:
-            return af.reference.advantage_flow_loss(**arguments).loss
-
-        return {
-            OURS: with_gradient(ours),
-            "eager": with_gradient(reference),
-            "compile": with_gradient(torch.compile(reference, dynamic=False)),
-            "plain eager": with_gradient(plain_loss),
-            "plain compile": with_gradient(torch.compile(plain_loss, dynamic=False)),
-        }
-
-    def check(self, case: Case, arguments: Arguments, result: Result) -> Check:
-        exact_arguments: Arguments = {
-            name: value.detach().cpu().double() if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-        exact_arguments["v"].requires_grad_()
-        losses = af.reference.advantage_flow_loss(**exact_arguments, reduction="none").loss
-        (exact_grad,) = torch.autograd.grad(losses.mean(), exact_arguments["v"])
-        losses = losses.detach()
-        loss, grad = (tensor.detach().cpu().double() for tensor in result)
-        return Check(
-            loss_error=float((loss - losses.mean()).abs() / losses.abs().mean()),
-            grad_error=float((grad - exact_grad).norm() / exact_grad.norm()),
-            limit=gradient_limit(DTYPES[case.dtype]),
-        )
+def elements(case: Case) -> int:
+    return torch.Size(case.shape).numel()
 
 
-OPS: dict[str, Op] = {"advantage_flow_loss": AdvantageFlowLoss()}
+def latent_bytes(case: Case) -> int:
+    return elements(case) * DTYPES[case.dtype].itemsize
 
 
-def parse_shapes(text: str) -> list[tuple[int, ...]]:
+def parse_shapes(text: str) -> list[Shape]:
     """``"8x16x64x64,8x1024x64"`` -> [(8, 16, 64, 64), (8, 1024, 64)]."""
     shapes = []
     for item in text.split(","):
@@ -172,9 +133,10 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
     return shapes
 
 
-def cases(ops: list[str], shapes: list[tuple[int, ...]] | None, dtypes: list[str], refs: list[bool]) -> Iterator[Case]:
-    for op in ops:
-        for shape in shapes or OPS[op].default_shapes:
+def cases(ops: dict[str, Op], shapes: list[Shape] | None, dtypes: list[str], refs: tuple[bool, ...]) -> Iterator[Case]:
+    """All combinations; an op that knows no v_ref is measured once whatever ``refs``."""
+    for name, op in ops.items():
+        for shape in shapes or op.shapes:
             for dtype in dtypes:
-                for with_ref in refs:
-                    yield Case(op, shape, dtype, with_ref)
+                for with_ref in op.refs if op.refs == (None,) else refs:
+                    yield Case(name, shape, dtype, with_ref)

@@ -1,11 +1,18 @@
-"""From measurements to a table for people and a JSON for machines."""
+"""From measurements to a table for people and a JSON for machines.
+
+``python -m bench.report FILE`` writes what is known of the machine alone.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+import re
 import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with ``+changes`` when the tree had any, or ``unknown`` outside git."""
+    """The commit measured, with ``+changes`` when the tree had any; outside git what ADVFLOW_COMMIT says."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -37,7 +44,29 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ADVFLOW_COMMIT", "unknown")
+
+
+def slug(name: str) -> str:
+    """``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def nvidia_smi(*fields: str) -> dict[str, str]:
+    """What the driver says of the first device; empty where nvidia-smi is missing or refuses."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, map(str.strip, answer.strip().split(",")), strict=False))
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -49,6 +78,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "driver": nvidia_smi("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory"),
         }
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -63,6 +94,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": installed("triton"),
+        "build": _native.build_info(),
         "advflow_ext": af.__version__,
         # False: "ours" is the reference itself, and its row measures nothing new.
         "native": _native.serves(torch.empty(1, device=device)),
@@ -80,23 +113,30 @@ def speedup(rows: list[Row], name: str, clock: str = "times") -> float | None:
     return float(other[clock]["median"] / ours[clock]["median"])
 
 
-def table(case_name: str, rows: list[Row], bytes_moved: int, gradient_bytes: int, copy_bandwidth: float) -> str:
-    graphs = any(row.get("graph_times") for row in rows)
-    clock = "graph_times" if graphs else "times"
-    header = f"{'':14} {'correct':>9} {'median':>9} {'q20..q80 (ms)':>17} {'GB/s':>7} {'of copy':>7} {'memory':>7}"
-    lines = [case_name, header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
+def clock_of(rows: list[Row]) -> str:
+    """Where graphs were replayed, they time the device and not the host."""
+    return "graph_times" if any(row.get("graph_times") for row in rows) else "times"
+
+
+def table(result: dict[str, Any], copy_bandwidth: float) -> str:
+    """One case of a report for a terminal."""
+    rows, bytes_moved, latent = result["implementations"], result["bytes_moved"], result["gradient_bytes"]
+    clock = clock_of(rows)
+    graphs = clock == "graph_times"
+    header = f"{'':20} {'correct':>9} {'median':>9} {'q20..q80 (ms)':>17} {'GB/s':>7} {'of copy':>7} {'memory':>7}"
+    lines = [result["case"]["name"], header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
     for row in rows:
         check = row["check"]
         if row.get("error"):
-            lines.append(f"{row['implementation']:14} failed: {row['error']}")
+            lines.append(f"{row['implementation']:20} failed: {row['error']}")
             continue
         times = row["times"]
-        line = f"{row['implementation']:14} {'yes' if check['green'] else 'NO':>9} {1e3 * times['median']:9.3f}"
+        line = f"{row['implementation']:20} {'yes' if check['green'] else 'NO':>9} {1e3 * times['median']:9.3f}"
         line += f" {1e3 * times['q20']:8.3f}..{1e3 * times['q80']:7.3f}"
         seconds = (row.get(clock) or times)["median"]
         rate = bytes_moved / seconds
         line += f" {rate / 1e9:7.1f} {100 * rate / copy_bandwidth:6.0f}%"
-        line += f" {row['peak_extra_bytes'] / gradient_bytes:6.2f}g"
+        line += f" {row['peak_extra_bytes'] / latent:6.2f}g"
         if graphs:
             line += f" {1e3 * row['graph_times']['median']:9.4f}" if row.get("graph_times") else f" {'-':>9}"
         if row["implementation"] != OURS:
@@ -106,7 +146,21 @@ def table(case_name: str, rows: list[Row], bytes_moved: int, gradient_bytes: int
         lines.append(line)
         if not check["green"]:
             lines.append(
-                f"{'':14} loss error {check['loss_error']:.2e}, gradient error {check['grad_error']:.2e},"
-                f" allowed {check['limit']:.2e}"
+                f"{'':20} numbers off by {check['numbers_error']:.2e} of {check['numbers_limit']:.2e} allowed,"
+                f" latents by {check['latents_error']:.2e} of {check['latents_limit']:.2e}"
             )
     return "\n".join(lines)
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Whole or not at all, so that a run that is cut short leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    described = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(json.dumps(described, indent=1))
+    write(described, Path(sys.argv[1]))

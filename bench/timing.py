@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -42,7 +43,7 @@ def summarise(samples: Sequence[float]) -> Times:
     return Times(quantile(ordered, 0.2), quantile(ordered, 0.5), quantile(ordered, 0.8), len(ordered))
 
 
-def input_sets(bytes_per_set: int, cache_bytes: int, most: int = 48) -> int:
+def input_sets(bytes_per_set: int, cache_bytes: int, most: int = 256) -> int:
     """How many inputs to rotate through so that none is still in the last-level cache when its turn comes."""
     return max(2, min(most, math.ceil(2 * cache_bytes / max(bytes_per_set, 1)) + 1))
 
@@ -99,6 +100,12 @@ def captured(calls: Sequence[Call]) -> Call:
         for call in calls:
             call()
     return graph.replay
+
+
+def copies(bytes_moved: int, sets: int, device: torch.device) -> list[Call]:
+    """A plain copy that reads and writes ``bytes_moved`` together, in as many variants as the work it stands beside."""
+    buffers = [torch.zeros(2, max(bytes_moved // 2, 1), dtype=torch.uint8, device=device).unbind() for _ in range(sets)]
+    return [functools.partial(target.copy_, source) for target, source in buffers]
 
 
 def per_call(times: Times, calls: int) -> Times:

@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 from advflow_ext.ops import _outputs
 
+# Deterministic algorithms, which poisoned_memory switches on, need this of cuBLAS, before its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # The same examples in every run: a red test on one machine is red on all.
 settings.register_profile(
     "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -25,7 +28,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         import triton  # noqa: F401
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Marked, so that "-m gpu" is all that a GPU can be asked.
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from advflow_ext import _native
-from bench import exactness
-from bench.exactness import LIMITS, METHODS, OURS, TARGETS, find
+
+pytest.importorskip("matplotlib", reason="bench.exactness draws with matplotlib")
+from bench import exactness  # noqa: E402
+from bench.exactness import LIMITS, METHODS, OURS, TARGETS, find  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -39,6 +39,14 @@ def kernels_serve_here() -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU the kernels run on it, so that "-m gpu" has to find these tests."""
+    here = str(Path(__file__).parent)
+    for item in items:
+        if torch.cuda.is_available() and str(item.path).startswith(here):
+            item.add_marker(pytest.mark.gpu)
+
+
 def to_nearest_bfloat16(data: np.ndarray) -> np.ndarray:
     """The bits of float32 `data` rounded to bfloat16 as GPUs do; the interpreter itself cuts them off."""
     bits = np.ascontiguousarray(data).view(np.uint32)

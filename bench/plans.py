@@ -1,0 +1,65 @@
+"""Which cases are measured where nobody asks for others, the most wanted first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.kernels import KERNELS, SdeStep
+from bench.losses import LOSSES, TRAINING
+from bench.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
+
+OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS}
+
+SWEPT = ("advantage_flow_loss", "flow_grpo_loss", "sde_step")
+LARGE: Shape = (256, 16, 64, 64)
+SIZES: tuple[Shape, ...] = (
+    *((batch, 16, 64, 64) for batch in (1, 16, 32, 64, 128)),
+    (64, 16, 128, 128),
+    (1, 16, 21, 90, 160),  # a video
+)
+BEYOND: Shape = (512, 16, 64, 64)  # where one read of a kernel's tensors in half precision passes 256 MB
+
+
+# Compiling takes longer than everything else, and the kind that tries variants the longest.
+TUNED = frozenset({MAX_AUTOTUNE})
+COMPILED = TUNED | {"compile", "plain compile"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    case: Case
+    without: frozenset[str] = frozenset()  # implementations
+
+
+def chosen(names: tuple[str, ...]) -> dict[str, Op]:
+    return {name: OPS[name] for name in names}
+
+
+def cpu_plan() -> Iterator[Planned]:
+    """One loss in its three shapes: minutes on two cores."""
+    for case in cases(chosen(("advantage_flow_loss",)), None, ["fp32", "bf16"], (False, True)):
+        yield Planned(case)
+
+
+def gpu_plan() -> Iterator[Planned]:
+    """Everything at the training size, then some of it over all sizes, all with v_ref: about five minutes."""
+    ref, sizes = (True,), list(SIZES)
+    kernels, swept = chosen(tuple(KERNELS)), chosen(SWEPT)
+    others = {name: op for name, op in OPS.items() if name not in kernels | swept}
+
+    def planned(ops: dict[str, Op], shapes: list[Shape], dtype: str, without: frozenset[str]) -> Iterator[Planned]:
+        for case in cases(ops, shapes, [dtype], ref):
+            yield Planned(case, without)
+
+    yield from planned(swept | kernels, [TRAINING], "bf16", frozenset())
+    for dtype in ("bf16", "fp32"):
+        yield from planned(kernels, [LARGE, BEYOND], dtype, frozenset())
+    yield from planned(swept, [LARGE], "bf16", frozenset())
+    yield from planned(others, [TRAINING], "bf16", TUNED)
+    yield from planned(swept, [TRAINING, LARGE], "fp32", TUNED)
+    for dtype in ("bf16", "fp32"):
+        yield from planned(kernels, sizes, dtype, frozenset())
+    yield from planned(swept, sizes, "fp32", COMPILED)
+    yield from planned(swept, sizes, "bf16", TUNED)
+    yield from planned(kernels, [TRAINING], "fp32", frozenset())
