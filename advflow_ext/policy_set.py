@@ -144,6 +144,8 @@ class PolicySet:
         adapter = self._adapter(policy)
         if adapter is None:
             return "It is the base, which has nothing to merge."
+        if not self._merged_bytes:
+            return "merged_bytes is 0."
         if reason := next(filter(None, (merge_obstacle(layer, adapter) for layer in self._layers)), None):
             return reason
         size = self._size(adapter)
@@ -228,10 +230,11 @@ class PolicySet:
 
     def _merged_weights(self, policy: str, adapter: str) -> list[nn.Parameter] | None:
         """The policy's merged weights, of every layer; None where it runs unmerged."""
-        stamps, held = self._stamps(adapter), self._cache.pop(adapter, None)
+        held = self._cache.pop(adapter, None)
+        if held is None and self.obstacle(policy) is not None:
+            return None
+        stamps = self._stamps(adapter)
         if held is None or held.stamps != stamps:
-            if self.obstacle(policy) is not None:
-                return None
             size = self._size(adapter)
             while self._cache and sum(other.size for other in self._cache.values()) + size > self._merged_bytes:
                 self._cache.popitem(last=False)
@@ -257,12 +260,15 @@ class PolicySet:
         return weights
 
     def _stamps(self, adapter: str) -> list[object]:
+        """Differ as soon as the merged weights would. Past nn.Module.__getattr__, as this is asked at every switch."""
         stamps: list[object] = []
         for layer in self._layers:
-            stamps.append(stamp(layer.base_layer.weight))
-            if adapter in layer.lora_A:
-                matrices = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                stamps.append((layer.scaling[adapter], *map(stamp, matrices)))
+            modules = layer._modules
+            stamps.append(stamp(modules["base_layer"]._parameters["weight"]))
+            for kind in ("lora_A", "lora_B"):
+                if held := modules[kind]._modules.get(adapter):
+                    stamps.append(stamp(held._parameters["weight"]))
+            stamps.append(layer.scaling.get(adapter))
         return stamps
 
     def _point_at(self, weights: list[nn.Parameter]) -> None:

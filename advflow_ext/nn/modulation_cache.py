@@ -23,7 +23,8 @@ _active: ModulationCache | None = None
 class ModulationCache:
     """While it is on, what a model makes of a (timestep, pooled text) is computed once::
 
-        with ModulationCache(transformer):
+        cache = ModulationCache(transformer)
+        with cache:
             v_old = transformer(x, tokens, pooled, timestep)  # with the weights of one policy
             v = transformer(x, tokens, pooled, timestep)  # with those of another, the same timestep and pooled
 
@@ -32,6 +33,8 @@ class ModulationCache:
     weights, so tensors that are merely equal are computed anew. Nothing is kept where a gradient is needed, where
     adapters sit on such a layer, and inside what torch.compile compiles. While it is off, every module is the stock
     one, and nothing is held.
+
+    Going through the model takes a while, switching does not: keep the object and enter it for every batch.
 
     Arguments:
         model: one with ``time_text_embed``, such as diffusers' ``SD3Transformer2DModel``.
@@ -53,7 +56,7 @@ class ModulationCache:
             raise RuntimeError("a ModulationCache is on already; accepted is one at a time.")
         _active = self
         for module in self._modules:
-            module.__dict__["forward"] = _Remembered(self, module)
+            module.__dict__.setdefault("forward", _Remembered(self, module))
         return self
 
     def __exit__(
@@ -62,7 +65,8 @@ class ModulationCache:
         global _active
         _active = None
         for module in self._modules:
-            del module.__dict__["forward"]
+            if isinstance(module.__dict__["forward"], _Remembered):
+                del module.__dict__["forward"]
         self._results.clear()
 
     def serves(self, module: nn.Module) -> bool:
@@ -70,11 +74,13 @@ class ModulationCache:
 
     def get(self, module: nn.Module, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         """``compute()``, or what it gave the last time ``module`` met these ``inputs``."""
-        if torch.compiler.is_compiling() or any(t.requires_grad for t in (*inputs, *module.parameters())):
+        # A leaf's own dictionary, because parameters() of all AdaLN layers would take longer than what is saved.
+        weights = [w for w in module._parameters.values() if w is not None] or list(module.parameters())
+        if torch.compiler.is_compiling() or any(t.requires_grad for t in (*inputs, *weights)):
             return compute()
         device = inputs[0].device.type
         mode = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        key = (*mode, *map(stamp, inputs), *map(stamp, module.parameters()))
+        key = (*mode, *map(stamp, inputs), *map(stamp, weights))
         results = self._results.setdefault(module, OrderedDict())
         if key not in results:
             # The inputs are kept too: as long as they live, nothing else can have their identity.
@@ -113,18 +119,17 @@ class _Remembered:
 
 
 def _cacheable(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose forward may be replaced: nobody else has, no adapter is inside, and they are not compiled."""
+    """The modules whose forward may be replaced: no adapter is inside, and they are not compiled."""
     compiled = {
         inner for module in model.modules() if module._compiled_call_impl is not None for inner in module.modules()
     }
     embedding = model.time_text_embed
     assert isinstance(embedding, nn.Module)
     if not any(is_lora_layer(module) for module in embedding.modules()):
-        if embedding not in compiled and "forward" not in embedding.__dict__:
+        if embedding not in compiled:
             yield embedding
     for module in model.modules():
         silu, linear = getattr(module, "silu", None), getattr(module, "linear", None)
         if type(silu) is nn.SiLU and type(linear) is nn.Linear and not {silu, linear} & compiled:
-            if "forward" not in silu.__dict__ and "forward" not in linear.__dict__:
-                yield silu
-                yield linear
+            yield silu
+            yield linear

@@ -91,7 +91,7 @@ class LoraPolicies:
     _ADAPTERS = ("learner", "rollout")  # named after their roles
 
     def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig) -> None:
-        self._transformer, self._runtime = transformer, runtime
+        self._transformer, self._merge = transformer, runtime.merge_lora
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -114,15 +114,15 @@ class LoraPolicies:
                 rollout.requires_grad_(False)
         if runtime.compile == "regional":
             _compile_blocks(transformer)
+        self._modulation = af.nn.ModulationCache(transformer) if runtime.modulation_cache else nullcontext()
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
-        choice = self._runtime.merge_lora
-        may_merge = choice == "all" or (choice == "images" and for_images)
-        self._policies.activate(role, merged=may_merge and (for_images or not torch.is_grad_enabled()))
+        allowed = self._merge == "all" or (self._merge == "images" and for_images)
+        self._policies.activate(role, merged=allowed and (for_images or not torch.is_grad_enabled()))
         return self._transformer
 
     def shared_modulation(self) -> AbstractContextManager[object]:
-        return af.nn.ModulationCache(self._transformer) if self._runtime.modulation_cache else nullcontext()
+        return self._modulation
 
 
 def policy_velocities(

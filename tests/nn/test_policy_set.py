@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import advflow_ext as af
 from advflow_ext.nn import merged_weight
@@ -14,7 +15,12 @@ from advflow_ext.nn import merged_weight
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
 from lora_models import inputs, layer, transformer, with_adapters  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 ROLES = {"learner": "one", "rollout": "two", "reference": None}
 PLENTY = 2**30
@@ -248,6 +254,27 @@ def test_state_dicts_hold_the_base_whatever_is_in_force() -> None:
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
+def test_saved_adapters_are_interchangeable_with_peft_s() -> None:
+    model = with_adapters("one", "two")
+    stock = get_peft_model_state_dict(model, adapter_name="two")
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    with torch.no_grad(), policies.use("rollout"):
+        saved = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, adapter_name="two").items()}
+        assert saved.keys() == stock.keys()
+        other = with_adapters("a", "b", "c")
+        set_peft_model_state_dict(other, saved, adapter_name="b")
+        with af.PolicySet(other, {"base": None, "loaded": "b"}).use("loaded", merged=False):
+            with policies.use("rollout", merged=False):
+                assert torch.equal(run(model), run(other))
+        # And the other way round: what is loaded is what merged weights are made of the next time.
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other, adapter_name="c"), adapter_name="two")
+    other.enable_adapters()
+    other.set_adapter("c")
+    with torch.no_grad(), policies.use("rollout"):
+        assert policies.merged
+        torch.testing.assert_close(run(model), run(other), rtol=1e-4, atol=1e-5)
+
+
 def test_following_is_the_moving_average() -> None:
     model = with_adapters("one", "two")
     policies = af.PolicySet(model, ROLES)
@@ -323,7 +350,7 @@ def test_merged_policies_and_the_reference_share_what_was_compiled() -> None:
     torch._dynamo.reset()
     model = with_adapters("one", "two")
     policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     block, (x, tokens, temb) = model.transformer_blocks[0], (torch.randn(2, n, 32) for n in (16, 5, 1))
     compiled = torch.compile(block, backend=counter, fullgraph=True)
     with torch.no_grad():
