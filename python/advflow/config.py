@@ -489,9 +489,11 @@ class EvalConfig:
 
 @dataclass
 class RuntimeConfig:
-    """What a run does for speed. Apart from `compile`, none of it acts on a run that trains every weight.
+    """What a run does for speed. Of it, `fused` and `compile` alone act on a run that trains every weight.
 
     Args:
+        fused: run the transformer on the fused kernels of `advflow_ext.apply_to_sd3`, where there is a GPU; adapters on
+            their low-rank layers anywhere.
         merge_lora: for what a policy may run on weights its adapter is merged into, which costs nothing per forward
             pass but is rounded to the base's precision: "images" to be looked at or learnt from, but whose velocities
             no loss compares with the learner's (rollouts of the forward process, rollouts whose anchor is replayed,
@@ -502,6 +504,7 @@ class RuntimeConfig:
         compile: "regional" compiles the transformer's blocks, one by one, when they are first used.
     """
 
+    fused: bool = True
     merge_lora: Literal["images", "all", "none"] = "images"
     merged_gigabytes: float = 4.0
     modulation_cache: bool = True

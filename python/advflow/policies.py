@@ -52,6 +52,14 @@ def make_policies(
         return LoraPolicies(transformer, config, runtime)
 
 
+def _speed_up(transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> None:
+    """Fused kernels, and regional compilation of what is then left of the blocks."""
+    if runtime.fused:
+        af.apply_to_sd3(transformer)
+    if runtime.compile == "regional":
+        _compile_blocks(transformer)
+
+
 def _compile_blocks(transformer: SD3Transformer2DModel) -> None:
     """Regional compilation; diffusers' own compile_repeated_blocks has no list of SD3's blocks."""
     # Every kind of block is compiled for each policy, with and without gradients, and for some batch sizes; past the
@@ -74,9 +82,8 @@ class FullPolicies:
         self._transformers["rollout"].float()
         self.learner = list(transformer.parameters())
         self.rollout = list(self._transformers["rollout"].parameters())
-        if runtime.compile == "regional":
-            for each in self._transformers.values():
-                _compile_blocks(each)
+        for each in self._transformers.values():
+            _speed_up(each, runtime)
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
         return self._transformers[role]
@@ -112,8 +119,7 @@ class LoraPolicies:
                 rollout.data = learner.data.clone()
                 learner.requires_grad_(True)
                 rollout.requires_grad_(False)
-        if runtime.compile == "regional":
-            _compile_blocks(transformer)
+        _speed_up(transformer, runtime)
         self._modulation = af.nn.ModulationCache(transformer) if runtime.modulation_cache else nullcontext()
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 from kernel_checks import KERNEL_DEVICE, RecordedOps
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import advflow_ext as af
 from advflow_ext.integrations import _sd3_block
 from advflow_ext.testing import relative_error
+
+pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
+
+from diffusers import SD3Transformer2DModel  # noqa: E402
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0  # noqa: E402
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # noqa: E402
 
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 TARGETS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
@@ -155,6 +158,30 @@ def test_no_grad_equals_grad(model, stock):
     assert_same([out], stock[:1])
 
 
+def test_infer_mode_runs_on_merged_weights_and_gives_them_back(model, stock):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = len(model._state_dict_pre_hooks)
+    with af.apply_to_sd3(model, mode="infer") as patch, torch.no_grad():
+        assert patch.replaced["lora"] == 23
+        merged = model.transformer_blocks[1].attn.to_q.base_layer.weight
+        assert not torch.equal(merged, state["transformer_blocks.1.attn.to_q.base_layer.weight"])
+        assert_same([model(**inputs(), return_dict=False)[0]], stock[:1])
+    assert len(model._state_dict_pre_hooks) == hooks
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    for one, other in zip(run(model, inputs()), stock, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_infer_mode_leaves_two_adapters_unmerged_and_says_so():
+    two = tiny()
+    two.add_adapter(adapters(2), adapter_name="second")
+    two.set_adapter(["default", "second"])
+    expected = run(two, inputs())
+    with af.apply_to_sd3(two, mode="infer") as patch:
+        assert patch.kept == {"merged weights": "2 adapters are active, and exactly one can be merged"}
+        assert_same(run(two, inputs()), expected)
+
+
 def test_bfloat16_is_no_further_from_float64_than_stock(model):
     half, exact = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().double()
     given = inputs(torch.bfloat16)
@@ -268,14 +295,8 @@ def test_what_is_not_covered_is_kept_and_said(stock):
             "transformer_blocks.2": "feed-forward chunking is on",
         }
         assert "kept transformer_blocks.2: feed-forward chunking is on" in str(patch)
-        other.transformer_blocks[1].attn.set_processor(_sd3_processor())
+        other.transformer_blocks[1].attn.set_processor(JointAttnProcessor2_0())
         assert_same(run(other, inputs()), stock)
-
-
-def _sd3_processor() -> object:
-    from diffusers.models.attention_processor import JointAttnProcessor2_0
-
-    return JointAttnProcessor2_0()
 
 
 def test_without_triton_the_stock_blocks_run_and_the_report_says_so(model, stock, monkeypatch):
@@ -294,5 +315,9 @@ def test_bad_arguments_are_named(model):
         af.apply_to_sd3(model, verify=True)
     with pytest.raises(ValueError, match="gate is 1; accepted are True and False"):
         af.apply_to_sd3(model, gate=1)
+    with pytest.raises(ValueError, match="mode is 'fast'; accepted are 'train', 'infer'"):
+        af.apply_to_sd3(model, mode="fast")
+    with pytest.raises(ValueError, match="mode is 'infer' without a model; accepted for the classes is 'train'"):
+        af.apply_to_sd3(mode="infer")
     with af.apply_to_sd3(model), pytest.raises(ValueError, match="model is patched already"):
         af.apply_to_sd3(model)

@@ -175,3 +175,15 @@ def test_compiled_blocks_train_like_stock_ones(
     for stock, ours in zip(*rows, strict=True):
         for name in ("reward", "loss", "grad_norm"):
             assert ours[name] == pytest.approx(stock[name], rel=1e-3), name
+
+
+def test_fused_layers_train_the_same(small_config: Make) -> None:
+    rows = {}
+    for fused in (False, True):
+        trainer = Trainer(small_config(model=LORA, runtime=RuntimeConfig(fused=fused)))
+        transformer = trainer.policies.transformer("learner")
+        assert ("forward" in transformer.transformer_blocks[0].__dict__) == fused
+        assert ("forward" in transformer.transformer_blocks[0].attn.to_q.__dict__) == fused
+        rows[fused] = trainer.iterate(0)
+    assert rows[True]["loss"] == pytest.approx(rows[False]["loss"], rel=1e-4)
+    assert rows[True]["grad_norm"] == pytest.approx(rows[False]["grad_norm"], rel=1e-4)
