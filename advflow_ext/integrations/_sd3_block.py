@@ -23,6 +23,9 @@ from advflow_ext.nn import (
     layer_norm_modulate,
 )
 
+WITHOUT_ZEROS = (
+    "_advflow_norms_without_zeros"  # set on an attention module whose norms' weights were found to have none
+)
 Module = Any  # diffusers' modules, whose attributes torch's Module does not declare
 Pair = tuple[Tensor, Tensor]
 
@@ -195,7 +198,7 @@ class FusedBlock:
         if context is not None:
             text = attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
             weights += (attn.norm_added_q.weight, attn.norm_added_k.weight)
-        q, k, v = self._joint_qkv(attn.heads, attn.norm_q.eps, image, text, weights)
+        q, k, v = self._joint_qkv(attn, image, text, weights)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = out.transpose(1, 2).flatten(2).to(q.dtype)
         if context is None:
@@ -207,16 +210,20 @@ class FusedBlock:
         return attn.to_out[1](attn.to_out[0](out)), out_context
 
     def _joint_qkv(
-        self, heads: int, eps: float, image: tuple[Tensor, ...], text: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+        self, attn: Module, image: tuple[Tensor, ...], text: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        streams = bool(text)
+        streams, heads, eps = bool(text), attn.heads, attn.norm_q.eps
+        trained = any(weight.requires_grad for weight in weights)
+        keep = "outputs" if getattr(attn, WITHOUT_ZEROS, False) and not trained else "inputs"
 
         def unpack(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
             return (tensors[:3], tensors[3:6], tensors[6:]) if streams else (tensors[:3], (), tensors[3:])
 
         def fused(*tensors: Tensor) -> tuple[Tensor, ...]:
             image, text, weights = unpack(tensors)
-            given: Any = {"text": text, "text_weights": weights[2:]} if streams else {}
+            given: Any = {"keep": keep}
+            if streams:
+                given |= {"text": text, "text_weights": weights[2:]}
             return joint_qk_norm(*image, *weights[:2], heads=heads, eps=eps, **given)
 
         def stock(*tensors: Tensor) -> tuple[Tensor, ...]:

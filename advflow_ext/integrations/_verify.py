@@ -15,9 +15,10 @@ Op = Callable[..., tuple[Tensor, ...]]
 class Verifier:
     """Trusts an op for given dtypes and shapes once it was seen to be no worse than the stock formula.
 
-    The first sample of the first such call is computed three times, with gradients: fused, by the stock formula, and by
-    the stock formula in float64. Fused results and gradients may be 1.5 times as far from float64 as the stock ones,
-    plus `slack`. This waits for the device, so it is left out inside torch.compile and CUDA graph capture.
+    The first sample of the first such call is computed three times, with the gradients it is asked for: fused, by the
+    stock formula, and by the stock formula in float64. Fused results and gradients may be 1.5 times as far from float64
+    as the stock ones, plus `slack`. This waits for the device, so it is left out inside torch.compile and CUDA graph
+    capture.
     """
 
     slack = 1e-5
@@ -29,7 +30,8 @@ class Verifier:
         if torch.compiler.is_compiling():
             return True
         # Weights [D] have no batch; of everything else the first dimension is that.
-        key = (op, *((tensor.dtype, tensor.shape[tensor.dim() > 1 :]) for tensor in tensors))
+        trained = torch.is_grad_enabled()
+        key = (op, *((t.dtype, t.shape[t.dim() > 1 :], trained and t.requires_grad) for t in tensors))
         if key not in self._verdicts:
             if tensors[0].shape[0] == 0 or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 return True
@@ -37,9 +39,13 @@ class Verifier:
         return self._verdicts[key]
 
     def _agrees(self, op: str, fused: Op, stock: Op, tensors: tuple[Tensor, ...]) -> bool:
-        sample = [(tensor[:1] if tensor.dim() > 1 else tensor).detach() for tensor in tensors]
+        trained = torch.is_grad_enabled()
+        sample = [
+            (tensor[:1] if tensor.dim() > 1 else tensor).detach().requires_grad_(trained and tensor.requires_grad)
+            for tensor in tensors
+        ]
         ours, theirs = _with_gradients(fused, sample), _with_gradients(stock, sample)
-        truth = _with_gradients(stock, [tensor.double() for tensor in sample])
+        truth = _with_gradients(stock, [x.detach().double().requires_grad_(x.requires_grad) for x in sample])
         for i, (mine, other, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
             error, allowed = _error(mine, exact), 1.5 * _error(other.to(mine.dtype), exact) + self.slack
             if not error <= allowed:
@@ -55,15 +61,16 @@ class Verifier:
 
 
 def _with_gradients(op: Op, tensors: list[Tensor]) -> list[Tensor]:
-    """Results, and the gradients of every input for a fixed pattern of incoming ones."""
+    """Results, and the gradients of the inputs that ask for one for a fixed pattern of incoming ones."""
     # Hooks of our own keep what is saved here from gradient checkpointing's, which would miss it the second time.
     unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.enable_grad(), unseen, torch.autocast(tensors[0].device.type, enabled=False):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        results = op(*leaves)
-        incoming = [_pattern(result) for result in results]
-        grads = torch.autograd.grad(results, leaves, incoming, allow_unused=True)
-    return [tensor.detach() for tensor in (*results, *grads) if tensor is not None]
+        results = op(*tensors)
+        asking = [tensor for tensor in tensors if tensor.requires_grad]
+        differentiable = [result for result in results if result.requires_grad]
+        incoming = [_pattern(result) for result in differentiable]
+        grads = torch.autograd.grad(differentiable, asking, incoming) if asking else ()
+    return [tensor.detach() for tensor in (*results, *grads)]
 
 
 def _pattern(like: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
-from advflow_ext.integrations._sd3_block import FusedBlock, reason_to_keep, reason_to_keep_attention
+from advflow_ext.integrations._sd3_block import WITHOUT_ZEROS, FusedBlock, reason_to_keep, reason_to_keep_attention
 from advflow_ext.integrations._verify import Verifier
 from advflow_ext.nn import _backend
 from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle
@@ -75,7 +76,8 @@ def apply_to_sd3(
     Arguments:
         model: the module to patch. None: the classes of diffusers and PEFT, for every model made before or after.
         qk_norm: RMS norm of queries and keys, written into the buffers of joint attention
-            (:func:`advflow_ext.nn.joint_qk_norm`).
+            (:func:`advflow_ext.nn.joint_qk_norm`). In a ``model`` whose norm weights are frozen and without zeros the
+            backward pass starts from what attention keeps, which saves the memory of q and k: load weights first.
         adaln: layer norm and modulation (:func:`advflow_ext.nn.layer_norm_modulate`).
         gate: gated residuals, with ``adaln`` fused with the layer norm that follows
             (:func:`advflow_ext.nn.gate_residual_layer_norm_modulate`).
@@ -246,6 +248,17 @@ def _report_block(patch: SD3Patch, name: str, block: Any, ops: frozenset[str]) -
                 patch.kept[f"{name}.{part}"] = reason
             else:
                 patch.replaced["qk_norm"] = patch.replaced.get("qk_norm", 0) + 1
+                _note_norms_without_zeros(patch, attn)
+
+
+def _note_norms_without_zeros(patch: SD3Patch, attn: Any) -> None:
+    """Lets the norms' backward pass start from their outputs, which divides by their weights."""
+    norms = [getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    weights = [norm.weight.detach() for norm in norms if norm is not None]
+    # Shapes without numbers, as in a trace, stand for weights as they are.
+    if any(is_fake(weight) or weight.is_meta for weight in weights) or bool(torch.cat(weights).all()):
+        attn.__dict__[WITHOUT_ZEROS] = True
+        patch._undo.append(functools.partial(attn.__dict__.pop, WITHOUT_ZEROS, None))
 
 
 def _note_missing_triton(patch: SD3Patch, parameter: Tensor | None) -> None:

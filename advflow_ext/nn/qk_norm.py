@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from advflow_ext import reference
 from advflow_ext.nn import _backend
 from advflow_ext.ops._block_checks import joint_qk_norm_arguments
+from advflow_ext.ops._checks import require_choice
 
 
 def joint_qk_norm(
@@ -23,6 +24,7 @@ def joint_qk_norm(
     eps: float = 1e-6,
     text: tuple[Tensor, Tensor, Tensor] | None = None,
     text_weights: tuple[Tensor, Tensor] | None = None,
+    keep: Literal["inputs", "outputs"] = "inputs",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normalised per head, image tokens before text tokens, as joint attention reads them.
 
@@ -31,14 +33,18 @@ def joint_qk_norm(
         norm(x) = x / sqrt(mean(x^2) + eps) * weight          over the D elements of one head, in float32
         q' = [norm_q(q), norm_text_q(text_q)],  k' likewise,  v' = [v, text_v]
 
-    One launch forward and one backward, each tensor read and written once: no float32 copies, no concatenation. What is
-    kept for the backward pass is q and k themselves. No weight gradient is computed where no weight asks for one.
+    One launch forward and one backward, each tensor read and written once: no float32 copies, no concatenation. No
+    weight gradient is computed where no weight asks for one.
 
     Arguments:
         q, k, v: projections of the image tokens ``[B, N, heads * D]`` of one dtype; rows may be strided.
         weight_q, weight_k: ``[D]``, any floating-point dtype.
         text: q, k and v of the text tokens ``[B, M, heads * D]``; text_weights: theirs. None: image tokens alone, as in
             SD3.5's second attention; v comes back as it is.
+        keep: what is kept for the backward pass. "inputs": q and k. "outputs": q' and k', which attention keeps anyway,
+            and one float32 a head and token: no activation memory to speak of. The backward pass then divides q' by the
+            weight, so no weight may hold a zero (such an element would give NaN) or ask for a gradient (ValueError);
+            the rounding of q' is added to that of the result, and stays below it.
 
     Returns q', k', v' ``[B, N + M, heads, D]`` in q's dtype; ``.transpose(1, 2)`` is what
     ``scaled_dot_product_attention`` takes. On float64, a D that is no power of two or below 16, or where Triton cannot
@@ -50,64 +56,78 @@ def joint_qk_norm(
     Raises ValueError, naming argument, value and what is accepted.
     """
     joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights)
+    require_choice("keep", keep, ("inputs", "outputs"))
+    if keep == "outputs" and any(weight.requires_grad for weight in (weight_q, weight_k, *(text_weights or ()))):
+        raise ValueError("keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'.")
     head_dim = q.shape[2] // heads
     if not _backend.serves(q) or head_dim < 16 or head_dim & (head_dim - 1):
         return reference.joint_qk_norm(
             q, k, v, weight_q, weight_k, heads=heads, eps=eps, text=text, text_weights=text_weights
         )
     if text is None or text_weights is None:
-        joint_q, joint_k = _apply([q, k], [], [weight_q, weight_k], heads, eps)
+        joint_q, joint_k = _apply([q, k], [], [weight_q, weight_k], heads, eps, keep)
         return joint_q, joint_k, v.unflatten(-1, (heads, -1))
-    joint_q, joint_k, joint_v = _apply([q, k, v], [*text], [weight_q, weight_k, *text_weights], heads, eps)
+    joint_q, joint_k, joint_v = _apply([q, k, v], [*text], [weight_q, weight_k, *text_weights], heads, eps, keep)
     return joint_q, joint_k, joint_v
 
 
-def _apply(image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
+def _apply(
+    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep: str
+) -> list[Tensor]:
     image, text = _backend.unit_stride(image), _backend.unit_stride(text)
     if _backend.differentiated((*image, *text, *weights)):
-        return list(_JointQKNorm.apply(heads, eps, bool(text), *image, *text, *weights))
-    joint: list[Tensor] = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps)
+        return list(_JointQKNorm.apply(heads, eps, bool(text), keep == "outputs", *image, *text, *weights))
+    joint: list[Tensor] = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps, False)
     return joint
 
 
 class _JointQKNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: int, eps: float, has_text: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, heads: int, eps: float, has_text: bool, keep_outputs: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         streams = 3 if has_text else 2
         image, rest = tensors[:streams], tensors[streams:]
         text, weights = (rest[:3], rest[3:]) if has_text else ((), rest)
-        ctx.save_for_backward(*image[:2], *text[:2], *weights)
-        ctx.heads, ctx.eps, ctx.has_text = heads, eps, has_text
-        return tuple(torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps))
+        found = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps, keep_outputs)
+        if keep_outputs:
+            ctx.save_for_backward(*weights, found[-1], *found[:2])
+        else:
+            ctx.save_for_backward(*weights, *image[:2], *text[:2])
+        ctx.eps, ctx.keep_outputs, ctx.weights, ctx.image_tokens = eps, keep_outputs, len(weights), image[0].shape[1]
+        return tuple(found[:streams])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        image, saved = saved[:2], saved[2:]
-        text, weights = (saved[:2], saved[2:]) if ctx.has_text else ((), saved)
+        saved = ctx.saved_tensors  # once: under gradient checkpointing each look at it is a recomputation
+        weights, saved = saved[: ctx.weights], saved[ctx.weights :]
+        rstd, saved = (saved[0], saved[1:]) if ctx.keep_outputs else (None, saved)
         weight_grad = any(ctx.needs_input_grad[-len(weights) :])
         found = torch.ops.advflow.joint_qk_norm_backward(
-            _backend.unit_stride(grads), image, text, weights, ctx.heads, ctx.eps, weight_grad
+            _backend.unit_stride(grads), saved[:2], saved[2:], weights, rstd, ctx.image_tokens, ctx.eps, weight_grad
         )
-        latents = len(grads) * (2 if ctx.has_text else 1)
+        latents = len(grads) * (2 if ctx.weights == 4 else 1)
         of_weights: list[Tensor | None] = [None] * len(weights)
         if weight_grad:
             of_weights = [grad.to(weight.dtype) for grad, weight in zip(found[latents], weights, strict=True)]
-        return None, None, None, *found[:latents], *of_weights
+        return None, None, None, None, *found[:latents], *of_weights
 
 
-def _forward(image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
+def _forward(
+    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep_rstd: bool
+) -> list[Tensor]:
     from advflow_ext.triton import qk_norm
 
-    return qk_norm.forward(image, text, weights, heads, eps)
+    return qk_norm.forward(image, text, weights, heads, eps, keep_rstd)
 
 
 def _forward_shapes(
-    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float
+    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep_rstd: bool
 ) -> list[Tensor]:
     batch, tokens, width = image[0].shape
     tokens = tokens + (text[0].shape[1] if text else 0)
-    return [x.new_empty(batch, tokens, heads, width // heads) for x in image]
+    joint = [x.new_empty(batch, tokens, heads, width // heads) for x in image]
+    return joint + [x.new_empty((2, batch, tokens, heads), dtype=torch.float32) for x in image[:1] if keep_rstd]
 
 
 def _backward(
@@ -115,13 +135,14 @@ def _backward(
     image: list[Tensor],
     text: list[Tensor],
     weights: list[Tensor],
-    heads: int,
+    rstd: Tensor | None,
+    image_tokens: int,
     eps: float,
     weight_grad: bool,
 ) -> list[Tensor]:
     from advflow_ext.triton import qk_norm
 
-    return qk_norm.backward(grads, image, text, weights, heads, eps, weight_grad)
+    return qk_norm.backward(grads, image, text, weights, rstd, image_tokens, eps, weight_grad)
 
 
 def _backward_shapes(
@@ -129,26 +150,28 @@ def _backward_shapes(
     image: list[Tensor],
     text: list[Tensor],
     weights: list[Tensor],
-    heads: int,
+    rstd: Tensor | None,
+    image_tokens: int,
     eps: float,
     weight_grad: bool,
 ) -> list[Tensor]:
-    found = [image[0].new_empty(image[0].shape) for _ in grads]
-    if text:
-        found += [text[0].new_empty(text[0].shape) for _ in grads]
+    batch, tokens, heads, head_dim = grads[0].shape
+    found = [image[0].new_empty(batch, image_tokens, heads * head_dim) for _ in grads]
+    if len(weights) == 4:
+        found += [image[0].new_empty(batch, tokens - image_tokens, heads * head_dim) for _ in grads]
     if weight_grad:
         found.append(weights[0].new_empty((len(weights), *weights[0].shape), dtype=torch.float32))
     return found
 
 
 _backend.define(
-    "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps) -> Tensor[]",
+    "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, bool keep_rstd) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 _backend.define(
-    "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, "
-    "bool weight_grad) -> Tensor[]",
+    "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, Tensor? rstd, "
+    "SymInt image_tokens, float eps, bool weight_grad) -> Tensor[]",
     _backward,
     _backward_shapes,
 )

@@ -48,9 +48,9 @@ def _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT: tl.constexp
 
 @triton.jit
 def _write_joint(
-    image, text, weight, text_weight, joint, rows, tokens, image_tokens, heads, eps,
+    image, text, weight, text_weight, joint, rstd, rows, tokens, image_tokens, heads, eps,
     image_sb, image_sn, text_sb, text_sn,
-    NORM: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -60,40 +60,44 @@ def _write_joint(
     )
     if NORM:
         w = _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
-        x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None] * w
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        if KEEP_RSTD:
+            tl.store(rstd + row, scale, mask=live)
+        x = x * scale[:, None] * w
     tl.store(joint + (row * D)[:, None] + tl.arange(0, D)[None, :], x, mask=live[:, None])
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, joint_q, joint_k, joint_v,
+    q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, joint_q, joint_k, joint_v, rstd_q, rstd_k,
     rows, tokens, image_tokens, heads, eps,
     q_sb, q_sn, k_sb, k_sn, v_sb, v_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn, text_v_sb, text_v_sn,
-    HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
     if which == 0:
         _write_joint(
-            q, text_q, wq, text_wq, joint_q, rows, tokens, image_tokens, heads, eps, q_sb, q_sn, text_q_sb, text_q_sn,
-            True, HAS_TEXT, D, ROWS,
+            q, text_q, wq, text_wq, joint_q, rstd_q, rows, tokens, image_tokens, heads, eps,
+            q_sb, q_sn, text_q_sb, text_q_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS,
         )  # fmt: skip
     elif which == 1:
         _write_joint(
-            k, text_k, wk, text_wk, joint_k, rows, tokens, image_tokens, heads, eps, k_sb, k_sn, text_k_sb, text_k_sn,
-            True, HAS_TEXT, D, ROWS,
+            k, text_k, wk, text_wk, joint_k, rstd_k, rows, tokens, image_tokens, heads, eps,
+            k_sb, k_sn, text_k_sb, text_k_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS,
         )  # fmt: skip
     else:
         _write_joint(
-            v, text_v, wq, text_wq, joint_v, rows, tokens, image_tokens, heads, eps, v_sb, v_sn, text_v_sb, text_v_sn,
-            False, HAS_TEXT, D, ROWS,
+            v, text_v, wq, text_wq, joint_v, rstd_q, rows, tokens, image_tokens, heads, eps,
+            v_sb, v_sn, text_v_sb, text_v_sn, False, False, HAS_TEXT, D, ROWS,
         )  # fmt: skip
 
 
 @triton.jit
 def _read_joint_gradient(
-    grad, image, text, weight, text_weight, d_image, d_text, d_weight,
+    grad, image, text, weight, text_weight, rstd, d_image, d_text, d_weight,
     rows, tokens, image_tokens, heads, eps, grad_sb, grad_sn, grad_sh, image_sb, image_sn, text_sb, text_sn,
-    NORM: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, FROM_OUTPUT: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, D)
     program = tl.program_id(0).to(tl.int64)
@@ -104,11 +108,17 @@ def _read_joint_gradient(
     offset = sample * grad_sb + token * grad_sn + head * grad_sh
     g = tl.load(grad + offset[:, None] + column[None, :], mask=live[:, None], other=0.0).to(tl.float32)
     if NORM:
-        x = _load_rows(
-            image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
-        )
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x = x * scale
+        w = _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
+        if FROM_OUTPUT:
+            y = tl.load(image + (row * D)[:, None] + column[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+            scale = tl.load(rstd + row, mask=live, other=0.0)[:, None]
+            x = y / w
+        else:
+            x = _load_rows(
+                image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
+            )
+            scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+            x = x * scale
         if WEIGHT_GRAD:
             # One row of sums a program, added up afterwards in the order of the programs: the same bits every time.
             of_weight = g * x
@@ -116,7 +126,7 @@ def _read_joint_gradient(
             tl.store(d_weight + program * 2 * D + column, sums)
             sums = tl.sum(tl.where((live & (token >= image_tokens))[:, None], of_weight, 0.0), 0)
             tl.store(d_weight + program * 2 * D + D + column, sums)
-        g = g * _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
+        g = g * w
         g = scale * (g - x * (tl.sum(g * x, 1) / D)[:, None])
     to_image = ((sample * image_tokens + token) * heads + head) * D
     tl.store(d_image + to_image[:, None] + column[None, :], g, mask=(live & from_image)[:, None])
@@ -127,39 +137,42 @@ def _read_joint_gradient(
 
 @triton.jit
 def backward_kernel(
-    grad_q, grad_k, grad_v, q, k, text_q, text_k, wq, wk, text_wq, text_wk,
+    grad_q, grad_k, grad_v, q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
     d_q, d_k, d_v, d_text_q, d_text_k, d_text_v, d_wq, d_wk,
     rows, tokens, image_tokens, heads, eps,
     grad_q_sb, grad_q_sn, grad_q_sh, grad_k_sb, grad_k_sn, grad_k_sh, grad_v_sb, grad_v_sn, grad_v_sh,
     q_sb, q_sn, k_sb, k_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn,
-    HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
     if which == 0:
         _read_joint_gradient(
-            grad_q, q, text_q, wq, text_wq, d_q, d_text_q, d_wq, rows, tokens, image_tokens, heads, eps,
-            grad_q_sb, grad_q_sn, grad_q_sh, q_sb, q_sn, text_q_sb, text_q_sn, True, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            grad_q, q, text_q, wq, text_wq, rstd_q, d_q, d_text_q, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_q_sb, grad_q_sn, grad_q_sh, q_sb, q_sn, text_q_sb, text_q_sn,
+            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
         )  # fmt: skip
     elif which == 1:
         _read_joint_gradient(
-            grad_k, k, text_k, wk, text_wk, d_k, d_text_k, d_wk, rows, tokens, image_tokens, heads, eps,
-            grad_k_sb, grad_k_sn, grad_k_sh, k_sb, k_sn, text_k_sb, text_k_sn, True, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            grad_k, k, text_k, wk, text_wk, rstd_k, d_k, d_text_k, d_wk, rows, tokens, image_tokens, heads, eps,
+            grad_k_sb, grad_k_sn, grad_k_sh, k_sb, k_sn, text_k_sb, text_k_sn,
+            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
         )  # fmt: skip
     else:
         _read_joint_gradient(
-            grad_v, q, text_q, wq, text_wq, d_v, d_text_v, d_wq, rows, tokens, image_tokens, heads, eps,
-            grad_v_sb, grad_v_sn, grad_v_sh, q_sb, q_sn, text_q_sb, text_q_sn, False, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            grad_v, q, text_q, wq, text_wq, rstd_q, d_v, d_text_v, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_v_sb, grad_v_sn, grad_v_sh, q_sb, q_sn, text_q_sb, text_q_sn,
+            False, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
         )  # fmt: skip
 
 
 def forward(
-    image: Sequence[Tensor], text: Sequence[Tensor], weights: Sequence[Tensor], heads: int, eps: float
+    image: Sequence[Tensor], text: Sequence[Tensor], weights: Sequence[Tensor], heads: int, eps: float, keep_rstd: bool
 ) -> list[Tensor]:
     """Joint q, k (normalised) and, with text, v: ``[B, N + M, H, D]`` each.
 
     ``image`` is q and k, ``[B, N, H * D]``, and with text v; ``text`` is the same of the text, ``[B, M, H * D]``, or
-    empty.
-    ``weights``: those of q, k and, with text, of the text's q and k, ``[D]`` each.
+    empty. ``weights``: those of q, k and, with text, of the text's q and k, ``[D]`` each. With ``keep_rstd`` also the
+    factors 1 / sqrt(mean(x^2) + eps), float32 ``[2, B, N + M, H]``.
     """
     q, k, v = (*image, image[0])[:3]
     text_q, text_k, text_v = text or (q, k, v)
@@ -168,14 +181,16 @@ def forward(
     tokens = image_tokens + (text_q.shape[1] if text else 0)
     joint = [tensor.new_empty(batch, tokens, heads, width // heads) for tensor in image]
     rows = batch * tokens * heads
+    rstd = [q.new_empty((2, batch, tokens, heads), dtype=torch.float32)] if keep_rstd else []
     if rows:
         forward_kernel[(triton.cdiv(rows, ROWS), len(image))](
             q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, *(*joint, joint[0])[:3],
+            *(rstd[0] if rstd else joint[:2]),
             rows, tokens, image_tokens, heads, eps,
             *_strides(q, k, v, text_q, text_k, text_v),
-            HAS_TEXT=bool(text), D=width // heads, ROWS=ROWS, num_warps=FORWARD_WARPS,
+            KEEP_RSTD=keep_rstd, HAS_TEXT=bool(text), D=width // heads, ROWS=ROWS, num_warps=FORWARD_WARPS,
         )  # fmt: skip
-    return joint
+    return joint + rstd
 
 
 def backward(
@@ -183,32 +198,37 @@ def backward(
     image: Sequence[Tensor],
     text: Sequence[Tensor],
     weights: Sequence[Tensor],
-    heads: int,
+    rstd: Tensor | None,
+    image_tokens: int,
     eps: float,
     weight_grad: bool,
 ) -> list[Tensor]:
-    """Gradients of ``image``, then of ``text``, then with ``weight_grad`` those of all weights,
-    ``[2 or 4, D]`` in float32.
+    """Gradients of the image's q, k and, with text, v, then of the text's, then with ``weight_grad`` those of all
+    weights, ``[2 or 4, D]`` in float32.
 
-    ``grads``: one for each of its results, any strides but the last. ``image`` and ``text``: q and k alone.
+    ``grads``: one for each joint buffer, any strides but the last. ``image`` and ``text``: q and k alone; or, where
+    ``rstd`` is given, ``image`` is what they became in the joint buffers and ``text`` is empty.
     """
+    has_text = len(weights) == 4
     q, k = image
     text_q, text_k = text or (q, k)
-    wq, wk, text_wq, text_wk = weights if text else (*weights, *weights)
-    batch, image_tokens, width = q.shape
-    tokens, head_dim = grads[0].shape[1], width // heads
-    d_image = [torch.empty((batch, image_tokens, width), dtype=q.dtype, device=q.device) for _ in grads]
-    d_text = [text_q.new_empty(batch, tokens - image_tokens, width) for _ in grads] if text else []
+    rstd_q, rstd_k = rstd if rstd is not None else (q, k)
+    wq, wk, text_wq, text_wk = weights if has_text else (*weights, *weights)
+    batch, tokens, heads, head_dim = grads[0].shape
+    width = heads * head_dim
+    d_image = [q.new_empty(batch, image_tokens, width) for _ in grads]
+    d_text = [q.new_empty(batch, tokens - image_tokens, width) for _ in grads] if has_text else []
     rows = batch * tokens * heads
     programs = triton.cdiv(rows, ROWS)
     d_weights = [wq.new_empty((programs if weight_grad else 0, 2, head_dim), dtype=torch.float32) for _ in range(2)]
     if rows:
         backward_kernel[(programs, len(grads))](
-            *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk,
-            *(*d_image, d_image[0])[:3], *((*d_text, d_text[0])[:3] if text else d_image[:1] * 3), *d_weights,
+            *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
+            *(*d_image, d_image[0])[:3], *(d_text or d_image[:1] * 3), *d_weights,
             rows, tokens, image_tokens, heads, eps,
             *_head_strides(*(*grads, grads[0])[:3]), *_strides(q, k, text_q, text_k),
-            HAS_TEXT=bool(text), WEIGHT_GRAD=weight_grad, D=head_dim, ROWS=ROWS, num_warps=BACKWARD_WARPS,
+            FROM_OUTPUT=rstd is not None, HAS_TEXT=has_text, WEIGHT_GRAD=weight_grad, D=head_dim, ROWS=ROWS,
+            num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     found: list[Tensor] = [*d_image, *d_text]
     if weight_grad:

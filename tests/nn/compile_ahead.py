@@ -21,18 +21,20 @@ from triton.compiler import ASTSource
 from advflow_ext.triton import adaln, qk_norm
 
 CAPABILITIES = (80, 90)
-# Pointers that are always of another type than the activations: sums of gradients.
-FLOAT32 = re.compile(r"d_(w[qk]|gate_\d|scale_\d|shift_\d)$")
+# Pointers that are always of another type than the activations: sums of gradients, and factors kept for them.
+FLOAT32 = re.compile(r"rstd_[qk]$|d_(w[qk]|gate_\d|scale_\d|shift_\d)$")
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """SD3.5's shapes: name, kernel, constants, warps."""
     for text in (True, False):
         constants = {"HAS_TEXT": text, "D": 64, "ROWS": qk_norm.ROWS}
-        yield f"qk_norm forward text={text}", qk_norm.forward_kernel, constants, qk_norm.FORWARD_WARPS
-        for grad in (False, True):
-            more = constants | {"WEIGHT_GRAD": grad}
-            yield f"qk_norm backward text={text} grad={grad}", qk_norm.backward_kernel, more, qk_norm.BACKWARD_WARPS
+        for keep in (False, True):
+            more = constants | {"KEEP_RSTD": keep}
+            yield f"qk_norm forward text={text} rstd={keep}", qk_norm.forward_kernel, more, qk_norm.FORWARD_WARPS
+        for kind, output, grad in (("inputs", False, False), ("weights", False, True), ("outputs", True, False)):
+            more = constants | {"FROM_OUTPUT": output, "WEIGHT_GRAD": grad}
+            yield f"qk_norm backward text={text} {kind}", qk_norm.backward_kernel, more, qk_norm.BACKWARD_WARPS
     block = 2048
     for gates, norms in ((0, 1), (0, 2), (1, 0), (1, 1), (2, 1)):
         constants = {"GATES": gates, "NORMS": norms, "BLOCK": block}

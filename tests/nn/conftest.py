@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # kernel_checks.py
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def kernels_serve_here() -> Iterator[None]:
     """On a GPU they do so by themselves; on the CPU they are asked to by the variable that Triton reads too."""
     pytest.importorskip("triton")

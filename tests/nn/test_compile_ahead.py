@@ -23,7 +23,7 @@ def compiled() -> list[dict]:
 
 def test_every_variant_is_compiled_for_both(compiled):
     assert {row["capability"] for row in compiled} == {80, 90}
-    assert len(compiled) == len({(row["kernel"], row["capability"], row["dtype"]) for row in compiled}) == 42
+    assert len(compiled) == len({(row["kernel"], row["capability"], row["dtype"]) for row in compiled}) == 50
 
 
 def test_nothing_is_spilled(compiled):
@@ -31,4 +31,8 @@ def test_nothing_is_spilled(compiled):
 
 
 def test_every_load_is_wide(compiled):
-    assert [row for row in compiled if row["wide_loads"] < row["loads"] or row["loads"] == 0] == []
+    """But for the one float32 a row that stands beside the outputs, of q and of k."""
+    narrow = {(row["kernel"], row["capability"]): row["loads"] - row["wide_loads"] for row in compiled}
+    assert min(row["wide_loads"] for row in compiled) > 0
+    for (kernel, _), count in narrow.items():
+        assert count == (2 if kernel.endswith("outputs") else 0), kernel

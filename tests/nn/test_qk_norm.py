@@ -35,10 +35,11 @@ def split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]
     return (tensors[:3], tensors[3:6], tensors[6:]) if len(tensors) == 10 else (tensors[:3], (), tensors[3:])
 
 
-def call(module, heads: int, eps: float = 1e-6):
+def call(module, heads: int, eps: float = 1e-6, **given):
     def op(*tensors: Tensor) -> tuple[Tensor, ...]:
         image, text, weights = split(tensors)
-        given = {"text": tuple(text), "text_weights": tuple(weights[2:])} if text else {}
+        if text:
+            given.update(text=tuple(text), text_weights=tuple(weights[2:]))
         return module.joint_qk_norm(*image, *weights[:2], heads=heads, eps=eps, **given)
 
     return op
@@ -86,6 +87,33 @@ def test_results_and_gradients_are_right(batch, image, text, heads, head_dim, dt
     device = KERNEL_DEVICE
     tensors = [rows_apart(tensor, gap) for tensor in draw(batch, image, text, heads, head_dim, dtype, device)]
     assert_right(call(af.nn, heads), stock(heads), tensors, incoming(batch, image + text, heads, head_dim, device))
+
+
+@given(
+    image=st.integers(1, 6),
+    text=st.integers(0, 4),
+    head_dim=st.sampled_from([16, 64]),
+    dtype=st.sampled_from(FLOATS),
+    size=st.sampled_from([1e-2, 1.0, 30.0]),
+)
+@settings(max_examples=30)
+def test_gradients_from_the_outputs_are_right(image, text, head_dim, dtype, size):
+    tensors = draw(2, image, text, 2, head_dim, dtype, KERNEL_DEVICE)
+    first = 6 if text else 3
+    tensors[first:] = [size * weight.detach().sign() * (0.05 + weight.detach().abs()) for weight in tensors[first:]]
+    grads = incoming(2, image + text, 2, head_dim, KERNEL_DEVICE)
+    assert_right(call(af.nn, 2, keep="outputs"), stock(2), tensors, grads)
+
+
+def test_gradients_along_the_outputs_are_right():
+    """The hardest case: what comes in is nearly parallel to what was kept, and nearly cancels."""
+    for dtype in FLOATS:
+        tensors = draw(2, 8, 0, 2, 64, dtype, KERNEL_DEVICE)
+        tensors[3:] = [weight.detach().abs() + 0.5 for weight in tensors[3:]]
+        q, k, _ = stock(2)(*(tensor.detach() for tensor in tensors))
+        noise = incoming(2, 8, 2, 64, KERNEL_DEVICE)
+        grads = [q / tensors[3] ** 2 + 0.3 * noise[0], k / tensors[4] ** 2 + 0.3 * noise[1], noise[2]]
+        assert_right(call(af.nn, 2, keep="outputs"), stock(2), tensors, grads)
 
 
 @pytest.mark.parametrize("text", [0, 5])
@@ -137,6 +165,13 @@ def test_frozen_weights_get_no_gradient_and_keep_nothing_but_queries_and_keys():
     storages = {tensor.untyped_storage().data_ptr() for tensor in kept}
     allowed = {tensors[i].untyped_storage().data_ptr() for i in (0, 1, 3, 4, 6, 7, 8, 9)}
     assert storages <= allowed
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        outputs = call(af.nn, 2, keep="outputs")(*tensors)
+    own = [tensor for tensor in kept if tensor.dtype == torch.float32]
+    assert [tensor.shape for tensor in own] == [(2, 2, 7, 2)]  # q and k: one number a head and token
+    allowed = {tensor.untyped_storage().data_ptr() for tensor in (*outputs[:2], *tensors[6:], *own)}
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} == allowed
     with RecordedOps() as recorded:
         torch.autograd.grad(results, tensors[:6], [torch.ones_like(result) for result in results])
     asked_for_weights = [arguments[-1] for name, arguments in recorded.calls if name == "joint_qk_norm_backward"]
@@ -163,10 +198,16 @@ def test_opcheck(text):
     tensors = [tensor.detach() for tensor in draw(2, 4, text, 2, 32, torch.float32, KERNEL_DEVICE)]
     image, texts, weights = ([*part] for part in split(tensors))
     streams = image if text else image[:2]
-    torch.library.opcheck(torch.ops.advflow.joint_qk_norm.default, (streams, texts, weights, 2, 1e-6))
+    for keep_rstd in (False, True):
+        arguments = (streams, texts, weights, 2, 1e-6, keep_rstd)
+        torch.library.opcheck(torch.ops.advflow.joint_qk_norm.default, arguments)
+    *joint, rstd = torch.ops.advflow.joint_qk_norm(*arguments)
     grads = [grad.contiguous() for grad in incoming(2, 4 + text, 2, 32, KERNEL_DEVICE)][: len(streams)]
-    for weight_grad in (False, True):
-        arguments = (grads, image[:2], texts[:2], weights, 2, 1e-6, weight_grad)
+    for arguments in (
+        (grads, image[:2], texts[:2], weights, None, 4, 1e-6, False),
+        (grads, image[:2], texts[:2], weights, None, 4, 1e-6, True),
+        (grads, joint[:2], [], weights, rstd, 4, 1e-6, False),
+    ):
         torch.library.opcheck(torch.ops.advflow.joint_qk_norm_backward.default, arguments)
 
 
@@ -178,6 +219,16 @@ def test_compiles_into_one_graph(text):
     compiled = torch.compile(call(af.nn, 2), fullgraph=True, backend="aot_eager")
     for one, other in zip(results_and_gradients(compiled, tensors, grads), eager, strict=True):
         assert torch.equal(one, other)
+
+
+def test_trained_weights_keep_the_inputs():
+    tensors = draw(1, 3, 0, 2, 32, torch.float32, KERNEL_DEVICE)
+    with pytest.raises(
+        ValueError, match="keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'"
+    ):
+        call(af.nn, 2, keep="outputs")(*tensors)
+    with pytest.raises(ValueError, match="keep is 'nothing'; accepted are 'inputs', 'outputs'"):
+        call(af.nn, 2, keep="nothing")(*tensors)
 
 
 @pytest.mark.parametrize(

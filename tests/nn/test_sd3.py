@@ -263,9 +263,12 @@ def test_regional_compilation():
 
 def test_a_wrong_kernel_is_found_out_and_replaced(model, stock, monkeypatch):
     fused = _sd3_block.joint_qk_norm
-    monkeypatch.setattr(
-        _sd3_block, "joint_qk_norm", lambda q, *rest, **options: fused(1.01 * q.detach() + q * 0, *rest, **options)
-    )
+
+    def wrong(*tensors: Tensor, **options) -> tuple[Tensor, ...]:
+        q, k, v = fused(*tensors, **options)
+        return 1.01 * q, k, v
+
+    monkeypatch.setattr(_sd3_block, "joint_qk_norm", wrong)
     with af.apply_to_sd3(model), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         first = run(model, inputs())
