@@ -30,7 +30,7 @@ examples:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(_resolve_configs(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_args(resolve_configs(sys.argv[1:] if argv is None else argv))
     command: str = arguments.subcommand
     try:
         _COMMANDS[command](arguments[command])
@@ -50,7 +50,7 @@ def algorithm_settings(config: str, algorithm: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _resolve_configs(argv: list[str]) -> list[str]:
+def resolve_configs(argv: list[str]) -> list[str]:
     """Puts configs first, built-in ones by their paths and followed by --algorithm's settings, then everything else.
 
     So the command line has the last word whatever its order.

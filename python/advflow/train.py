@@ -79,7 +79,7 @@ class Trainer:
     def iterate(self, iteration: int) -> dict[str, float]:
         """One round. Returns its numbers."""
         started = time.monotonic()
-        rollout, row = self._roll_out(iteration)
+        rollout, row = self.roll_out(iteration)
         rolled_out = time.monotonic()
         row |= self._improve(iteration, rollout)
         trained = time.monotonic()
@@ -102,7 +102,7 @@ class Trainer:
             self.config.rollout.batch,
         )
 
-    def _roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+    def roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
         """Samples groups of images from the rollout policy and scores them."""
         config = self.config.rollout
         group = config.images_per_prompt

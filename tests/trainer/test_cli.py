@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from advflow.cli import (
-    _resolve_configs,
+    resolve_configs,
     algorithm_settings,
     load_run_config,
     main,
@@ -75,7 +75,7 @@ def test_a_bad_setting_is_named(
 
 
 def _resolved(*words: str) -> TrainConfig:
-    return _parse(*_resolve_configs(["train", *words])[1:])
+    return _parse(*resolve_configs(["train", *words])[1:])
 
 
 def test_an_algorithm_brings_its_settings_and_the_command_line_has_the_last_word() -> None:

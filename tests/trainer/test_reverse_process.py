@@ -71,7 +71,7 @@ def test_a_window_must_leave_the_last_step_alone(small_config: Make) -> None:
 
 
 def _rollout(trainer: Trainer) -> Rollout:
-    rollout, _ = trainer._roll_out(0)
+    rollout, _ = trainer.roll_out(0)
     assert rollout.transitions is not None
     return rollout
 
