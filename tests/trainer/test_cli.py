@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 import torch
 from advflow.cli import (
-    resolve_configs,
     algorithm_settings,
     load_run_config,
     main,
     packaged_configs,
+    resolve_configs,
     to_config,
     train_parser,
 )
