@@ -45,6 +45,11 @@ class Norm1(NamedTuple):
     gate2: Any = None
 
 
+def is_a(module: object, name: str) -> bool:
+    """Whether `module` is of diffusers' class `name`, or of one that a wrapper such as FSDP2 derived from it."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)
+
+
 def reason_to_keep(block: Module) -> str | None:
     """Why a block cannot run on the fused ops; None if it can."""
     for name in ("norm1", "norm1_context", "norm2"):
@@ -112,13 +117,13 @@ class FusedBlock:
 
     def _norm1(self, norm: Module, x: Tensor, temb: Tensor) -> Norm1:
         """AdaLN's projection of the conditioning, then layer norm and one or two modulations."""
-        continuous = type(norm).__name__ == "AdaLayerNormContinuous"
+        continuous = is_a(norm, "AdaLayerNormContinuous")
         if "adaln" not in self.ops:
             return Norm1(norm(x, temb)) if continuous else Norm1(*norm(x, emb=temb))
         if continuous:
             scale, shift = norm.linear(norm.silu(temb).to(x.dtype)).chunk(2, dim=1)
             return Norm1(self._modulate(norm.norm, x, (scale, shift))[0])
-        parts = norm.linear(norm.silu(temb)).chunk(9 if type(norm).__name__ == "SD35AdaLayerNormZeroX" else 6, dim=1)
+        parts = norm.linear(norm.silu(temb)).chunk(9 if is_a(norm, "SD35AdaLayerNormZeroX") else 6, dim=1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts[:6]
         if len(parts) == 6:
             return Norm1(self._modulate(norm.norm, x, (scale, shift))[0], gate, shift_mlp, scale_mlp, gate_mlp)
@@ -175,7 +180,7 @@ class FusedBlock:
     def _mlp(self, ff: Module, x: Tensor) -> Tensor:
         """The feed-forward network; its activation overwrites its input where nothing will be differentiated."""
         act = ff.net[0]
-        if "gelu" not in self.ops or type(act).__name__ != "GELU":
+        if "gelu" not in self.ops or not is_a(act, "GELU"):
             out: Tensor = ff(x)
             return out
         h: Tensor = act.proj(x)

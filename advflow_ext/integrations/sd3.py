@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from advflow_ext.integrations._sd3_block import WITHOUT_ZEROS, FusedBlock, reason_to_keep, reason_to_keep_attention
+from advflow_ext.integrations._sd3_block import (
+    WITHOUT_ZEROS,
+    FusedBlock,
+    is_a,
+    reason_to_keep,
+    reason_to_keep_attention,
+)
 from advflow_ext.integrations._verify import Verifier
 from advflow_ext.nn import _backend
 from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle
@@ -117,9 +123,7 @@ def _disabled() -> frozenset[str]:
 
 
 def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock, mode: str) -> SD3Patch:
-    blocks = {
-        name: module for name, module in model.named_modules() if type(module).__name__ == "JointTransformerBlock"
-    }
+    blocks = {name: module for name, module in model.named_modules() if is_a(module, "JointTransformerBlock")}
     if not blocks:
         raise ValueError(
             f"model is a {type(model).__name__} without JointTransformerBlocks; accepted is an SD3 transformer."

@@ -324,3 +324,39 @@ def test_bad_arguments_are_named(model):
         af.apply_to_sd3(mode="infer")
     with af.apply_to_sd3(model), pytest.raises(ValueError, match="model is patched already"):
         af.apply_to_sd3(model)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    from torch import distributed
+
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    distributed.init_process_group("nccl" if KERNEL_DEVICE == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_inside_data_parallel(one_process, stock):
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(tiny())
+    with af.apply_to_sd3(wrapped) as patch:
+        assert patch.replaced["qk_norm"] == 4
+        assert_same(run(wrapped, inputs()), stock)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_inside_fully_sharded_data_parallel(one_process, stock, order):
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = tiny()
+    if order == "before":
+        af.apply_to_sd3(sharded)
+    for block in sharded.transformer_blocks:
+        fully_shard(block)
+    fully_shard(sharded)
+    if order == "after":
+        af.apply_to_sd3(sharded)
+    found = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in run(sharded, inputs())]
+    assert_same(found, stock)
