@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from advflow_ext.nn import _backend
 from bench import memory, report, timing
 from bench.blocks import BLOCKS, has_liger, shape_obstacle
 from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
@@ -143,13 +142,13 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Planned]:
     return [Planned(case) for case in found]
 
 
-def notes(planned: list[Planned], device: torch.device, native: bool) -> Iterator[str]:
+def notes(planned: list[Planned], environment: dict[str, Any]) -> Iterator[str]:
     """What a reader of the rows must know."""
     ops = {each.case.op for each in planned}
     blocks = ops & BLOCKS.keys()
-    if ops - blocks and not native:
+    if ops - blocks and not environment["native"]:
         yield "advflow_ext has no compiled code for this device: 'ours' is the reference here"
-    if blocks and not _backend.serves(torch.empty(0, device=device)):
+    if blocks and not environment["triton_kernels"]:
         yield "Triton's kernels do not run here: 'ours' is the reference in the ops of a block, lora_linear aside"
     if blocks and not has_liger():
         yield "liger_kernel is not installed: its rows are left out"
@@ -182,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     progress("measuring copy bandwidth")
     bandwidth = timing.copy_bandwidth(device)
     print(headline(environment, bandwidth))
-    for note in notes(planned, device, environment["native"]):
+    for note in notes(planned, environment):
         print(note)
 
     document: dict[str, Any] = {
