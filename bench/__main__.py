@@ -6,6 +6,7 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from bench import memory, report, timing
+from bench.blocks import BLOCKS, has_liger, shape_obstacle
 from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
 from bench.registry import COPY, OURS, cases, latent_bytes, parse_shapes
 
@@ -108,14 +110,18 @@ def parser() -> argparse.ArgumentParser:
     everything = list(OPS)
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     p.add_argument("--ops", type=choice_list(everything), help=f"comma-separated, of {', '.join(everything)}")
-    p.add_argument("--shapes", type=shape_list, help="as 8x16x64x64,8x1024x64; default each op's own")
+    p.add_argument(
+        "--shapes",
+        type=shape_list,
+        help="as 8x16x64x64,8x1024x64; default each op's own",
+    )
     p.add_argument("--dtypes", type=choice_list(["fp32", "fp16", "bf16"]), help="default fp32,bf16")
     p.add_argument("--ref", choices=["both", "with", "without"], help="with or without v_ref; default both")
     p.add_argument("--only", type=lambda text: text.split(","), help="implementations, as ours,eager")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--threads", type=int, help="CPU threads; default torch's choice")
     p.add_argument("--rounds", type=int, help="timed rounds; default 50")
-    p.add_argument("--quick", action="store_true", help="one shape, fp32, 15 rounds: does it work at all?")
+    p.add_argument("--quick", action="store_true", help="one shape of an op, fp32, 15 rounds: does it work at all?")
     p.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further case after this time")
     p.add_argument("--json", type=Path, metavar="OUT", help="write everything measured here, after every case")
     return p
@@ -126,11 +132,26 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Planned]:
     if not (options.ops or options.shapes or options.dtypes or options.ref or options.quick):
         return list(gpu_plan() if device.type == "cuda" else cpu_plan())
     ops = chosen(tuple(options.ops or ["advantage_flow_loss"]))
-    shapes, dtypes = options.shapes, options.dtypes or ["fp32", "bf16"]
+    dtypes = options.dtypes or ["fp32", "bf16"]
     refs = {"both": (False, True), "with": (True,), "without": (False,)}[options.ref or "both"]
     if options.quick:
-        shapes, dtypes, refs = shapes or [(8, 16, 64, 64)], dtypes[:1], refs[:1]
-    return [Planned(case) for case in cases(ops, shapes, dtypes, refs)]
+        dtypes, refs = dtypes[:1], refs[:1]
+    found = list(cases(ops, options.shapes, dtypes, refs))
+    if options.quick and not options.shapes:
+        found = [case for case in found if case.shape == ops[case.op].shapes[0]]
+    return [Planned(case) for case in found]
+
+
+def notes(planned: list[Planned], environment: dict[str, Any]) -> Iterator[str]:
+    """What a reader of the rows must know."""
+    ops = {each.case.op for each in planned}
+    blocks = ops & BLOCKS.keys()
+    if ops - blocks and not environment["native"]:
+        yield "advflow_ext has no compiled code for this device: 'ours' is the reference here"
+    if blocks and not environment["triton_kernels"]:
+        yield "Triton's kernels do not run here: 'ours' is the reference in the ops of a block, lora_linear aside"
+    if blocks and not has_liger():
+        yield "liger_kernel is not installed: its rows are left out"
 
 
 def headline(environment: dict[str, Any], bandwidth: float) -> str:
@@ -145,6 +166,10 @@ def main(argv: list[str] | None = None) -> int:
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
     planned = plan(options, device)
+    for case in (each.case for each in planned):
+        obstacle = shape_obstacle(case.shape) if case.op in BLOCKS else None
+        if obstacle is not None:
+            parser().error(f"--shapes, --ops {case.op}: {obstacle}")
     known = {COPY} | {name for each in planned for name in OPS[each.case.op].implementations(device)}
     if options.only is not None and not known.issuperset(options.only):
         parser().error(f"--only {','.join(options.only)}: choose from {', '.join(sorted(known))}")
@@ -156,8 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     progress("measuring copy bandwidth")
     bandwidth = timing.copy_bandwidth(device)
     print(headline(environment, bandwidth))
-    if not environment["native"]:
-        print("advflow_ext has no compiled code for this device: 'ours' is the reference here")
+    for note in notes(planned, environment):
+        print(note)
 
     document: dict[str, Any] = {
         "environment": environment,

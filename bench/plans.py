@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.blocks import BLOCKS, FORWARD, FROZEN, TRAINED
 from bench.kernels import KERNELS, SdeStep
 from bench.losses import LOSSES, TRAINING
 from bench.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
 
-OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS}
+OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS, **BLOCKS}
 
 SWEPT = ("advantage_flow_loss", "flow_grpo_loss", "sde_step")
 LARGE: Shape = (256, 16, 64, 64)
@@ -19,6 +20,9 @@ SIZES: tuple[Shape, ...] = (
     (1, 16, 21, 90, 160),  # a video
 )
 BEYOND: Shape = (512, 16, 64, 64)  # where one read of a kernel's tensors in half precision passes 256 MB
+# SD3.5 Medium at 512 pixels, 1024 image tokens, and at 1024.
+TRAINED_BLOCK: Shape = (9, 1024, 1536)
+BLOCK_SIZES: tuple[Shape, ...] = (*((batch, 1024, 1536) for batch in (1, 4, 16)), (4, 4096, 1536))
 
 
 # Compiling takes longer than everything else, and the kind that tries variants the longest.
@@ -36,6 +40,10 @@ def chosen(names: tuple[str, ...]) -> dict[str, Op]:
     return {name: OPS[name] for name in names}
 
 
+def of_mode(mode: str) -> dict[str, Op]:
+    return {name: block for name, block in BLOCKS.items() if block.mode == mode}
+
+
 def cpu_plan() -> Iterator[Planned]:
     """One loss in its three shapes: minutes on two cores."""
     for case in cases(chosen(("advantage_flow_loss",)), None, ["fp32", "bf16"], (False, True)):
@@ -43,18 +51,25 @@ def cpu_plan() -> Iterator[Planned]:
 
 
 def gpu_plan() -> Iterator[Planned]:
-    """Everything at the training size, then some of it over all sizes, all with v_ref: about five minutes."""
+    """Everything at the training size, then some of it over all sizes, all with v_ref: about eight minutes."""
     ref, sizes = (True,), list(SIZES)
     kernels, swept = chosen(tuple(KERNELS)), chosen(SWEPT)
-    others = {name: op for name, op in OPS.items() if name not in kernels | swept}
+    others = {name: op for name, op in OPS.items() if name not in kernels | swept | BLOCKS}
+    forward, frozen, trained = (of_mode(mode) for mode in (FORWARD, FROZEN, TRAINED))
+    adapters = {name: op for name, op in trained.items() if name.startswith("lora_linear")}
+    frozen, trained = frozen | adapters, {name: op for name, op in trained.items() if name not in adapters}
 
     def planned(ops: dict[str, Op], shapes: list[Shape], dtype: str, without: frozenset[str]) -> Iterator[Planned]:
         for case in cases(ops, shapes, [dtype], ref):
             yield Planned(case, without)
 
     yield from planned(swept | kernels, [TRAINING], "bf16", frozenset())
+    yield from planned(frozen | forward, [TRAINED_BLOCK], "bf16", TUNED)
     for dtype in ("bf16", "fp32"):
         yield from planned(kernels, [LARGE, BEYOND], dtype, frozenset())
+    yield from planned(frozen | forward, list(BLOCK_SIZES), "bf16", COMPILED)
+    yield from planned(trained, [TRAINED_BLOCK], "bf16", TUNED)
+    yield from planned(frozen, [TRAINED_BLOCK], "fp32", COMPILED)
     yield from planned(swept, [LARGE], "bf16", frozenset())
     yield from planned(others, [TRAINING], "bf16", TUNED)
     yield from planned(swept, [TRAINING, LARGE], "fp32", TUNED)

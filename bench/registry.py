@@ -17,7 +17,9 @@ OURS, COPY, MAX_AUTOTUNE = "ours", "copy", "compile max-autotune"
 STANDARDS = {"ours": 1e-6, "baseline": 1e-5, "public": 1e-4}
 
 Shape = tuple[int, ...]
-Result = tuple[Tensor, Tensor]  # numbers a sample (or the loss they become), tensor of the latents' shape; may be empty
+# Of losses and samplers two: numbers a sample (or the loss they become), and a tensor of the latents' shape; either may
+# be empty. Of a block's op its results and gradients.
+Result = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Arguments:
-    """``call`` is what our function takes; ``public`` what a public trainer holds instead, of the same transition."""
+    """``call`` is what our function takes; ``public`` what a public trainer holds instead, of the same transition;
+    ``incoming`` the gradients of the results, where a backward pass begins with some."""
 
     call: dict[str, Any]
     public: dict[str, Any] = field(default_factory=dict)
+    incoming: tuple[Tensor, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -63,7 +67,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Check:
-    """Errors against fp64 on the same rounded inputs, and what is allowed."""
+    """Errors against fp64 on the same rounded inputs, and what is allowed.
+
+    Of a block's op ``numbers`` are the gradients of its parameters, ``latents`` everything else.
+    """
 
     numbers_error: float  # relative to the mean magnitude of what is added up for them
     latents_error: float  # ||x - exact|| / ||exact||: of the gradient, or of the sampler's next x
@@ -90,9 +97,10 @@ class Op(Protocol):
 
     def implementations(self, device: torch.device) -> dict[str, Implementation]: ...
 
-    def truth(self, arguments: Arguments) -> Truth: ...
+    def truth(self, arguments: Arguments) -> Any:
+        """What ``check`` compares with."""
 
-    def check(self, case: Case, arguments: Arguments, truth: Truth, result: Result, standard: str) -> Check: ...
+    def check(self, case: Case, arguments: Arguments, truth: Any, result: Result, standard: str) -> Check: ...
 
 
 def limits(dtype: torch.dtype, standard: str) -> tuple[float, float]:

@@ -20,6 +20,7 @@ import torch
 
 import advflow_ext as af
 from advflow_ext import _native
+from advflow_ext.nn import _backend
 from bench.registry import OURS
 
 Row = dict[str, Any]
@@ -99,6 +100,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "advflow_ext": af.__version__,
         # False: "ours" is the reference itself, and its row measures nothing new.
         "native": _native.serves(torch.empty(1, device=device)),
+        # The same of a block's ops, lora_linear aside.
+        "triton_kernels": _backend.serves(torch.empty(1, device=device)),
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +41,25 @@ def unit_stride(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
+def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """``kernel``, whose first argument is a tensor or a list of some, with that device as the current one.
+
+    Triton launches on the current device, and the dispatcher sets none for kernels written in Python.
+    """
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> list[Tensor]:
+        first = arguments[0]
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
+            return kernel(*arguments)
+
+    return run
+
+
 def define(schema: str, kernel: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
     """Registers a raw op without gradient: its ``kernel``, and the ``shapes`` of its results for tracing."""
     library.define(schema)
     name = schema.partition("(")[0]
-    for key in ("CPU", "CUDA"):
-        library.impl(name, kernel, key)
+    library.impl(name, kernel, "CPU")
+    library.impl(name, on_device_of_tensors(kernel), "CUDA")
     torch.library.register_fake(f"advflow::{name}", shapes, lib=library)

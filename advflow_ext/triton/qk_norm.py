@@ -21,6 +21,16 @@ BACKWARD_WARPS = 4
 
 
 @triton.jit
+def _rows_of_program(rows, tokens, heads, ROWS: tl.constexpr):
+    # Divisions in int32: one in int64 is a subroutine several times as long. Offsets are int64.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pair = row // heads
+    sample = pair // tokens
+    token, head = pair - sample * tokens, row - pair * heads
+    return row.to(tl.int64), row < rows, sample.to(tl.int64), token.to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
 def _load_rows(
     image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens,
     HAS_TEXT: tl.constexpr, D: tl.constexpr,
@@ -52,9 +62,7 @@ def _write_joint(
     image_sb, image_sn, text_sb, text_sn,
     NORM: tl.constexpr, KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    head, token, sample = row % heads, (row // heads) % tokens, row // (heads * tokens)
+    row, live, sample, token, head = _rows_of_program(rows, tokens, heads, ROWS)
     x = _load_rows(
         image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
     )
@@ -101,9 +109,7 @@ def _read_joint_gradient(
 ):  # fmt: skip
     column = tl.arange(0, D)
     program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    head, token, sample = row % heads, (row // heads) % tokens, row // (heads * tokens)
+    row, live, sample, token, head = _rows_of_program(rows, tokens, heads, ROWS)
     from_image = token < image_tokens
     offset = sample * grad_sb + token * grad_sn + head * grad_sh
     g = tl.load(grad + offset[:, None] + column[None, :], mask=live[:, None], other=0.0).to(tl.float32)

@@ -13,6 +13,7 @@ import torch
 from advflow_ext import _native
 from bench import memory, plans, report, timing
 from bench.__main__ import main
+from bench.blocks import BLOCKS
 from bench.losses import LOSSES
 from bench.plans import OPS, chosen
 from bench.registry import COPY, OURS, Case, Check, cases, limits, parse_shapes
@@ -64,6 +65,8 @@ def test_cases_are_all_combinations() -> None:
     assert found == [Case("sde_step", (2, 3), "fp32", None)]
 
 
+LATENT_OPS = [name for name in OPS if name not in BLOCKS]  # theirs are in test_blocks.py
+
 TENSORS = {  # of the latents' shape: read for the loss and again for the gradient, and the gradient written
     **dict.fromkeys(["advantage_flow_loss", "diffusion_nft_loss", "awm_loss", "flow_awr_loss"], 2 * 4 + 1),
     **dict.fromkeys(["reward_weighted_loss", *(loss.name for loss in LOSSES if loss.reads_back)], 2 * 3 + 1),
@@ -74,7 +77,7 @@ TENSORS = {  # of the latents' shape: read for the loss and again for the gradie
 }
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LATENT_OPS)
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
 def test_byte_count(name: str, dtype: str, size: int) -> None:
     ref = OPS[name].refs[0]
@@ -85,7 +88,7 @@ def test_byte_count(name: str, dtype: str, size: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LATENT_OPS)
 def test_a_call_reads_the_tensors_that_are_counted(name: str) -> None:
     op = OPS[name]
     case = Case(name, (2, 4, 8, 8), "fp32", op.refs[-1])
@@ -109,7 +112,7 @@ def test_peak_memory_of_known_work() -> None:
 
 
 @native
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LATENT_OPS)
 def test_ours_needs_the_memory_of_its_results_alone(name: str, device: str) -> None:
     """One gradient, or the next x and its noise; beyond that numbers a sample, partial sums, and rounding of sizes."""
     op, where = OPS[name], torch.device(device)
@@ -124,7 +127,7 @@ def test_ours_needs_the_memory_of_its_results_alone(name: str, device: str) -> N
 
 @native
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LATENT_OPS)
 def test_every_uncompiled_implementation_is_right_and_wrong_answers_are_red(name: str, dtype: str, device: str) -> None:
     op, where = OPS[name], torch.device(device)
     shape = (2, 4, 8, 8) if dtype == "fp16" else (9, 16, 32, 32)  # fp16 has no room for 1 / (9 * 16384)
@@ -163,7 +166,7 @@ def test_plans_cover_what_they_say() -> None:
     assert set(OPS["advantage_flow_loss"].implementations(torch.device("cuda"))) >= plans.COMPILED
     planned = [each.case for each in plans.gpu_plan()]
     assert len(planned) == len(set(planned))
-    assert {case.op for case in planned if case.shape == (8, 16, 64, 64) and case.dtype == "bf16"} == set(OPS)
+    assert {case.op for case in planned if case.shape == (8, 16, 64, 64) and case.dtype == "bf16"} == set(LATENT_OPS)
     sizes = {(batch, 16, 64, 64) for batch in (1, 8, 16, 32, 64, 128, 256)} | {(64, 16, 128, 128), (1, 16, 21, 90, 160)}
     for op in (*plans.SWEPT, *plans.KERNELS):
         assert {case.shape for case in planned if case.op == op and case.dtype == "fp32"} >= sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
+from advflow_ext.nn import _backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,6 +162,32 @@ def test_no_tokens_and_no_samples_are_no_error(kind):
         tensors = draw(batch, tokens, 16, *kind, torch.float32)
         results = results_and_gradients(call(af.nn, *kind), tensors, incoming(batch, tokens, 16, *kind))
         assert all(tensor.isfinite().all() for tensor in results)
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    current = []
+
+    @contextmanager
+    def device(which):
+        current.append(which)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = _backend.on_device_of_tensors(lambda *arguments: [*current, arguments[1]])
+    x = torch.empty(1, device="meta")
+    assert kernel(x, "one") == [x.device, "one"] and kernel([x, x], "list") == [x.device, "list"] and not current
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_device_of_the_tensors_need_not_be_the_current_one(kind):
+    tensors, grads = draw(2, 3, 16, *kind, torch.float32), incoming(2, 3, 16, *kind)
+    here = results_and_gradients(call(af.nn, *kind), tensors, grads)
+    moved = [tensor.detach().to("cuda:1").requires_grad_() for tensor in tensors]
+    there = results_and_gradients(call(af.nn, *kind), moved, [grad.to("cuda:1") for grad in grads])
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other.to(one.device))
 
 
 @pytest.mark.parametrize("kind", KINDS)

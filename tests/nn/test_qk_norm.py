@@ -241,6 +241,11 @@ def test_trained_weights_keep_the_inputs():
         ({"text": (torch.zeros(2, 1, 64),) * 3}, "text and text_weights are given together"),
         ({"q": torch.zeros(2, 64)}, r"q has shape \[2, 64\]; accepted is \[batch, tokens, width\]"),
         ({"eps": -1.0}, "eps is -1.0"),
+        (
+            dict.fromkeys("qkv", torch.empty(2**15, 2**15, 64, device="meta"))
+            | dict.fromkeys(("weight_q", "weight_k"), torch.empty(32, device="meta")),
+            "q and text hold 2147483648 heads of tokens; accepted are fewer than 2147482624",
+        ),
     ],
 )
 @pytest.mark.parametrize("module", [af.nn, af.reference])
