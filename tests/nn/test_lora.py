@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import advflow_ext as af
 from advflow_ext import reference
 from advflow_ext.nn import lora_forward, lora_linear, lora_obstacle
 
@@ -310,6 +311,34 @@ def test_hooks_and_other_layers_are_left_alone() -> None:
     assert lora_obstacle(fan) is None
     fan.fan_in_fan_out = True
     assert lora_obstacle(fan) == "Its base weight is transposed (fan_in_fan_out)."
+
+
+def test_patched_blocks_compile_whole_and_switch_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, {"learner": "one", "rollout": "two", "reference": None}, merged_bytes=2**20)
+    arguments = inputs()
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        with torch.no_grad():
+            found = []
+            for role, merged in (("reference", False), ("rollout", True), ("rollout", False)):
+                with policies.use(role, merged=merged):
+                    found.append(model(*arguments, return_dict=False)[0])
+        out = model(*arguments, return_dict=False)[0]
+        out.square().mean().backward()
+        return [*found, out.detach(), *gradients(model).values()]
+
+    stock = step()
+    linear = peft.tuners.lora.layer.Linear
+    real = linear.forward
+    monkeypatch.setattr(linear, "forward", lambda layer, x: lora_forward(layer, x, stock=real))
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(), stock, strict=True):
+        assert error(ours, theirs.double()) <= 1e-5
+    assert len(stock) == 4 + 2 * 11
 
 
 def test_a_patched_layer_compiles_to_one_graph() -> None:
