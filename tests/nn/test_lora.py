@@ -138,6 +138,19 @@ def test_only_what_requires_a_gradient_gets_one_and_only_what_that_needs_is_save
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_an_adapter_of_zeros_is_the_base_to_the_bit(dtype: torch.dtype, strided: bool) -> None:
+    """Learner and reference are then the same policy, and must be the same numbers."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 48, 17).mT if strided else torch.randn(3, 17, 48)
+    x, weight, bias = x.to(dtype), torch.randn(40, 48).to(dtype), torch.randn(40).to(dtype)
+    a, b = torch.randn(4, 48, requires_grad=True), torch.zeros(40, 4, requires_grad=True)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(lora_linear(x, weight, bias, a, b, 2.0), F.linear(x, weight, bias))
+
+
 def test_a_base_that_trains_too_gets_its_gradients() -> None:
     torch.manual_seed(0)
     x, weight, bias, a, b = (torch.randn(s, requires_grad=True) for s in ((6, 8), (5, 8), (5,), (3, 8), (5, 3)))
