@@ -28,9 +28,9 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "LossMetrics",
     "LossOutput",
-    "SD3Patch",
     "Mismatch",
     "PolicySet",
+    "SD3Patch",
     "SdeStep",
     "StepTable",
     "advantage_flow_loss",

@@ -36,17 +36,23 @@ def _products(
     scales: tuple[float, ...],
     adapters: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output ``[N, out]``, and every ``x A^T`` ``[N, r]`` on the way."""
-    out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way."""
+    # In the shape given, so that it is the base layer's own product to the bit.
+    out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
+    rows, flat = out.view(-1, out.shape[-1]), _flat(x)
     products = []
     for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
-        products.append(x @ a.to(dtype).t())
-        out.addmm_(products[-1], b.to(dtype).t(), alpha=scale)
+        products.append(flat @ a.to(dtype).t())
+        rows.addmm_(products[-1], b.to(dtype).t(), alpha=scale)
     return out, products
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 class _LoraLinear(torch.autograd.Function):
-    """``x`` ``[N, in]`` in ``dtype``; ``adapters`` are a_1, b_1, a_2, b_2, ... with one of ``scales`` for each pair."""
+    """``x`` ``[..., in]`` in ``dtype``; ``adapters`` are a_1, b_1, a_2, b_2, ..., with one of ``scales`` a pair."""
 
     @staticmethod
     def forward(
@@ -71,6 +77,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype, needs = ctx.dtype, ctx.needs_input_grad[5:]
         x, weight, *rest = ctx.saved_tensors
+        shape, grad = grad.shape, _flat(grad)
         grad_x = None if weight is None else grad @ weight.to(dtype)
         grads: list[Tensor | None] = []
         for pair, scale in enumerate(ctx.scales):
@@ -82,9 +89,11 @@ class _LoraLinear(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x.addmm_(inner, a.to(dtype), alpha=scale)
                 if needs_a:
-                    grad_a = _weight_gradient(inner, x, scale, a.dtype)
+                    grad_a = _weight_gradient(inner, _flat(x), scale, a.dtype)
             grads.append(grad_a)
             grads.append(_weight_gradient(grad, product, scale, b.dtype) if needs_b else None)
+        if grad_x is not None:
+            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
         return grad_x, None, None, None, None, *grads
 
 
@@ -137,15 +146,15 @@ def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Seque
         for a, b, scale in others:
             out = (out + F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
         return out
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    x = x.to(dtype)
     scales = tuple(adapter.scale for adapter in adapters)
     tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
     # Dynamo cannot trace a Function of this signature where no gradient is asked for.
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (flat, *tensors)):
-        out = _LoraLinear.apply(flat, weight, bias, dtype, scales, *tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        out = _LoraLinear.apply(x, weight, bias, dtype, scales, *tensors)
     else:
-        out, _ = _products(flat, weight, bias, dtype, scales, tensors)
-    return out.view(*x.shape[:-1], weight.shape[0])
+        out, _ = _products(x, weight, bias, dtype, scales, tensors)
+    return out
 
 
 def is_lora_layer(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import advflow_ext as af
 from advflow_ext import reference
 from advflow_ext.nn import lora_forward, lora_linear, lora_obstacle
 
@@ -135,6 +136,19 @@ def test_only_what_requires_a_gradient_gets_one_and_only_what_that_needs_is_save
     plain = reference.lora_linear(tensors[0], weight, None, tensors[1], tensors[2], 2.0)
     for ours, theirs in zip(grads, torch.autograd.grad(plain.sum(), [tensors[i] for i in wanted]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_an_adapter_of_zeros_is_the_base_to_the_bit(dtype: torch.dtype, strided: bool) -> None:
+    """Learner and reference are then the same policy, and must be the same numbers."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 48, 17).mT if strided else torch.randn(3, 17, 48)
+    x, weight, bias = x.to(dtype), torch.randn(40, 48).to(dtype), torch.randn(40).to(dtype)
+    a, b = torch.randn(4, 48, requires_grad=True), torch.zeros(40, 4, requires_grad=True)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(lora_linear(x, weight, bias, a, b, 2.0), F.linear(x, weight, bias))
 
 
 def test_a_base_that_trains_too_gets_its_gradients() -> None:
@@ -310,6 +324,34 @@ def test_hooks_and_other_layers_are_left_alone() -> None:
     assert lora_obstacle(fan) is None
     fan.fan_in_fan_out = True
     assert lora_obstacle(fan) == "Its base weight is transposed (fan_in_fan_out)."
+
+
+def test_patched_blocks_compile_whole_and_switch_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, {"learner": "one", "rollout": "two", "reference": None}, merged_bytes=2**20)
+    arguments = inputs()
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        with torch.no_grad():
+            found = []
+            for role, merged in (("reference", False), ("rollout", True), ("rollout", False)):
+                with policies.use(role, merged=merged):
+                    found.append(model(*arguments, return_dict=False)[0])
+        out = model(*arguments, return_dict=False)[0]
+        out.square().mean().backward()
+        return [*found, out.detach(), *gradients(model).values()]
+
+    stock = step()
+    linear = peft.tuners.lora.layer.Linear
+    real = linear.forward
+    monkeypatch.setattr(linear, "forward", lambda layer, x: lora_forward(layer, x, stock=real))
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(), stock, strict=True):
+        assert error(ours, theirs.double()) <= 1e-5
+    assert len(stock) == 4 + 2 * 11
 
 
 def test_a_patched_layer_compiles_to_one_graph() -> None:
