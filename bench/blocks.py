@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -216,12 +217,14 @@ def joint_by(norm: Norm) -> Function:
 
 def our_joint(activations: Tensors, weights: Tensors) -> tuple[Tensor, ...]:
     heads = activations[0].shape[2] // HEAD_DIM
+    keep: Literal["inputs", "outputs"] = "inputs" if weights[0].requires_grad else "outputs"  # as apply_to_sd3 chooses
     if len(activations) == 2:
         q, k = activations
-        joint = af.nn.joint_qk_norm(q, k, k, *weights, heads=heads)[:2]  # v is looked at and handed back
+        joint = af.nn.joint_qk_norm(q, k, k, *weights, heads=heads, keep=keep)[:2]  # v is looked at and handed back
     else:
         q, k, v, *text = activations
-        joint = af.nn.joint_qk_norm(q, k, v, *weights[:2], heads=heads, text=tuple(text), text_weights=weights[2:])
+        given: Any = {"heads": heads, "text": tuple(text), "text_weights": weights[2:], "keep": keep}
+        joint = af.nn.joint_qk_norm(q, k, v, *weights[:2], **given)
     return tuple(part.transpose(1, 2) for part in joint)
 
 

@@ -75,8 +75,7 @@ def apply_to_sd3(
     """Makes the transformer blocks of Stable Diffusion 3 and 3.5 run on fused forward and backward kernels.
 
     Works on diffusers' ``SD3Transformer2DModel``, alone or inside PEFT, DDP or FSDP2 wrappers, before or after any of
-    them; under autocast, gradient checkpointing, CUDA graphs and ``torch.compile`` (whole or by
-    ``compile_repeated_blocks``).
+    them; under autocast, gradient checkpointing, CUDA graphs and ``torch.compile`` (whole or block by block).
     Parameters, state dicts and saved adapters are untouched: only forward passes are replaced.
 
     Arguments:

@@ -10,7 +10,6 @@ from torch import Tensor
 from advflow_ext import reference
 from advflow_ext.nn import _backend
 from advflow_ext.ops._block_checks import joint_qk_norm_arguments
-from advflow_ext.ops._checks import require_choice
 
 
 def joint_qk_norm(
@@ -55,10 +54,7 @@ def joint_qk_norm(
 
     Raises ValueError, naming argument, value and what is accepted.
     """
-    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights)
-    require_choice("keep", keep, ("inputs", "outputs"))
-    if keep == "outputs" and any(weight.requires_grad for weight in (weight_q, weight_k, *(text_weights or ()))):
-        raise ValueError("keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'.")
+    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights, keep)
     head_dim = q.shape[2] // heads
     if not _backend.serves(q) or head_dim < 16 or head_dim & (head_dim - 1):
         return reference.joint_qk_norm(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from advflow_ext.ops._checks import require_float_tensor, require_number
+from advflow_ext.ops._checks import require_choice, require_float_tensor, require_number
 
 _MOST_ROWS = 2**31 - 2**10  # the kernel counts them in int32, and up to the end of its last tile
 
@@ -21,6 +21,7 @@ def joint_qk_norm_arguments(
     eps: float,
     text: tuple[Tensor, Tensor, Tensor] | None,
     text_weights: tuple[Tensor, Tensor] | None,
+    keep: str,
 ) -> None:
     _require_tokens("q", q)
     for name, value in {"k": k, "v": v}.items():
@@ -42,6 +43,9 @@ def joint_qk_norm_arguments(
         weights |= {"text_weights[0]": text_weights[0], "text_weights[1]": text_weights[1]}
     for name, weight in weights.items():
         _require_shape(name, weight, (width // heads,), "[width of q / heads]", q)
+    require_choice("keep", keep, ("inputs", "outputs"))
+    if keep == "outputs" and any(weight.requires_grad for weight in weights.values()):
+        raise ValueError("keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'.")
     rows = q.shape[0] * heads * (q.shape[1] + (text[0].shape[1] if text is not None else 0))
     if rows >= _MOST_ROWS:
         raise ValueError(f"q and text hold {rows} heads of tokens; accepted are fewer than {_MOST_ROWS}.")

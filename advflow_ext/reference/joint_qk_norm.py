@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,13 @@ def joint_qk_norm(
     eps: float = 1e-6,
     text: tuple[Tensor, Tensor, Tensor] | None = None,
     text_weights: tuple[Tensor, Tensor] | None = None,
+    keep: Literal["inputs", "outputs"] = "inputs",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same arguments, result and errors as :func:`advflow_ext.nn.joint_qk_norm`, by PyTorch autograd."""
-    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights)
+    """Same arguments, result and errors as :func:`advflow_ext.nn.joint_qk_norm`, by PyTorch autograd.
+
+    What is kept for the backward pass is autograd's choice, whatever ``keep`` says.
+    """
+    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights, keep)
 
     def split(x: Tensor) -> Tensor:
         parts: Tensor = x.unflatten(-1, (heads, -1))
