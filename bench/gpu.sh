@@ -79,7 +79,7 @@ gpu_part() {
 
   local reserved=0
   if "$python" -c 'import diffusers, peft' 2>/dev/null; then
-    reserved=110
+    reserved=130
   fi
   limit=$((total - SECONDS - 25 - reserved))
   step bench "$limit" "$python" -m bench --device cuda --limit $((limit - 45)) --json "$out/bench.json" || status=1

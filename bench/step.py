@@ -24,6 +24,7 @@ import argparse
 import gc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -179,13 +180,16 @@ def measure(document: Row, work: Work, device: torch.device, save: Callable[[], 
         row: Row = {"variant": name}
         document["results"].append(row)
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        try:
-            variant = made.Variant(name, base, algorithm)
-            row["check"] = check(variant.outcome(inputs), stock, exact)
-            prepare(row, variant, inputs, device, before, base_bytes)
-            variants[name] = row, variant
-        except Exception as error:  # one that cannot run on this machine must not hide the others
-            row |= {"check": row.get("check", {}) | {"green": False}, "error": first_line(error)}
+        with warnings.catch_warnings(record=True) as said:
+            try:
+                variant = made.Variant(name, base, algorithm)
+                row["check"] = check(variant.outcome(inputs), stock, exact)
+                prepare(row, variant, inputs, device, before, base_bytes)
+                variants[name] = row, variant
+            except Exception as error:  # one that cannot run on this machine must not hide the others
+                row |= {"check": row.get("check", {}) | {"green": False}, "error": first_line(error)}
+        # Among them: that a fused op was found wrong and the stock one serves.
+        row["warnings"] = list(dict.fromkeys(str(warning.message).splitlines()[0] for warning in said))
         save()
     progress(f"timing {len(variants)} variants in turn, {document['rounds']} rounds")
     times = timing.round_robin(_calls(variants, inputs), device, document["rounds"], warmup=0)
@@ -234,6 +238,10 @@ def notes(device: torch.device) -> list[str]:
             "are no host gaps: these numbers show that the bench works and say nothing about a GPU."
         )
     return found
+
+
+def warned(document: Row) -> list[str]:
+    return [f"{row['variant']} warned: {text}" for row in document["results"] for text in row["warnings"]]
 
 
 def tables(document: Row) -> list[list[list[str]]]:
@@ -322,7 +330,7 @@ def headline(document: Row) -> str:
 
 def markdown(document: Row) -> str:
     lines = ["# One RL step", "", f"{facts(document['environment'])}.", "", f"{headline(document)}.", ""]
-    lines += [line for note in document["notes"] for line in (note, "")]
+    lines += [line for note in (*document["notes"], *warned(document)) for line in (note, "")]
     for table in tables(document):
         heads, *rows = (f"| {' | '.join(cells)} |" for cells in table)
         lines += [heads, "|" + "---|" * len(table[0]), *rows, ""]
@@ -408,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     # Past its limit torch.compile would go on uncompiled, and nobody would see it in the numbers.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         measure(document, work, device, save)
-    print("\n".join([headline(document), *document["notes"]]))
+    print("\n".join([headline(document), *document["notes"], *warned(document)]))
     for table in tables(document):
         print(f"\n{aligned(table)}")
     if options.out is not None:

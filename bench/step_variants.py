@@ -39,9 +39,9 @@ _PERTURBATION = 0.01  # of the adapters' B, which PEFT makes zero: no policy wou
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every variant is given: noise [B, C, H, W] in fp32, advantages [B], the sampler's grid, one draw a timestep.
+    """What every variant is given: noise [B, C, H, W] in fp32, the sampler's grid, one draw for each timestep.
 
-    The prompts' dtype is that of the forward passes.
+    Advantages are [B] in [-1, 1]; the prompts' dtype is that of the forward passes.
     """
 
     noise: Tensor
@@ -74,7 +74,7 @@ def make_inputs(work: Work, steps: int, timesteps: int, device: torch.device) ->
         Draw((1.0 - torch.rand(work.batch, generator=generator)).to(device), normal(*latent)) for _ in range(timesteps)
     ]
     sigmas = sigma_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), steps)
-    return Inputs(normal(*latent), prompts, normal(work.batch), sigmas, draws)
+    return Inputs(normal(*latent), prompts, normal(work.batch).clamp(-1, 1), sigmas, draws)
 
 
 def make_base(model: str, device: torch.device) -> SD3Transformer2DModel:
