@@ -10,7 +10,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ class Account:
 
 def trace(step: Callable[[], Tensor], model: nn.Module, site_of: SiteRule, *, backward: bool) -> Account:
     """Runs `step`, which returns a scalar, and with `backward` its backward pass, and accounts for both."""
-    tracer = _Tracer(model, site_of)
+    tracer = Tracer(model, site_of)
     with tracer.watching():
         loss = step()
         saved = tracer.held()
@@ -204,12 +204,19 @@ def _source() -> Source | None:
     return None
 
 
-class _Tracer(TorchDispatchMode):
-    def __init__(self, model: nn.Module, site_of: SiteRule) -> None:
+class Tracer(TorchDispatchMode):
+    """Accounts for the operators called while it is :meth:`watching`.
+
+    ``phase`` is the caller's to set. Each operator is called inside ``mark(its site)``.
+    """
+
+    def __init__(
+        self, model: nn.Module, site_of: SiteRule, mark: Callable[[str], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         super().__init__()
         self.events: list[Event] = []
         self.phase: Phase = "forward"
-        self._site_of = site_of
+        self._site_of, self._mark = site_of, mark
         self._names = {module: name for name, module in model.named_modules()}
         self._calling: list[tuple[str, nn.Module]] = []
         self._resident = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -255,14 +262,15 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         # Before the call: in-place operators change what they were given.
         operands = {_storage(tensor) for tensor in _tensors([*args, *kwargs.values()])}
-        result = op(*args, **kwargs)
         if op.namespace == "prim":  # questions about a tensor
-            return result
+            return op(*args, **kwargs)
         kind = kind_of(op)
         site = self._site(op, kind, frozen=not operands <= self._produced | self._trainable)
         if self.phase == "forward":
             # Autograd made the node of this operator just before; later operators without one must not claim it.
             self._node_sites.setdefault(_newest_node(), site)
+        with self._mark(site):
+            result = op(*args, **kwargs)
         self._produced |= {_storage(tensor) for tensor in _tensors([result])} - operands
         launches, read, written = cost(op, args, kwargs, result)
         if launches:

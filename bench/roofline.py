@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import sys
 import warnings
@@ -41,69 +40,13 @@ import advflow_ext
 from bench import report
 from bench.account import OTHER, Account, Event, Kind, trace
 from bench.cuda_choices import CudaChoices
+from bench.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
 from bench.sd3_sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
 
 VARIANTS = ("stock", "rms_norm", "ours")
 TRAIN_FORWARD, TRAIN_BACKWARD, NO_GRAD = "train forward", "train backward", "no-grad forward"
 PASSES = (TRAIN_FORWARD, TRAIN_BACKWARD, NO_GRAD)
 ADAPTER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Size:
-    """A transformer and the work it is given unless told otherwise.
-
-    Args:
-        config: arguments of SD3Transformer2DModel.
-        pixels_per_latent: by how much the VAE shrinks a side.
-        batch: images in a step.
-        px: side of an image in pixels.
-        text_tokens: length of the text sequence; 205 is CLIP's 77 and 128 of T5.
-    """
-
-    config: Callable[[], dict[str, Any]]
-    pixels_per_latent: int
-    batch: int
-    px: int
-    text_tokens: int
-
-
-def _sd35_medium() -> dict[str, Any]:
-    return {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    }
-
-
-def _tiny() -> dict[str, Any]:
-    from advflow.model import EMBEDDED, pipeline_folder
-
-    config = json.loads((Path(pipeline_folder(EMBEDDED)) / "transformer" / "config.json").read_text())
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-SIZES = {"sd35-medium": Size(_sd35_medium, 8, 9, 512, 205), "tiny": Size(_tiny, 4, 5, 32, 36)}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is traced: the transformer called `model`, a batch of square images and their text."""
-
-    model: str
-    batch: int
-    px: int
-    text_tokens: int
 
 
 @dataclass(frozen=True)
@@ -118,48 +61,6 @@ class Rates:
         flops_per_second: dict[Kind, float] = {"attention": 1e12 * self.sdpa_tflops}
         compute = event.flops / flops_per_second.get(event.kind, 1e12 * self.tflops)
         return max(compute, (event.read + event.written) / (1e9 * self.gbps))
-
-
-def build(model: str, adapters: torch.dtype) -> nn.Module:
-    """The transformer in bf16, frozen, with trainable LoRA adapters. Call it inside a FakeTensorMode."""
-    from advflow.config import ModelConfig
-    from diffusers import SD3Transformer2DModel
-    from peft import LoraConfig
-
-    settings = ModelConfig()
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        init_lora_weights="gaussian",
-        target_modules=settings.lora_targets,
-    )
-    # Neither library can build on fake tensors, both can on the meta device.
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
-        transformer: nn.Module = SD3Transformer2DModel(**SIZES[model].config()).requires_grad_(False)
-        transformer.add_adapter(lora)  # type: ignore[operator]  # PEFT's mixin, unknown to nn.Module
-    for module in transformer.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                dtype = adapters if parameter.requires_grad else torch.bfloat16
-                module._parameters[name] = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad
-                )
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=torch.bfloat16)
-    return transformer
-
-
-def _inputs(transformer: nn.Module, work: Work) -> dict[str, Tensor]:
-    config: Any = transformer.config
-    side = work.px // SIZES[work.model].pixels_per_latent
-    shapes = {
-        "hidden_states": (work.batch, config.in_channels, side, side),
-        "encoder_hidden_states": (work.batch, work.text_tokens, config.joint_attention_dim),
-        "pooled_projections": (work.batch, config.pooled_projection_dim),
-        "timestep": (work.batch,),
-    }
-    return {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
 @contextmanager
@@ -196,8 +97,8 @@ def measure(variant: str, adapters: str, work: Work, rates: Rates) -> dict[str, 
     """Traces a training step and a forward without gradients of one variant."""
     # CudaChoices comes last: it must see a call before anything else does.
     with FakeTensorMode(), warnings.catch_warnings(), CudaChoices():
-        transformer = build(work.model, ADAPTER_DTYPES[adapters])
-        inputs = _inputs(transformer, work)
+        transformer = build_fake(work.model, ADAPTER_DTYPES[adapters])
+        inputs = fake_inputs(transformer, work)
 
         def velocity_sum() -> Tensor:
             velocity: Tensor = transformer(**inputs, return_dict=False)[0]
@@ -396,30 +297,11 @@ def _choices(text: str) -> list[str]:
     return names
 
 
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
-    return number
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", choices=list(SIZES), default="sd35-medium", help="tiny is the embedded pipeline's")
-    p.add_argument("--batch", type=_count, help="images in a step; default 9, tiny 5")
-    p.add_argument("--px", type=_count, help="side of an image in pixels; default 512, tiny 32")
-    p.add_argument("--text-tokens", type=_count, help="default 205 (77 of CLIP, 128 of T5), tiny 36")
+    add_work_arguments(p)
     p.add_argument(
         "--adapters",
         type=_choices,
@@ -427,29 +309,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DTYPES",
         help="of the LoRA weights on the bf16 base, comma-separated; default bf16,fp32",
     )
-    p.add_argument("--tflops", type=_positive, default=790.0, help="of GEMMs of whatever dtype; default 790")
-    p.add_argument("--sdpa-tflops", type=_positive, default=500.0, help="of attention; default 500")
-    p.add_argument("--gbps", type=_positive, default=4300.0, help="memory bandwidth in GB/s; default 4300")
+    p.add_argument("--tflops", type=positive, default=790.0, help="of GEMMs of whatever dtype; default 790")
+    p.add_argument("--sdpa-tflops", type=positive, default=500.0, help="of attention; default 500")
+    p.add_argument("--gbps", type=positive, default=4300.0, help="memory bandwidth in GB/s; default 4300")
     p.add_argument("--json", type=Path, metavar="OUT", help="write every operator of every site here")
     p.add_argument("--render", type=Path, metavar="FILE", help="draw a file written by --json instead of tracing")
     p.add_argument("--out", type=Path, metavar="PNG", help="where --render draws to")
     return p
-
-
-def _work(options: argparse.Namespace) -> Work:
-    size = SIZES[options.model]
-    work = Work(
-        options.model,
-        options.batch or size.batch,
-        options.px or size.px,
-        options.text_tokens or size.text_tokens,
-    )
-    config = size.config()
-    multiple = size.pixels_per_latent * config["patch_size"]
-    largest = multiple * config["pos_embed_max_size"]
-    if work.px % multiple or work.px > largest:
-        parser().error(f"--px {work.px}: {work.model} needs a multiple of {multiple} up to {largest}")
-    return work
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -459,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.render is not None:
         draw(json.loads(options.render.read_text()), options.out)
         return 0
-    work, rates = _work(options), Rates(options.tflops, options.sdpa_tflops, options.gbps)
+    work, rates = work_of(options, parser()), Rates(options.tflops, options.sdpa_tflops, options.gbps)
     document: dict[str, Any] = {
         "environment": report.environment(torch.device("cpu"))
         | {name: importlib.metadata.version(name) for name in ("diffusers", "peft")},

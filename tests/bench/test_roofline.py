@@ -21,7 +21,8 @@ import advflow_ext  # noqa: E402
 from bench import roofline  # noqa: E402
 from bench.account import GRADIENT_SUMS, trace  # noqa: E402
 from bench.cuda_choices import CudaChoices  # noqa: E402
-from bench.roofline import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, Work, total  # noqa: E402
+from bench.roofline import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total  # noqa: E402
+from bench.sd3_model import Work, build_fake, fake_inputs  # noqa: E402
 from bench.sd3_sites import (  # noqa: E402
     ADALN,
     ATTENTION,
@@ -104,8 +105,8 @@ def test_gradients_reach_the_adapters_alone(stock: Result) -> None:
 
 def test_flops_are_those_of_the_flop_counter(stock: Result) -> None:
     with FakeTensorMode(), CudaChoices():
-        transformer = roofline.build("tiny", torch.bfloat16)
-        inputs = roofline._inputs(transformer, WORK)
+        transformer = build_fake("tiny", torch.bfloat16)
+        inputs = fake_inputs(transformer, WORK)
         with FlopCounterMode(display=False) as counter:
             transformer(**inputs, return_dict=False)[0].sum().backward()
     assert total(stock, (TRAIN_FORWARD, TRAIN_BACKWARD)).flops == counter.get_total_flops()
