@@ -91,7 +91,7 @@ class FusedBlock:
 
     def forward(
         self,
-        original: Callable[..., tuple[Tensor | None, Tensor]],
+        stock: Callable[..., tuple[Tensor | None, Tensor]],
         block: Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -100,7 +100,7 @@ class FusedBlock:
     ) -> tuple[Tensor | None, Tensor]:
         """(context, hidden states) after the block, as the block's own forward returns them."""
         if not _backend.serves(hidden_states) or joint_attention_kwargs:
-            return original(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+            return stock(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         image = self._norm1(block.norm1, hidden_states, temb)
         text = self._norm1(block.norm1_context, encoder_hidden_states, temb)
         attn_image, attn_text = self._attention(block.attn, image.x, text.x)

@@ -39,14 +39,18 @@ class SD3Patch:
     Attributes:
         replaced: op -> how many modules run on it now.
         kept: module -> why it stays as it was.
+        active: until :meth:`unapply`.
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    active: bool = True
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _derived: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict, repr=False)
 
     def unapply(self) -> None:
         """Puts everything back; nothing happens the second time."""
+        self.active = False
         while self._undo:
             self._undo.pop()()
 
@@ -133,17 +137,17 @@ def _patch_model(model: nn.Module, ops: frozenset[str], fused: FusedBlock, mode:
     _note_missing_triton(patch, next(model.parameters()))
     for name, block in blocks.items():
         _report_block(patch, name, block, fused.ops)
-        if fused.ops and reason_to_keep(block) is None:
-            _replace_forward(patch, block, functools.partial(fused.forward, block.forward, block))
+        if fused.ops and not _has_own_forward(block):
+            _swap_class(patch, block, functools.partial(_block_method, patch, fused))
     layers = {name: module for name, module in model.named_modules() if is_lora_layer(module)}
     if "lora" in ops and layers and not (mode == "infer" and _merge(patch, model, layers)):
         for name, layer in layers.items():
-            if obstacle := lora_obstacle(layer):
+            if obstacle := _has_own_forward(layer) or lora_obstacle(layer):
                 patch.kept[name] = obstacle
             else:
                 patch.replaced["lora"] = patch.replaced.get("lora", 0) + 1
             # Patched either way: an obstacle, such as training mode with dropout, may go away.
-            _replace_forward(patch, layer, functools.partial(_lora_instance, layer.forward, layer))
+            _swap_class(patch, layer, functools.partial(_lora_method, patch))
     return patch
 
 
@@ -171,7 +175,7 @@ def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
     _note_missing_triton(patch, None)
     targets: list[tuple[type[nn.Module], Callable[[Callable[..., Any]], Callable[..., Any]]]] = []
     if fused.ops:
-        targets.append((JointTransformerBlock, lambda stock: _block_method(fused, stock)))
+        targets.append((JointTransformerBlock, functools.partial(_block_method, patch, fused)))
         patch.replaced |= {op: 1 for op in sorted(fused.ops)}
     if "lora" in ops:
         try:
@@ -179,7 +183,7 @@ def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
         except ImportError:
             patch.kept["LoRA layers"] = "PEFT is not installed"
         else:
-            targets.append((Linear, _lora_method))
+            targets.append((Linear, functools.partial(_lora_method, patch)))
             patch.replaced["lora"] = 1
     for cls, _ in targets:
         if hasattr(cls, _MARK):
@@ -193,42 +197,49 @@ def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
     return patch
 
 
-def _block_method(fused: FusedBlock, stock: Callable[..., Any]) -> Callable[..., Any]:
+def _block_method(patch: SD3Patch, fused: FusedBlock, stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-        if reason_to_keep(block) is not None:
+        if not patch.active or reason_to_keep(block) is not None:
             return stock(block, *args, **kwargs)
-        return fused.forward(functools.partial(stock, block), block, *args, **kwargs)
+        return fused.forward(stock, block, *args, **kwargs)
 
     return forward
 
 
-def _lora_method(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _lora_method(patch: SD3Patch, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(stock)
     def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not patch.active:
+            return stock(layer, x, *args, **kwargs)
         return lora_forward(layer, x, *args, stock=stock, **kwargs)
 
     return forward
 
 
-def _lora_instance(stock: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return lora_forward(layer, x, *args, stock=lambda _, *a, **k: stock(*a, **k), **kwargs)
+def _has_own_forward(module: nn.Module) -> str | None:
+    """Somebody else has replaced the forward of this one module, which hides that of its class."""
+    return "its forward has been replaced already" if "forward" in module.__dict__ else None
 
 
-def _replace_forward(patch: SD3Patch, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Sets an instance's forward, past ``nn.Module.__setattr__``, and notes how to take it back."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    module.__dict__[_MARK] = True
-    patch._undo.append(functools.partial(_restore_instance, module, before))
+def _swap_class(patch: SD3Patch, module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Makes `module` one of a class derived from its own, which all modules of that class share.
+
+    Were each given a forward of its own instead, torch.compile would compile each of them anew.
+    """
+    cls = type(module)
+    derived = patch._derived.get(cls)
+    if derived is None:
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        derived = type(cls.__name__, (cls,), {**names, "forward": wrap(cls.forward), _MARK: True})
+        patch._derived[cls] = derived
+    module.__class__ = derived
+    patch._undo.append(functools.partial(_restore_class_of, module, derived, cls))
 
 
-def _restore_instance(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    module.__dict__.pop(_MARK, None)
-    if before is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = before
+def _restore_class_of(module: nn.Module, derived: type[nn.Module], cls: type[nn.Module]) -> None:
+    if type(module) is derived:  # or FSDP2 has derived from it in turn; then the forward passes on to the stock one
+        module.__class__ = cls
 
 
 def _restore_class(cls: type[nn.Module], stock: Callable[..., Any]) -> None:
@@ -237,7 +248,7 @@ def _restore_class(cls: type[nn.Module], stock: Callable[..., Any]) -> None:
 
 
 def _report_block(patch: SD3Patch, name: str, block: Any, ops: frozenset[str]) -> None:
-    if reason := reason_to_keep(block):
+    if reason := _has_own_forward(block) or reason_to_keep(block):
         patch.kept[name] = reason
         return
     for op in sorted(ops - {"qk_norm"}):

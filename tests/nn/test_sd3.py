@@ -113,6 +113,7 @@ def nothing_is_said() -> Iterator[None]:
 
 
 def test_tiny_model_with_adapters(model, stock):
+    classes = [type(module) for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     patch = af.apply_to_sd3(model)
     assert patch.replaced == {"adaln": 3, "gate": 3, "gelu": 3, "qk_norm": 4, "lora": 23} and not patch.kept
@@ -127,7 +128,7 @@ def test_tiny_model_with_adapters(model, stock):
     }
     patch.unapply()
     patch.unapply()
-    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert [type(module) for module in model.modules()] == classes
     for one, other in zip(run(model, inputs()), stock, strict=True):
         assert torch.equal(one, other)
 
@@ -259,6 +260,43 @@ def test_regional_compilation():
         regional._repeated_blocks = ["JointTransformerBlock"]  # which diffusers leaves empty for SD3
         regional.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         assert_same(run(regional, inputs()), stock)
+
+
+def test_blocks_of_a_kind_share_what_is_compiled():
+    """Six blocks of three kinds: with two attentions, with one, and the last."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    deep, counter = transformer(6, 2, 32), CompileCounterWithBackend("aot_eager")
+    deep.transformer_blocks.insert(1, copy.deepcopy(deep.transformer_blocks[0]))
+    stock = run(deep, inputs())
+    with af.apply_to_sd3(deep, verify=False):
+        for block in deep.transformer_blocks:
+            block.compile(backend=counter, fullgraph=True)
+        assert_same(run(deep, inputs()), stock)
+    # The first block differs from the second in that nothing before it asks for gradients.
+    assert counter.frame_count <= 4
+
+
+def test_a_copy_of_a_patched_model_is_patched_on_its_own(stock):
+    original = tiny()
+    with af.apply_to_sd3(original):
+        twin = copy.deepcopy(original)
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.zero_()
+        with RecordedOps() as recorded:
+            assert_same(run(twin, inputs()), stock)
+        assert recorded.calls
+
+
+def test_a_forward_that_somebody_else_replaced_is_kept_and_said():
+    other = tiny()
+    block = other.transformer_blocks[1]
+    block.forward = block.forward
+    with af.apply_to_sd3(other) as patch:
+        assert patch.kept == {"transformer_blocks.1": "its forward has been replaced already"}
+        assert patch.replaced["gate"] == 2
 
 
 def test_a_wrong_kernel_is_found_out_and_replaced(model, stock, monkeypatch):
