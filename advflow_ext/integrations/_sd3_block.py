@@ -23,9 +23,8 @@ from advflow_ext.nn import (
     layer_norm_modulate,
 )
 
-WITHOUT_ZEROS = (
-    "_advflow_norms_without_zeros"  # set on an attention module whose norms' weights were found to have none
-)
+# Set on an attention module whose norms' weights were found to have none.
+WITHOUT_ZEROS = "_advflow_norms_without_zeros"
 Module = Any  # diffusers' modules, whose attributes torch's Module does not declare
 Pair = tuple[Tensor, Tensor]
 
@@ -75,9 +74,11 @@ def reason_to_keep_attention(attn: Module) -> str | None:
             continue
         if norm is None:
             return f"it has no {name}"
-        if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
+        if not is_a(norm, "RMSNorm") or norm.weight is None or getattr(norm, "bias", None) is not None:
             return f"its {name} is not a weighted RMS norm"
-    head_dim = attn.norm_q.weight.shape[0]
+        if norm.weight.shape != (attn.inner_dim // attn.heads,) or norm.eps != attn.norm_q.eps:
+            return f"its {name} is not a norm of single heads, or has an epsilon of its own"
+    head_dim = attn.inner_dim // attn.heads
     if head_dim < 16 or head_dim & (head_dim - 1):
         return f"its head dimension {head_dim} is no power of two from 16"
     return None

@@ -79,7 +79,8 @@ def apply_to_sd3(
     """Makes the transformer blocks of Stable Diffusion 3 and 3.5 run on fused forward and backward kernels.
 
     Works on diffusers' ``SD3Transformer2DModel``, alone or inside PEFT, DDP or FSDP2 wrappers, before or after any of
-    them; under autocast, gradient checkpointing, CUDA graphs and ``torch.compile`` (whole or block by block).
+    them; under autocast, gradient checkpointing and ``torch.compile`` (whole or block by block). Nothing waits for the
+    device once ``verify`` has seen what it met, so a CUDA graph can be captured then; no GPU has confirmed that yet.
     Parameters, state dicts and saved adapters are untouched: only forward passes are replaced.
 
     Arguments:

@@ -19,6 +19,7 @@ pytest.importorskip("diffusers", reason="the trainer's dependencies are not inst
 
 from diffusers import SD3Transformer2DModel  # noqa: E402
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0  # noqa: E402
+from diffusers.models.normalization import RMSNorm  # noqa: E402
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # noqa: E402
 
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
@@ -288,6 +289,22 @@ def test_a_copy_of_a_patched_model_is_patched_on_its_own(stock):
         with RecordedOps() as recorded:
             assert_same(run(twin, inputs()), stock)
         assert recorded.calls
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (nn.LayerNorm(32, bias=False), "its norm_k is not a weighted RMS norm"),
+        (RMSNorm(64, eps=1e-6), "its norm_k is not a norm of single heads, or has an epsilon of its own"),
+        (RMSNorm(32, eps=1e-5), "its norm_k is not a norm of single heads, or has an epsilon of its own"),
+        (None, "it has no norm_k"),
+    ],
+)
+def test_other_norms_are_kept_and_said(norm, reason):
+    other = tiny()
+    other.transformer_blocks[2].attn.norm_k = norm
+    with af.apply_to_sd3(other) as patch:
+        assert patch.kept == {"transformer_blocks.2.attn": reason}
 
 
 def test_a_forward_that_somebody_else_replaced_is_kept_and_said():
