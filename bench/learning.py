@@ -74,19 +74,22 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
     colors = dict(zip(labels, palette, strict=False))
     height = 4.2 + 0.25 * ((len(labels) + 3) // 4)  # the legend below has four columns
-    figure, (score, norm, distance) = plt.subplots(1, 3, figsize=(15, height), layout="constrained")
+    apart = [run for run in runs if any(run.get("reference_deviation", []))]  # 0 where the reference has no weight
+    panels = 3 if apart else 2
+    figure, (score, norm, *rest) = plt.subplots(1, panels, figsize=(5 * panels, height), layout="constrained")
     for run in runs:
         first = run is next(r for r in runs if r["label"] == run["label"])
         label = run["label"] if first else None
         color = colors[run["label"]]
         score.plot(run["iterations"], run["held_out"], marker="o", markersize=3, color=color, alpha=0.85, label=label)
         norm.plot(run["grad_norm"], color=color, alpha=0.6, linewidth=0.9)
-        if any(run.get("reference_deviation", [])):  # 0 where the reference has no weight
-            distance.plot(run["reference_deviation"], color=color, alpha=0.6, linewidth=0.9)
     score.set(xlabel="iteration", ylabel="held-out score", title="Held-out score (each line one seed)")
     norm.set(xlabel="iteration", ylabel="gradient norm", title="Gradient norm before clipping", yscale="log")
-    distance.set(xlabel="iteration", title="Mean squared distance from the reference velocity", yscale="log")
-    for axes in (score, norm, distance):
+    for distance in rest:
+        for run in apart:
+            distance.plot(run["reference_deviation"], color=colors[run["label"]], alpha=0.6, linewidth=0.9)
+        distance.set(xlabel="iteration", title="Mean squared distance from the reference velocity", yscale="log")
+    for axes in (score, norm, *rest):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     score.set_ylim(bottom=0)
