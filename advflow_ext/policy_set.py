@@ -87,10 +87,8 @@ class PolicySet:
         self._cache: OrderedDict[str, _Merged] = OrderedDict()
         self._bases: list[nn.Parameter] | None = None  # what merged weights stand in for at the moment
         _count_optimizer_steps()
-        self._hooks = [
-            model.register_state_dict_pre_hook(self._before_state_dict),
-            model.register_load_state_dict_pre_hook(self._before_state_dict),
-        ]
+        model.register_state_dict_pre_hook(self._before_state_dict)
+        model.register_load_state_dict_pre_hook(self._before_state_dict)
         self.activate(next(iter(adapters)), merged=False)
 
     @property
@@ -105,23 +103,21 @@ class PolicySet:
         """
         adapter = self._adapter(policy)
         self._put_bases_back()
-        weights = None
+        self._switch_to(adapter, disabled=adapter is None)
+        self.active = policy  # unmerged, should there be no memory for more
         if adapter is not None and (not torch.is_grad_enabled() if merged is None else merged):
             weights = self._merged_weights(policy, adapter)
-        disabled, names = adapter is None or weights is not None, [adapter]
-        for layer in self._layers:
-            # Past nn.Module.__setattr__, which looks for parameters and modules first.
-            layer.__dict__["_disable_adapters"] = disabled
-            if adapter is not None:
-                layer.__dict__["_active_adapter"] = names
-        if weights is not None:
-            self._bases = [layer.base_layer.weight for layer in self._layers]
-            self._point_at(weights)
-        self.active = policy
+            if weights is not None:
+                self._switch_to(adapter, disabled=True)
+                self._bases = [layer.base_layer.weight for layer in self._layers]
+                self._point_at(weights)
 
     @contextmanager
     def use(self, policy: str, *, merged: bool | None = None) -> Iterator[None]:
-        """``with policies.use("rollout"):`` puts ``policy`` in force, and afterwards again the one before."""
+        """``with policies.use("rollout"):`` puts ``policy`` in force, and afterwards again the one before.
+
+        With gradient checkpointing the backward pass computes forward passes again: it belongs inside, too.
+        """
         before, was_merged = self.active, self.merged
         self.activate(policy, merged=merged)
         try:
@@ -214,12 +210,6 @@ class PolicySet:
         log_ratio = (kappa * delta * (eps.flatten(1).float() - kappa * delta / 2)).mean(1)
         return Mismatch(delta.abs().max().item(), log_ratio.abs().max().item())
 
-    def close(self) -> None:
-        """Leaves the model as PEFT knows it, with the policy in force unmerged, and forgets everything else."""
-        self.forget()
-        while self._hooks:
-            self._hooks.pop().remove()
-
     def _adapter(self, policy: str) -> str | None:
         if policy not in self._adapters:
             raise ValueError(f"policy is {policy!r}; accepted are {sorted(self._adapters)}.")
@@ -270,6 +260,14 @@ class PolicySet:
                     stamps.append(stamp(held._parameters["weight"]))
             stamps.append(layer.scaling.get(adapter))
         return stamps
+
+    def _switch_to(self, adapter: str | None, disabled: bool) -> None:
+        names = [adapter]
+        for layer in self._layers:
+            # Past nn.Module.__setattr__, which looks for parameters and modules first.
+            layer.__dict__["_disable_adapters"] = disabled
+            if adapter is not None:
+                layer.__dict__["_active_adapter"] = names
 
     def _point_at(self, weights: list[nn.Parameter]) -> None:
         for layer, weight in zip(self._layers, weights, strict=True):

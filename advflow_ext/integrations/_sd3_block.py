@@ -22,11 +22,14 @@ from advflow_ext.nn import (
     joint_qk_norm,
     layer_norm_modulate,
 )
+from advflow_ext.nn.modulation_cache import stamp
 
-# Set on an attention module whose norms' weights were found to have none.
+# On an attention module whose norms' weights were found to have none, and what they were then, by their stamps.
 WITHOUT_ZEROS = "_advflow_norms_without_zeros"
+CHECKED_WEIGHTS = "_advflow_norms_checked"
 Module = Any  # diffusers' modules, whose attributes torch's Module does not declare
 Pair = tuple[Tensor, Tensor]
+_NORMS = ("AdaLayerNormZero", "SD35AdaLayerNormZeroX", "AdaLayerNormContinuous", "LayerNorm")
 
 
 class Norm1(NamedTuple):
@@ -49,13 +52,34 @@ def is_a(module: object, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
+def is_plain(module: Any, *names: str) -> bool:
+    """Whether not calling `module`, but doing what its class of diffusers or torch does, is the same.
+
+    Hooks, a forward of its own and wrappers, which come as derived classes, make it another.
+    """
+    if type(module).__name__ not in names:
+        return False
+    if torch.compiler.is_compiling():  # was asked before, when the model was patched, and Dynamo need not trace it
+        return True
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def reason_to_keep(block: Module) -> str | None:
     """Why a block cannot run on the fused ops; None if it can."""
-    for name in ("norm1", "norm1_context", "norm2"):
+    norms = ["norm1", "norm1_context", "norm2"] + ([] if block.context_pre_only else ["norm2_context"])
+    for name in norms:
         norm = getattr(block, name, None)
         inner = getattr(norm, "norm", norm)
         if not isinstance(inner, nn.LayerNorm) or inner.elementwise_affine:
             return f"its {name} is not a plain layer norm"
+        if not is_plain(norm, *_NORMS) or not is_plain(inner, "LayerNorm"):
+            return f"its {name} has hooks, or a forward or a class of somebody else's"
     if getattr(block, "_chunk_size", None) is not None:
         return "feed-forward chunking is on"
     return None
@@ -63,6 +87,8 @@ def reason_to_keep(block: Module) -> str | None:
 
 def reason_to_keep_attention(attn: Module) -> str | None:
     """Why a block's attention keeps its own processor; None if the fused one can take its place."""
+    if not is_plain(attn, "Attention"):
+        return "it has hooks, or a forward or a class of somebody else's"
     processor = type(attn.processor).__name__
     if processor != "JointAttnProcessor2_0":
         return f"its attention processor is {processor}"
@@ -74,8 +100,8 @@ def reason_to_keep_attention(attn: Module) -> str | None:
             continue
         if norm is None:
             return f"it has no {name}"
-        if not is_a(norm, "RMSNorm") or norm.weight is None or getattr(norm, "bias", None) is not None:
-            return f"its {name} is not a weighted RMS norm"
+        if not is_plain(norm, "RMSNorm") or norm.weight is None or getattr(norm, "bias", None) is not None:
+            return f"its {name} is not a weighted RMS norm, or it has hooks"
         if norm.weight.shape != (attn.inner_dim // attn.heads,) or norm.eps != attn.norm_q.eps:
             return f"its {name} is not a norm of single heads, or has an epsilon of its own"
     head_dim = attn.inner_dim // attn.heads
@@ -180,12 +206,14 @@ class FusedBlock:
 
     def _mlp(self, ff: Module, x: Tensor) -> Tensor:
         """The feed-forward network; its activation overwrites its input where nothing will be differentiated."""
-        act = ff.net[0]
-        if "gelu" not in self.ops or not is_a(act, "GELU"):
+        plain = "gelu" in self.ops and is_plain(ff, "FeedForward") and is_plain(ff.net[0], "GELU")
+        if not plain:
             out: Tensor = ff(x)
             return out
+        act = ff.net[0]
         h: Tensor = act.proj(x)
-        if h.requires_grad or h is x:
+        # What a hook was shown must not change under it.
+        if h.requires_grad or h is x or any(map(has_hooks, act.proj.modules())):
             h = act.gelu(h)
         else:
             h = torch.ops.aten.gelu_(h, approximate=act.approximate)
@@ -220,7 +248,7 @@ class FusedBlock:
     ) -> tuple[Tensor, ...]:
         streams, heads, eps = bool(text), attn.heads, attn.norm_q.eps
         trained = any(weight.requires_grad for weight in weights)
-        keep = "outputs" if getattr(attn, WITHOUT_ZEROS, False) and not trained else "inputs"
+        keep = "outputs" if _without_zeros(attn, weights) and not trained else "inputs"
 
         def unpack(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
             return (tensors[:3], tensors[3:6], tensors[6:]) if streams else (tensors[:3], (), tensors[3:])
@@ -253,6 +281,14 @@ class FusedBlock:
         if self._verifier is not None and not self._verifier.trusts(op, fused, stock, tensors):
             return stock(*tensors)
         return fused(*tensors)
+
+
+def _without_zeros(attn: Module, weights: tuple[Tensor, ...]) -> bool:
+    """Whether the norms' weights were found to have no zeros, and are still the same."""
+    found: bool = getattr(attn, WITHOUT_ZEROS, False)
+    if not found or torch.compiler.is_compiling():  # Dynamo would compile every block anew for its stamps
+        return found
+    return bool(getattr(attn, CHECKED_WEIGHTS) == tuple(map(stamp, weights)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

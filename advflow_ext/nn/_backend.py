@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("advflow", "FRAGMENT")
 
@@ -20,11 +21,19 @@ def serves(x: Tensor) -> bool:
     """Whether the Triton kernels run on tensors like ``x``: on CUDA, and on the CPU in Triton's interpreter.
 
     The interpreter is for tests: it is switched on by TRITON_INTERPRET=1 before a kernel is first used, and slow.
-    float64 has no kernels: the references are exact there.
+    float64 has no kernels: the references are exact there. Nor do they serve where a derivative is asked for that they
+    have no rule for.
     """
-    if x.dtype == torch.float64 or not _HAS_TRITON:
+    if x.dtype == torch.float64 or not _HAS_TRITON or _transformed(x):
         return False
     return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is on, which raw ops would not take part in."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def differentiated(tensors: Iterable[Tensor]) -> bool:

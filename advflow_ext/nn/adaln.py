@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from advflow_ext import reference
 from advflow_ext.nn import _backend
@@ -40,7 +41,7 @@ def gate_residual(residual: Tensor, *branches: tuple[Tensor, Tensor]) -> Tensor:
 
     Arguments:
         residual: ``[B, N, C]``; rows may be strided.
-        branches: one or two pairs (x, gate): x like residual in any dtype, gate ``[B, C]``.
+        branches: one or two pairs (x, gate): x like residual, all of one dtype, gate ``[B, C]``.
 
     Returns ``[B, N, C]`` in residual's dtype, added up in float32 and rounded once. x is kept for the backward pass
     only where a gate asks for a gradient. On float64, or where Triton cannot run,
@@ -109,6 +110,7 @@ class _AdaLN(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, norms = ctx.gates, ctx.norms
         incoming = _backend.unit_stride(grads)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from advflow_ext import reference
 from advflow_ext.nn import _backend
@@ -94,6 +95,7 @@ class _JointQKNorm(torch.autograd.Function):
         return tuple(found[:streams])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under gradient checkpointing each look at it is a recomputation
         weights, saved = saved[: ctx.weights], saved[ctx.weights :]

@@ -68,6 +68,7 @@ def adaln_arguments(
     for i, (x, gate) in enumerate(branches, 1):
         _require_shape(f"x of branch {i}", x, residual.shape, "that of residual", residual)
         _require_shape(f"gate of branch {i}", gate, per_sample, "[B, C]", residual)
+        _require_dtype_of("x of branch 1", branches[0][0], {f"x of branch {i}": x})
     for i, (scale, shift) in enumerate(modulations, 1):
         _require_shape(f"scale of modulation {i}", scale, per_sample, "[B, C]", residual)
         _require_shape(f"shift of modulation {i}", shift, per_sample, "[B, C]", residual)

@@ -115,13 +115,13 @@ def backward_kernel(
             dy = tl.load(d_y_1 + sample * d_y_1_sb + token * d_y_1_sn + column, mask=live, other=0.0).to(tl.float32)
             of_xhat = dy * s_1
             if MODULATION_GRAD:
-                sum_scale_1 += dy * xhat
+                sum_scale_1 += tl.where(live, dy * xhat, 0.0)  # past the last token xhat may be no number
                 sum_shift_1 += dy
             if NORMS > 1:
                 dy = tl.load(d_y_2 + sample * d_y_2_sb + token * d_y_2_sn + column, mask=live, other=0.0).to(tl.float32)
                 of_xhat += dy * s_2
                 if MODULATION_GRAD:
-                    sum_scale_2 += dy * xhat
+                    sum_scale_2 += tl.where(live, dy * xhat, 0.0)
                     sum_shift_2 += dy
             d = rstd * (of_xhat - tl.sum(of_xhat, 0) / width - xhat * (tl.sum(of_xhat * xhat, 0) / width))
         if HAS_D_H:

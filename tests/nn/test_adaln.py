@@ -156,6 +156,30 @@ def test_the_result_may_have_another_dtype():
     assert torch.equal(y, wide.bfloat16())
 
 
+def test_an_epsilon_of_zero_leaves_the_gradients_of_the_modulation_numbers():
+    x, scale, shift = draw(2, 5, 16, 0, 1, torch.float32)
+    (y,) = af.nn.layer_norm_modulate(x, (scale, shift), eps=0.0)
+    ours = torch.autograd.grad(y.sum(), (x, scale, shift))
+    (y,) = af.reference.layer_norm_modulate(x, (scale, shift), eps=0.0)
+    for one, other in zip(ours, torch.autograd.grad(y.sum(), (x, scale, shift)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_without_a_rule_are_right_or_refused():
+    x, scale, shift = (tensor.detach() for tensor in draw(1, 3, 16, 0, 1, torch.float32))
+
+    def op(module):
+        return lambda x: module.layer_norm_modulate(x, (scale, shift))[0]
+
+    tangent = torch.ones_like(x).cumsum(-1)
+    for one, other in zip(*(torch.func.jvp(op(m), (x,), (tangent,)) for m in (af.nn, af.reference)), strict=True):
+        torch.testing.assert_close(one, other)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(op(af.nn)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tokens_and_no_samples_are_no_error(kind):
     for batch, tokens in ((0, 3), (2, 0)):
@@ -233,6 +257,10 @@ def test_compiles_into_one_graph(kind):
             r"x of branch 2 has shape \[2, 1, 16\]; accepted is",
         ),
         (lambda m, x, s: m.gate_residual(x, (x, x)), r"gate of branch 1 has shape \[2, 3, 16\]; accepted is \[B, C\]"),
+        (
+            lambda m, x, s: m.gate_residual(x, (x, s), (x.double(), s)),
+            "x of branch 2 has dtype torch.float64; accepted",
+        ),
         (lambda m, x, s: m.gate_residual(x.long(), (x, s)), "residual has dtype torch.int64"),
     ],
 )

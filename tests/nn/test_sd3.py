@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from kernel_checks import KERNEL_DEVICE, RecordedOps
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import advflow_ext as af
 from advflow_ext.integrations import _sd3_block
@@ -160,28 +162,62 @@ def test_no_grad_equals_grad(model, stock):
     assert_same([out], stock[:1])
 
 
-def test_infer_mode_runs_on_merged_weights_and_gives_them_back(model, stock):
+@contextmanager
+def counted_low_rank_products() -> Iterator[list[object]]:
+    """What is multiplied by a matrix of four rows, as the adapters' A are."""
+    seen: list[object] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_) and 4 in args[1].shape:
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield seen
+
+
+def test_infer_mode_runs_on_merged_weights_and_follows_the_adapters():
+    model = tiny()
+    plain = run(model, inputs())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hooks = len(model._state_dict_pre_hooks)
-    with af.apply_to_sd3(model, mode="infer") as patch, torch.no_grad():
+
+    def images() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(**inputs(), return_dict=False)[0]]
+
+    model.disable_adapters()
+    base = images()
+    model.enable_adapters()
+    with af.apply_to_sd3(model, mode="infer") as patch:
         assert patch.replaced["lora"] == 23
-        merged = model.transformer_blocks[1].attn.to_q.base_layer.weight
-        assert not torch.equal(merged, state["transformer_blocks.1.attn.to_q.base_layer.weight"])
-        assert_same([model(**inputs(), return_dict=False)[0]], stock[:1])
-    assert len(model._state_dict_pre_hooks) == hooks
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    for one, other in zip(run(model, inputs()), stock, strict=True):
-        assert torch.equal(one, other)
+        assert_same(images(), plain[:1])
+        with counted_low_rank_products() as products:
+            assert_same(images(), plain[:1])
+        assert not products
+        model.disable_adapters()
+        assert_same(images(), base)
+        model.enable_adapters()
+        assert_same(images(), plain[:1])
+        assert_same(run(model, inputs()), plain)  # asking for gradients, unmerged
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(2)
+        doubled = images()
+    assert_same(doubled, images())
+    assert not torch.allclose(doubled[0], plain[0])
 
 
-def test_infer_mode_leaves_two_adapters_unmerged_and_says_so():
+def test_infer_mode_runs_two_adapters_unmerged():
     two = tiny()
     two.add_adapter(adapters(2), adapter_name="second")
     two.set_adapter(["default", "second"])
-    expected = run(two, inputs())
-    with af.apply_to_sd3(two, mode="infer") as patch:
-        assert patch.kept == {"merged weights": "2 adapters are active, and exactly one can be merged"}
-        assert_same(run(two, inputs()), expected)
+    with torch.no_grad():
+        expected = two(**inputs(), return_dict=False)[0]
+        with af.apply_to_sd3(two, mode="infer"):
+            assert_same([two(**inputs(), return_dict=False)[0]], [expected])
 
 
 def test_bfloat16_is_no_further_from_float64_than_stock(model):
@@ -294,7 +330,7 @@ def test_a_copy_of_a_patched_model_is_patched_on_its_own(stock):
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
-        (nn.LayerNorm(32, bias=False), "its norm_k is not a weighted RMS norm"),
+        (nn.LayerNorm(32, bias=False), "its norm_k is not a weighted RMS norm, or it has hooks"),
         (RMSNorm(64, eps=1e-6), "its norm_k is not a norm of single heads, or has an epsilon of its own"),
         (RMSNorm(32, eps=1e-5), "its norm_k is not a norm of single heads, or has an epsilon of its own"),
         (None, "it has no norm_k"),
@@ -305,6 +341,64 @@ def test_other_norms_are_kept_and_said(norm, reason):
     other.transformer_blocks[2].attn.norm_k = norm
     with af.apply_to_sd3(other) as patch:
         assert patch.kept == {"transformer_blocks.2.attn": reason}
+
+
+@pytest.mark.parametrize(
+    ("part", "kept"),
+    [
+        ("norm1", "transformer_blocks.1"),
+        ("norm2", "transformer_blocks.1"),
+        ("norm2_context", "transformer_blocks.1"),
+        ("attn", "transformer_blocks.1.attn"),
+        ("attn.norm_q", "transformer_blocks.1.attn"),
+        ("ff", None),
+        ("ff.net.0", None),
+        ("ff.net.0.proj", None),
+    ],
+)
+def test_hooks_inside_a_block_are_called_and_shown_what_stays(stock, part, kept):
+    other, shown = tiny(), []
+    module = other.transformer_blocks[1].get_submodule(part)
+    module.register_forward_hook(lambda module, args, out: shown.append((out, _copy(out))))
+    with af.apply_to_sd3(other) as patch, torch.no_grad():
+        assert list(patch.kept) == ([kept] if kept else [])
+        assert_same([other(**inputs(), return_dict=False)[0]], stock[:1])
+    assert shown
+    for out, as_it_was in shown:
+        assert torch.equal(out if isinstance(out, Tensor) else out[0], as_it_was)
+
+
+def _copy(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return (out if isinstance(out, Tensor) else out[0]).clone()
+
+
+def test_a_zero_loaded_into_a_norm_later_does_no_harm():
+    other = tiny()
+    with af.apply_to_sd3(other):
+        run(other, inputs())
+        with torch.no_grad():
+            other.transformer_blocks[1].attn.norm_q.weight[3] = 0
+        patched = run(other, inputs())
+    assert_same(patched, run(other, inputs()))
+
+
+def test_a_batch_that_is_not_finite_costs_no_op_its_trust(model, stock):
+    bad = inputs()
+    bad["hidden_states"][0] = torch.nan
+    with af.apply_to_sd3(model):
+        run(model, bad)
+        with RecordedOps() as recorded:
+            assert_same(run(model, inputs()), stock)
+    assert {"joint_qk_norm", "adaln"} <= {name for name, _ in recorded.calls}
+
+
+def test_what_was_taken_back_can_be_patched_again(model, stock):
+    patch = af.apply_to_sd3(model)
+    twin = copy.deepcopy(model)
+    patch.unapply()
+    with af.apply_to_sd3(twin) as again:
+        assert again.replaced["qk_norm"] == 4
+        assert_same(run(twin, inputs()), stock)
 
 
 def test_a_forward_that_somebody_else_replaced_is_kept_and_said():
@@ -360,7 +454,7 @@ def test_what_is_not_covered_is_kept_and_said(stock):
 def test_without_triton_the_stock_blocks_run_and_the_report_says_so(model, stock, monkeypatch):
     monkeypatch.setattr(_sd3_block._backend, "_HAS_TRITON", False)
     with af.apply_to_sd3(model, lora=False) as patch, RecordedOps() as recorded:
-        assert patch.kept["blocks"].startswith("Triton does not run on")
+        assert patch.kept["blocks"].startswith("Triton does not run on") and not patch.replaced
         for one, other in zip(run(model, inputs()), stock, strict=True):
             assert torch.equal(one, other)
     assert not recorded.calls
