@@ -16,7 +16,7 @@ import torch
 from bench import memory, report, timing
 from bench.blocks import BLOCKS, has_liger, shape_obstacle
 from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
-from bench.registry import COPY, OURS, cases, latent_bytes, parse_shapes
+from bench.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
 
 
 def progress(text: str) -> None:
@@ -86,17 +86,6 @@ def graph_replays(calls: dict[str, list[timing.Call]], device: torch.device, rou
             progress(f"  {name}: no CUDA graph ({first_line(error)})")
     times = timing.round_robin(replays, device, rounds)
     return {name: timing.per_call(each, len(calls[name])) for name, each in times.items()}
-
-
-def choice_list(allowed: list[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        items = [item.strip() for item in text.split(",")]
-        for item in items:
-            if item not in allowed:
-                raise argparse.ArgumentTypeError(f"{item!r}: choose from {', '.join(allowed)}")
-        return items
-
-    return parse
 
 
 def shape_list(text: str) -> list[tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -148,3 +149,17 @@ def cases(ops: dict[str, Op], shapes: list[Shape] | None, dtypes: list[str], ref
             for dtype in dtypes:
                 for with_ref in op.refs if op.refs == (None,) else refs:
                     yield Case(name, shape, dtype, with_ref)
+
+
+def choice_list(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """What parses an option whose value is comma-separated names."""
+    names = list(allowed)
+
+    def parse(text: str) -> list[str]:
+        items = [item.strip() for item in text.split(",")]
+        for item in items:
+            if item not in names:
+                raise argparse.ArgumentTypeError(f"{item!r}: choose from {', '.join(names)}")
+        return items
+
+    return parse

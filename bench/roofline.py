@@ -40,6 +40,7 @@ import advflow_ext
 from bench import report
 from bench.account import OTHER, Account, Event, Kind, trace
 from bench.cuda_choices import CudaChoices
+from bench.registry import choice_list
 from bench.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
 from bench.sd3_sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
 
@@ -289,14 +290,6 @@ def _stack(axes: Any, labels: list[str], widths: dict[str, list[float]]) -> None
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _choices(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in ADAPTER_DTYPES:
-            raise argparse.ArgumentTypeError(f"{name!r}: choose from {', '.join(ADAPTER_DTYPES)}")
-    return names
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -304,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
     add_work_arguments(p)
     p.add_argument(
         "--adapters",
-        type=_choices,
+        type=choice_list(ADAPTER_DTYPES),
         default=list(ADAPTER_DTYPES),
         metavar="DTYPES",
         help="of the LoRA weights on the bf16 base, comma-separated; default bf16,fp32",
@@ -353,7 +346,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    head = json.dumps({name: value for name, value in document.items() if name != "results"})
+    results = ",\n".join(map(json.dumps, document["results"]))  # a result a line
+    path.write_text(f'{head[:-1]}, "results": [\n{results}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from advflow_ext.nn import _backend
 from bench import memory, report, timing
 from bench.cuda_choices import CudaChoices
+from bench.registry import choice_list
 from bench.render import facts
 from bench.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 
@@ -337,14 +338,6 @@ def markdown(document: Row) -> str:
     return "\n".join(lines)
 
 
-def variant_list(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in VARIANTS:
-            raise argparse.ArgumentTypeError(f"{name!r}: choose from {', '.join(VARIANTS)}")
-    return names
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -355,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--algorithm", choices=ALGORITHMS, default=ALGORITHMS[0], help="whose loss; default diffusion_nft")
     p.add_argument(
         "--variants",
-        type=variant_list,
+        type=choice_list(VARIANTS),
         metavar="NAMES",
         help=f"comma-separated, of {', '.join(VARIANTS)}; default all but stock-fp32, on a CPU stock,ours: "
         "compiling takes minutes",
@@ -401,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         "environment": report.environment(device) | {name: report.installed(name) for name in ("diffusers", "peft")},
         "work": asdict(work),
         "step": step,
-        "variants": options.variants or list(DEFAULT_VARIANTS[device.type]),
+        "variants": list(dict.fromkeys(options.variants or DEFAULT_VARIANTS[device.type])),
         "rounds": options.rounds or (5 if device.type == "cuda" else 1),
         "peak_tflops": options.peak_tflops,
         "flops": asdict(flops) | {"step": flops.step},

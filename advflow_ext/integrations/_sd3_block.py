@@ -22,6 +22,7 @@ from advflow_ext.nn import (
     joint_qk_norm,
     layer_norm_modulate,
 )
+from advflow_ext.nn.lora import has_hooks
 from advflow_ext.nn.modulation_cache import stamp
 
 # On an attention module whose norms' weights were found to have none, and what they were then, by their stamps.
@@ -62,12 +63,6 @@ def is_plain(module: Any, *names: str) -> bool:
     if torch.compiler.is_compiling():  # was asked before, when the model was patched, and Dynamo need not trace it
         return True
     return "forward" not in module.__dict__ and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def reason_to_keep(block: Module) -> str | None:
@@ -126,7 +121,7 @@ class FusedBlock:
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """(context, hidden states) after the block, as the block's own forward returns them."""
-        if not _backend.serves(hidden_states) or joint_attention_kwargs:
+        if not _backend.serves(hidden_states) or joint_attention_kwargs or reason_to_keep(block) is not None:
             return stock(block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         image = self._norm1(block.norm1, hidden_states, temb)
         text = self._norm1(block.norm1_context, encoder_hidden_states, temb)
@@ -166,7 +161,7 @@ class FusedBlock:
 
         def stock(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             normed = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
-            return tuple(normed * (1 + scale[:, None]) + shift[:, None] for scale, shift in _pairs(flat))
+            return tuple(_modulated(normed, *pair) for pair in _pairs(flat))
 
         return self._run("adaln", fused, stock, x, *(tensor for pair in modulations for tensor in pair))
 
@@ -180,7 +175,7 @@ class FusedBlock:
 
             def stock(x: Tensor, scale: Tensor, shift: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
                 h = _gated(x, _pairs(flat))
-                return h, F.layer_norm(h, h.shape[-1:], eps=norm.eps) * (1 + scale[:, None]) + shift[:, None]
+                return h, _modulated(F.layer_norm(h, h.shape[-1:], eps=norm.eps), scale, shift)
 
             flat = [tensor for pair in branches for tensor in pair]
             x, normed = self._run("gate", fused, stock, x, says.scale_mlp, says.shift_mlp, *flat)
@@ -189,7 +184,7 @@ class FusedBlock:
             if "adaln" in self.ops:
                 (normed,) = self._modulate(norm, x, (says.scale_mlp, says.shift_mlp))
             else:
-                normed = norm(x) * (1 + says.scale_mlp[:, None]) + says.shift_mlp[:, None]
+                normed = _modulated(norm(x), says.scale_mlp, says.shift_mlp)
         return self._gate(x, (self._mlp(ff, normed), says.gate_mlp))
 
     def _gate(self, x: Tensor, *branches: Pair) -> Tensor:
@@ -299,6 +294,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _pairs(flat: tuple[Tensor, ...]) -> list[Pair]:
     return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return normed * (1 + scale[:, None]) + shift[:, None]
 
 
 def _gated(x: Tensor, branches: Any) -> Tensor:

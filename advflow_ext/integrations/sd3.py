@@ -192,7 +192,7 @@ def _patch_classes(ops: frozenset[str], fused: FusedBlock) -> SD3Patch:
 def _block_method(patch: SD3Patch, fused: FusedBlock, stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-        if not patch.active or reason_to_keep(block) is not None:
+        if not patch.active:
             return stock(block, *args, **kwargs)
         return fused.forward(stock, block, *args, **kwargs)
 

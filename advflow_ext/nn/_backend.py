@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -63,6 +64,16 @@ def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., l
             return kernel(*arguments)
 
     return run
+
+
+def launcher(module: str, name: str) -> Callable[..., list[Tensor]]:
+    """``advflow_ext.triton.<module>.<name>``, imported when it is first called: nothing needs Triton before."""
+
+    def launch(*arguments: Any) -> list[Tensor]:
+        found: list[Tensor] = getattr(importlib.import_module(f"advflow_ext.triton.{module}"), name)(*arguments)
+        return found
+
+    return launch
 
 
 def define(schema: str, kernel: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:

@@ -143,20 +143,6 @@ def _groups(tensors: tuple[Tensor, ...], gates: int, norms: int) -> tuple[tuple[
     return tuple(tensors[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
 
 
-def _forward(
-    residual: Tensor,
-    branches: list[Tensor],
-    gates: list[Tensor],
-    scales: list[Tensor],
-    shifts: list[Tensor],
-    eps: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    from advflow_ext.triton import adaln
-
-    return adaln.forward(residual, branches, gates, scales, shifts, eps, dtype)
-
-
 def _forward_shapes(
     residual: Tensor,
     branches: list[Tensor],
@@ -168,22 +154,6 @@ def _forward_shapes(
 ) -> list[Tensor]:
     h = [residual.new_empty(residual.shape)] if gates else []
     return h + [residual.new_empty(residual.shape, dtype=dtype) for _ in scales]
-
-
-def _backward(
-    h: Tensor,
-    branches: list[Tensor],
-    gates: list[Tensor],
-    scales: list[Tensor],
-    d_h: Tensor | None,
-    d_y: list[Tensor],
-    eps: float,
-    branch_dtype: torch.dtype,
-    modulation_grad: bool,
-) -> list[Tensor]:
-    from advflow_ext.triton import adaln
-
-    return adaln.backward(h, branches, gates, scales, d_h, d_y, eps, branch_dtype, modulation_grad)
 
 
 def _backward_shapes(
@@ -207,12 +177,12 @@ def _backward_shapes(
 _backend.define(
     "adaln(Tensor residual, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor[] shifts, float eps, "
     "ScalarType dtype) -> Tensor[]",
-    _forward,
+    _backend.launcher("adaln", "forward"),
     _forward_shapes,
 )
 _backend.define(
     "adaln_backward(Tensor h, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor? d_h, Tensor[] d_y, "
     "float eps, ScalarType branch_dtype, bool modulation_grad) -> Tensor[]",
-    _backward,
+    _backend.launcher("adaln", "backward"),
     _backward_shapes,
 )

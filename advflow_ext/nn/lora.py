@@ -206,9 +206,14 @@ def _base_obstacle(layer: PeftLayer) -> str | None:
 
 def _is_plain(module: object) -> bool:
     """Whether calling ``module`` is `F.linear` of its weight and bias and nothing else."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` is more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _active_adapters(layer: PeftLayer) -> list[str]:

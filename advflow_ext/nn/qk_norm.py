@@ -111,14 +111,6 @@ class _JointQKNorm(torch.autograd.Function):
         return None, None, None, None, *found[:latents], *of_weights
 
 
-def _forward(
-    image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep_rstd: bool
-) -> list[Tensor]:
-    from advflow_ext.triton import qk_norm
-
-    return qk_norm.forward(image, text, weights, heads, eps, keep_rstd)
-
-
 def _forward_shapes(
     image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep_rstd: bool
 ) -> list[Tensor]:
@@ -126,21 +118,6 @@ def _forward_shapes(
     tokens = tokens + (text[0].shape[1] if text else 0)
     joint = [x.new_empty(batch, tokens, heads, width // heads) for x in image]
     return joint + [x.new_empty((2, batch, tokens, heads), dtype=torch.float32) for x in image[:1] if keep_rstd]
-
-
-def _backward(
-    grads: list[Tensor],
-    image: list[Tensor],
-    text: list[Tensor],
-    weights: list[Tensor],
-    rstd: Tensor | None,
-    image_tokens: int,
-    eps: float,
-    weight_grad: bool,
-) -> list[Tensor]:
-    from advflow_ext.triton import qk_norm
-
-    return qk_norm.backward(grads, image, text, weights, rstd, image_tokens, eps, weight_grad)
 
 
 def _backward_shapes(
@@ -164,12 +141,12 @@ def _backward_shapes(
 
 _backend.define(
     "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, bool keep_rstd) -> Tensor[]",
-    _forward,
+    _backend.launcher("qk_norm", "forward"),
     _forward_shapes,
 )
 _backend.define(
     "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, Tensor? rstd, "
     "SymInt image_tokens, float eps, bool weight_grad) -> Tensor[]",
-    _backward,
+    _backend.launcher("qk_norm", "backward"),
     _backward_shapes,
 )
