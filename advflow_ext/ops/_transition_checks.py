@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample, require_number
 from advflow_ext.ops.step_table import StepRows, StepTable
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
@@ -164,7 +164,7 @@ def gaussian_kl_arguments(
 
 def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     if not isinstance(std, Tensor):
-        _checks.require_number(name, std, low=0.0, exclusive=True)
+        require_number(name, std, low=0.0, exclusive=True)
         return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
     if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
         raise ValueError(
@@ -221,9 +221,7 @@ def _transitions(
         policy_scale = policy_scale * step.sigma
     elif time_weight == "inverse_kappa":
         policy_scale = policy_scale / step.kappa.abs()
-    return TransitionScalars(
-        step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale
-    )
+    return TransitionScalars(step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale)
 
 
 def _steps(

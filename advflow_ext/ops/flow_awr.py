@@ -50,8 +50,16 @@ def flow_awr_loss(
     """
     if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.flow_awr_loss(
-            v, x0, noise, t, advantages, v_old=v_old, v_ref=v_ref, kl_weight=kl_weight,
-            policy_weight=policy_weight, reduction=reduction
+            v,
+            x0,
+            noise,
+            t,
+            advantages,
+            v_old=v_old,
+            v_ref=v_ref,
+            kl_weight=kl_weight,
+            policy_weight=policy_weight,
+            reduction=reduction,
         )
     samples, kl_scale, scale = _checks.flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, reduction
@@ -65,7 +73,7 @@ def flow_awr_loss(
     policy_term = scale * (A * vu_sq + (1 - A) * (vo_sq - A * ou_sq))
     curvature = scale + kl
     return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([scale * A, scale * (1 - A), kl], 1),
-        reduction,
+        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq,
+        torch.stack([scale * A, scale * (1 - A), kl], 1), reduction,
         policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
     )  # fmt: skip

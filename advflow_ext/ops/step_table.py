@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import require_choice, require_number
+from advflow_ext.ops._checks import require_choice
+from advflow_ext.ops._numbers import require_number
 
 SAMPLERS = ("flow_sde", "dance_sde", "cps", "ode")
 CONVENTIONS = ("next_sigma", "clamp_0.99")
