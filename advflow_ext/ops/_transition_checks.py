@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample, require_number
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number
 from advflow_ext.ops.step_table import StepRows, StepTable
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
@@ -94,20 +94,20 @@ def flow_dppo_arguments(
 
 
 def distillation_arguments(
-    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, weight: Number, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of <(v-v_teacher)^2> and the weight, both [N], and which steps can be trained."""
+    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, policy_weight: Number, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The factor of <(v-v_teacher)^2> ``[N]``, and which steps can be trained."""
     _checks.require_latent("v", v)
     _checks.require_like_v("v_teacher", v_teacher, v)
     _checks.require_choice("form", form, FORMS)
     _checks.require_choice("reduction", reduction, _checks.REDUCTIONS)
     dtype = _checks.accumulate_dtype(v, v_teacher)
     numbers = Numbers(v, dtype)
-    weights = per_sample(numbers.read("weight", weight, low=0.0), v.new_empty(v.shape[:1], dtype=dtype))
+    weight = numbers.read("policy_weight", policy_weight, low=0.0)
     columns, valid = _steps(v, table, index, dtype, stochastic=form == "sde")
     step = StepRows(*torch.where(valid[:, None], columns, 1).unbind(1))
-    factor = (step.kappa if form == "sde" else step.c_v).square() / 2
-    return factor, numbers.contain(weights), valid
+    factor = weight * (step.kappa if form == "sde" else step.c_v).square() / 2
+    return numbers.contain(factor), valid
 
 
 def sde_step_arguments(

@@ -121,12 +121,12 @@ def batches(
             "log_prob_old": choice(None, off_policy),
             "clip": choice(1.0, 0.2, 2.0),
             "ema_weight": choice(0.0, 1.0),
-            "kl_weight": choice(0.0, 0.7),
+            "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0,
             **weighting,
         }
     elif loss == "flow_awr_loss":
         advantages = per_sample(-1.0, 7.0)
-        options |= {"v_old": latent(), "kl_weight": choice(0.0, 0.7)}
+        options |= {"v_old": latent(), "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0}
     else:
         method = choice("exp", "linear", "best") if shape[0] > 1 else choice("exp", "linear")
         options |= {
