@@ -216,10 +216,12 @@ def flow_awr_arguments(
     v_old: Tensor,
     v_ref: Tensor | None,
     kl_weight: float,
+    weighting: str,
     reduction: str,
 ) -> Samples:
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
     require_number("kl_weight", kl_weight, low=0.0)
+    require_choice("weighting", weighting, WEIGHTINGS)
     return samples
 
 
