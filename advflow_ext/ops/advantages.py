@@ -84,18 +84,17 @@ def softmax_advantages(
         A = clip(K (p - 1/K), +-clip)                                              the default
         A = clip((p - 1/K) / max(std_k(p - 1/K) + 1e-4, 0.01), +-clip)             scale_by_std=True
 
-    ``scale_by_std`` is the released code's gate for rule-based rewards (``hard_gating``, on for GenEval and OCR): groups
-    that differ count alike, equal ones not at all. Before the last clip the mean of a group is 0.
+    ``scale_by_std`` is the released code's gate for rule-based rewards (``hard_gating``, on for GenEval and OCR):
+    groups that differ count alike, equal ones not at all. Before the last clip the mean of a group is 0.
 
-    ``norm`` says which deviation: "raw_global_std" (the released configurations), of the raw rewards of the whole batch;
-    "group_std", of the group's; "none", none: rewards are centred alone. ``None`` for a clip is no clip. The paper's
-    eq. 11 (arXiv 2606.30376), K softmax_k(r / g) - 1 in [-1, K-1], is ``clip_rewards=None, clip=None`` with ``eps=0``
-    where g is the deviation of the batch, with ``norm="none", temperature=g`` where it is a number.
+    ``norm`` says which deviation: of the raw rewards of the whole batch ("raw_global_std", the released
+    configurations), of the group's ("group_std"), or none at all ("none": rewards are centred alone). ``None`` for a
+    clip is no clip. The paper's eq. 11 (arXiv 2606.30376), K softmax_k(r / g) - 1 in [-1, K-1], is ``clip_rewards=None,
+    clip=None`` with ``eps=0`` where g is the deviation of the batch, or ``norm="none", temperature=g`` for a number g.
 
     Non-finite rewards, equal rewards, dtypes and precision: as in :func:`group_advantages`; K counts finite rewards.
 
-    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, an unknown norm, and a temperature, clip or
-    eps out of range.
+    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, an unknown norm, and numbers out of range.
     """
     _check_rewards(rewards, group_size)
     require_choice("norm", norm, ("raw_global_std", "group_std", "none"))
@@ -116,7 +115,7 @@ def softmax_advantages(
 
     largest = torch.where(finite, scaled, -torch.inf).amax(1, keepdim=True)
     weights = torch.where(finite, ((scaled - largest) / temperature).exp(), 0)
-    count = finite.sum(1, keepdim=True)
+    count = finite.sum(1, keepdim=True, dtype=raw.dtype)
     # In this order equal rewards give exact zeros.
     advantages = torch.where(finite, weights / weights.sum(1, keepdim=True) - 1 / count, 0)
     if scale_by_std:

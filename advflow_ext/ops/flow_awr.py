@@ -14,6 +14,7 @@ from advflow_ext.ops.residual import residual_stats
 
 _VU_ABS = STATS.index("vu_abs")
 
+
 def flow_awr_loss(
     v: Tensor,
     x0: Tensor,
@@ -36,10 +37,10 @@ def flow_awr_loss(
         d loss_i / dv = (2 / D) [ m E (v-u) + m (1-E) (v-v_old) + kl_weight (v-v_ref) ]
 
     The released code has the first term in x0-predictions f, whose residuals are -t times these: <(f - f_target)^2> / w
-    with f_target = f_old + E (x0 - f_old) and w = max(<|f - x0|>, 1e-5), which is m = t^2 / w. The reference term stands
-    outside that weight, in velocity space. With kl_weight = 0 the gradient is that of ``advantage_flow_loss(gamma="1-A",
-    lam=0)`` of the same weighting. The coefficients add up to m + kl_weight, so every sample's loss has a minimum,
-    whatever its advantage.
+    with f_target = f_old + E (x0 - f_old) and w = max(<|f - x0|>, 1e-5), so m = t^2 / w. The reference term stands
+    outside that weight, in velocity space. With kl_weight = 0 the gradient is that of ``advantage_flow_loss`` with
+    ``gamma="1-A", lam=0`` and the same weighting. The coefficients add up to m + kl_weight, so every sample's loss has
+    a minimum, whatever its advantage.
 
     Arguments:
         v, x0, noise, t, v_ref, reduction: as in :func:`advantage_flow_loss`; v is the only tensor with a gradient.
@@ -68,9 +69,9 @@ def flow_awr_loss(
     if weighting == "adaptive":
         m = m / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
     kl = torch.full_like(E, kl_weight if v_ref is not None else 0.0)
+    coef = torch.stack([m * E, m * (1 - E), kl], 1)
     policy_term = m * (E * vu_sq + (1 - E) * (vo_sq - E * ou_sq))
     return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([m * E, m * (1 - E), kl], 1),
-        reduction,
+        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, coef, reduction,
         policy_term=policy_term, curvature=m + kl, nonconvex=torch.zeros_like(samples.valid_t),
     )  # fmt: skip

@@ -25,8 +25,8 @@ def flow_awr_loss(
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.flow_awr_loss`, by PyTorch autograd.
 
-    But for ``weighting="velocity"`` x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits
-    as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
+    Unless ``weighting="velocity"``, x_t and the x0-predictions are formed as in the trainer. In float32 that costs
+    digits as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
     """
     samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, weighting, reduction)
     latents = flatten(samples, v, x0, noise, v_old, v_ref)

@@ -337,7 +337,7 @@ def test_empty_batch_and_empty_samples(losses, name, options, shape, device):
         ("diffusion_nft_loss", {"adaptive": False, "beta": 0.3}),  # the adaptive scales are constants by definition
         # On-policy the value is -A whatever v is; off-policy it is the integral of the gradient.
         *[("awm_loss", {"off_policy": True, "weighting": w}) for w in ("uniform", "t", "t2", "huber", "ghuber")],
-        ("flow_awr_loss", {"kl_weight": 0.5}),
+        *[("flow_awr_loss", {"kl_weight": 0.5, "weighting": w}) for w in ("prediction", "velocity")],
         ("reward_weighted_loss", {}),
     ],
 )
@@ -508,6 +508,7 @@ MISUSE = [
         "flow_awr_loss",
         ({"v_old": None}, r"v_old is a NoneType"),
         ({"kl_weight": None}, rf"kl_weight is None; {AT_LEAST_0}"),
+        ({"weighting": "t2"}, r"weighting is 't2'; accepted are 'prediction', 'velocity', 'adaptive'"),
     ),
     *cases(
         "reward_weighted_loss",
