@@ -245,7 +245,11 @@ def test_zero_advantages_leave_the_anchors(name, options, device):
     batch = draw(name, options, 4, (3, 5), device=device, reduction="none")
     batch.advantages.zero_()
     assert_matches_truth(name, batch)
-    if name != "diffusion_nft_loss" or options.get("adaptive", True) is False:  # w+ and w- hold the target
+    scaled = {
+        "diffusion_nft_loss": options.get("adaptive", True),
+        "flow_awr_loss": options.get("weighting", "adaptive") == "adaptive",
+    }
+    if not scaled.get(name, False):  # the scales are distances from the target
         other = select(batch, slice(None))
         other.x0.normal_()
         assert torch.equal(value_and_grad(batch, NATIVE[name])[1], value_and_grad(other, NATIVE[name])[1])
