@@ -103,7 +103,7 @@ class Row:
 class Inputs:
     """The random numbers behind every row."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:

@@ -73,7 +73,7 @@ def test_rows_are_computed(compared, seed):
 def test_guard_of_flow_grpo_averages_its_drift_over_the_batch():
     """Its line takes the mean over ``range(1, 1)``, no dimension, which PyTorch reads as all of them."""
     assert torch.arange(6.0).view(2, 3).mean(dim=()) == 2.5
-    inputs = conformance.Inputs(0)
+    inputs = conformance.Inputs()
     at = conformance.Rollout("", inputs, "flow_sde", 0.7, conformance.shifted_twice(10), torch.full((TRANSITIONS,), 3))
     sigma = (at.std / at.h.sqrt()).mean() * at.h.sqrt().mean()
     mu, mu_old = at.step(inputs.v)[0], at.step(inputs.v_old)[0]
@@ -141,4 +141,4 @@ def test_a_departure_alone_does_not_fail_the_run(monkeypatch, capsys):
 )
 def test_a_wrong_formula_is_noticed(monkeypatch, formula, wrong):
     monkeypatch.setattr(conformance, formula, wrong)
-    assert not all(each.agrees for each in conformance.dance_grpo(conformance.Inputs(0)))
+    assert not all(each.agrees for each in conformance.dance_grpo(conformance.Inputs()))
