@@ -89,8 +89,9 @@ def softmax_advantages(
 
     ``norm`` says which deviation: of the raw rewards of the whole batch ("raw_global_std", the released
     configurations), of the group's ("group_std"), or none at all ("none": rewards are centred alone). ``None`` for a
-    clip is no clip. The paper's eq. 11 (arXiv 2606.30376), K softmax_k(r / g) - 1 in [-1, K-1], is ``clip_rewards=None,
-    clip=None`` with ``eps=0`` where g is the deviation of the batch, or ``norm="none", temperature=g`` for a number g.
+    clip is no clip. The paper's eq. 11 (arXiv 2606.30376, as restated publicly), K softmax_k(r / g) - 1 in [-1, K-1],
+    is ``clip_rewards=None, clip=None`` with ``eps=0`` where g is the deviation of the batch, or with ``norm="none",
+    temperature=g`` for a number g.
 
     Non-finite rewards, equal rewards, dtypes and precision: as in :func:`group_advantages`; K counts finite rewards.
 
