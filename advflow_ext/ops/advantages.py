@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import require_choice, require_flag, require_group_size, require_number
+from advflow_ext.ops._checks import require_choice, require_flag, require_group_size
+from advflow_ext.ops._numbers import require_number
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
 _CLIP_MODES = ("clip", "recentre", "scale", "clip_divide")

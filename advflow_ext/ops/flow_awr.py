@@ -9,6 +9,7 @@ from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
 
@@ -24,7 +25,8 @@ def flow_awr_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
     weighting: str = "adaptive",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -47,6 +49,7 @@ def flow_awr_loss(
         advantages: ``[B]``, E; the released code's are :func:`softmax_advantages` of the rewards.
         v_old: velocity of the rollout policy, shaped like v.
         kl_weight: weight of the reference term, at least 0, in velocity space (the trainer's ``train.beta``, 1e-4).
+        policy_weight: multiplies m, at least 0.
         weighting: "adaptive" (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: the released code),
             "prediction" (m = t^2), or "velocity" (m = 1: the paper's regression of velocities, arXiv 2606.30376).
 
@@ -54,12 +57,15 @@ def flow_awr_loss(
     released code takes w in float64; here it is not rounded below float32. ``policy_term`` in the metrics is the loss
     without the reference term; ``min_curvature`` is the smallest m + kl_weight.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.flow_awr_loss(
             v, x0, noise, t, advantages,
-            v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, weighting=weighting, reduction=reduction,
+            v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, weighting=weighting,
+            reduction=reduction,
         )  # fmt: skip
-    samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, weighting, reduction)
+    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
+    )
     _checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     vu_sq, vo_sq, vp_sq, ou_sq = stats[:, :4].unbind(1)
@@ -68,7 +74,7 @@ def flow_awr_loss(
     m = torch.ones_like(samples.t) if weighting == "velocity" else samples.t.square()
     if weighting == "adaptive":
         m = m / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
-    kl = torch.full_like(E, kl_weight if v_ref is not None else 0.0)
+    m, kl = policy_scale * m, per_sample(kl_scale, E)
     coef = torch.stack([m * E, m * (1 - E), kl], 1)
     policy_term = m * (E * vu_sq + (1 - E) * (vo_sq - E * ou_sq))
     return forward_output(

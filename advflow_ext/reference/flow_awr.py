@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
@@ -19,7 +20,8 @@ def flow_awr_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
     weighting: str = "adaptive",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -28,7 +30,9 @@ def flow_awr_loss(
     Unless ``weighting="velocity"``, x_t and the x0-predictions are formed as in the trainer. In float32 that costs
     digits as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
     """
-    samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, weighting, reduction)
+    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
+    )
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
     assert latents.v_old is not None
     time, E = samples.t[:, None], samples.advantages[:, None]
@@ -44,12 +48,14 @@ def flow_awr_loss(
         if weighting == "adaptive":
             weight = mean((x0_prediction.detach() - latents.x0).abs()).clamp(min=1e-5)
             policy_term, curvature = policy_term / weight, curvature / weight
+    policy_term = policy_scale * policy_term
 
+    curvature = per_sample(policy_scale * curvature + kl_scale, samples.t)
     reference = latents.deviation(latents.v_ref)
     with torch.no_grad():
         data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
     return forward_output(
-        latents, samples, policy_term + kl_weight * reference, reduction,
+        latents, samples, policy_term + kl_scale * reference, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
-        curvature=curvature + (kl_weight if v_ref is not None else 0.0), nonconvex=torch.zeros_like(samples.valid_t),
+        curvature=curvature, nonconvex=torch.zeros_like(samples.valid_t),
     )  # fmt: skip
