@@ -14,6 +14,7 @@ from advflow_ext.ops._numbers import (
     Numbers,
     is_number,
     per_sample,
+    require_number,
     values_are_at_hand,
 )
 from advflow_ext.ops._outputs import warn_nonconvex
