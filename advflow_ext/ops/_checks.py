@@ -282,10 +282,12 @@ def flow_awr_arguments(
     v_ref: Tensor | None,
     kl_weight: Number,
     policy_weight: Number,
+    weighting: str,
     reduction: str,
 ) -> tuple[Samples, Number, Number]:
     """The samples, kl_weight and policy_weight."""
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    require_choice("weighting", weighting, WEIGHTINGS)
     numbers = Numbers(v, samples.t.dtype)
     kl = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
     policy = numbers.read("policy_weight", policy_weight, low=0.0)

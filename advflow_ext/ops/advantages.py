@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import require_choice, require_flag, require_group_size
+<<<<<<< HEAD
 from advflow_ext.ops._numbers import Number, Numbers, require_number
+=======
+from advflow_ext.ops._numbers import require_number
+>>>>>>> h-faith
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
 _HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow
@@ -54,12 +58,16 @@ def group_advantages(
     bound, eps = _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
     floor = (_DEFAULT_EPS[norm] if eps is None else eps) * _HEADROOM
 
+<<<<<<< HEAD
     raw = rewards.detach().double().view(-1, group_size) * _HEADROOM  # [L, K]
     finite = raw.isfinite()
     raw = torch.where(finite, raw, 0)
     # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
     origin = torch.where(finite, raw, torch.inf).amin(1, keepdim=True)
     centred = _centre(torch.where(finite, raw - origin, 0), finite)
+=======
+    raw, centred, finite = _groups(rewards, group_size)
+>>>>>>> h-faith
 
     if norm == "batch_rms":
         scale = _rms(centred, finite, ddof, over_batch=True).clamp(min=floor)
@@ -76,37 +84,76 @@ def group_advantages(
 
 @torch.no_grad()
 def softmax_advantages(
-    rewards: Tensor, group_size: int, *, temperature: float | None = None, scale_by_std: bool = False
+    rewards: Tensor,
+    group_size: int,
+    *,
+    norm: str = "raw_global_std",
+    temperature: float = 1.0,
+    clip_rewards: float | None = 5.0,
+    clip: float | None = 3.0,
+    scale_by_std: bool = False,
+    eps: float = 1e-4,
 ) -> Tensor:
-    """FlowAWR's advantages ``[L*K]`` (arXiv 2606.30376, eq. 11) of rewards ``[L*K]``, K = ``group_size`` consecutive
-    images a prompt: A = K softmax_k(R / g) - 1 within each group, in [-1, K-1] and with mean 0 there.
+    """FlowAWR's advantages ``[L*K]`` of rewards ``[L*K]``, K = ``group_size`` consecutive images a prompt, as coded in
+    Fuzm7/FlowAWR @05e993a (its "energies"). Pass the whole logical batch, never one device's shard of it::
 
-    Pass the whole logical batch, never one device's shard of it: ``temperature`` g is None for the standard deviation
-    of all its raw rewards, at least 1e-6 (as public reproductions have it), or a number above 0. ``scale_by_std``
-    divides by the standard deviation of all advantages, at least 0.01: a reading of the paper's variance gate for
-    rule-based rewards (its appendix C.2, which gives no formula).
+        z = clip((r - mean_k r) / (std + eps), +-clip_rewards),   p = softmax_k(z / temperature)
+        A = clip(K (p - 1/K), +-clip)                                              the default
+        A = clip((p - 1/K) / max(std_k(p - 1/K) + 1e-4, 0.01), +-clip)             scale_by_std=True
+
+    ``scale_by_std`` is the released code's gate for rule-based rewards (``hard_gating``, on for GenEval and OCR):
+    groups that differ count alike, equal ones not at all. Before the last clip the mean of a group is 0.
+
+    ``norm`` says which deviation: of the raw rewards of the whole batch ("raw_global_std", the released
+    configurations), of the group's ("group_std"), or none at all ("none": rewards are centred alone). ``None`` for a
+    clip is no clip. The paper's eq. 11 (arXiv 2606.30376, as restated publicly), K softmax_k(r / g) - 1 in [-1, K-1],
+    is ``clip_rewards=None, clip=None`` with ``eps=0`` where g is the deviation of the batch, or with ``norm="none",
+    temperature=g`` for a number g.
 
     Non-finite rewards, equal rewards, dtypes and precision: as in :func:`group_advantages`; K counts finite rewards.
 
-    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, or a temperature that is not above 0.
+    Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, an unknown norm, and numbers out of range.
     """
     _check_rewards(rewards, group_size)
-    if temperature is not None:
-        require_number("temperature", temperature, low=0.0, exclusive=True)
+    require_choice("norm", norm, ("raw_global_std", "group_std", "none"))
+    require_number("temperature", temperature, low=0.0, exclusive=True)
+    for name, bound in (("clip_rewards", clip_rewards), ("clip", clip)):
+        if bound is not None:
+            require_number(name, bound, low=0.0, exclusive=True)
     require_flag("scale_by_std", scale_by_std)
+    require_number("eps", eps, low=0.0)
 
-    raw = rewards.detach().double().view(-1, group_size)  # [L, K]
+    raw, centred, finite = _groups(rewards, group_size)
+    scaled = centred
+    if norm != "none":
+        std = _raw_std(raw, finite, 0) if norm == "raw_global_std" else _rms(centred, finite, 0, over_batch=False)
+        scaled = torch.where(centred == 0, 0, centred / (std + eps))
+    if clip_rewards is not None:
+        scaled = scaled.clamp(-clip_rewards, clip_rewards)
+
+    largest = torch.where(finite, scaled, -torch.inf).amax(1, keepdim=True)
+    weights = torch.where(finite, ((scaled - largest) / temperature).exp(), 0)
+    count = finite.sum(1, keepdim=True, dtype=raw.dtype)
+    # In this order equal rewards give exact zeros.
+    advantages = torch.where(finite, weights / weights.sum(1, keepdim=True) - 1 / count, 0)
+    if scale_by_std:
+        std = _rms(advantages, finite, 0, over_batch=False)  # their mean is 0
+        advantages = advantages / (std + 1e-4).clamp(min=1e-2)
+    else:
+        advantages = advantages * count
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+
+
+def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K]."""
+    raw = rewards.detach().double().view(-1, group_size)
     finite = raw.isfinite()
     raw = torch.where(finite, raw, 0)
-    scale = _raw_std(raw, finite, ddof=0).clamp(min=1e-6) if temperature is None else temperature
-    largest = torch.where(finite, raw, -torch.inf).amax(1, keepdim=True)
-    weights = torch.where(finite, ((raw - largest) / scale).exp(), 0)
-    count = finite.sum(1, keepdim=True)
-    # In this order equal rewards give exact zeros.
-    advantages = torch.where(finite, count * weights / weights.sum(1, keepdim=True) - 1, 0)
-    if scale_by_std:
-        advantages = advantages / _rms(advantages, finite, 0, over_batch=True).clamp(min=0.01)  # their mean is 0
-    return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
+    origin = torch.where(finite, raw, torch.inf).amin(1, keepdim=True)
+    return raw, _centre(torch.where(finite, raw - origin, 0), finite), finite
 
 
 def _centre(values: Tensor, finite: Tensor) -> Tensor:

@@ -126,7 +126,11 @@ def batches(
         }
     elif loss == "flow_awr_loss":
         advantages = per_sample(-1.0, 7.0)
-        options |= {"v_old": latent(), "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0}
+        options |= {
+            "v_old": latent(),
+            "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0,
+            "weighting": choice("adaptive", "prediction", "velocity"),
+        }
     else:
         method = choice("exp", "linear", "best") if shape[0] > 1 else choice("exp", "linear")
         options |= {
