@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import require_choice, require_flag, require_group_size
-<<<<<<< HEAD
-from advflow_ext.ops._numbers import Number, Numbers, require_number
-=======
-from advflow_ext.ops._numbers import require_number
->>>>>>> h-faith
+from advflow_ext.ops._numbers import Number, Numbers
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
 _HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow
@@ -58,16 +54,7 @@ def group_advantages(
     bound, eps = _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
     floor = (_DEFAULT_EPS[norm] if eps is None else eps) * _HEADROOM
 
-<<<<<<< HEAD
-    raw = rewards.detach().double().view(-1, group_size) * _HEADROOM  # [L, K]
-    finite = raw.isfinite()
-    raw = torch.where(finite, raw, 0)
-    # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
-    origin = torch.where(finite, raw, torch.inf).amin(1, keepdim=True)
-    centred = _centre(torch.where(finite, raw - origin, 0), finite)
-=======
     raw, centred, finite = _groups(rewards, group_size)
->>>>>>> h-faith
 
     if norm == "batch_rms":
         scale = _rms(centred, finite, ddof, over_batch=True).clamp(min=floor)
@@ -88,11 +75,11 @@ def softmax_advantages(
     group_size: int,
     *,
     norm: str = "raw_global_std",
-    temperature: float = 1.0,
-    clip_rewards: float | None = 5.0,
-    clip: float | None = 3.0,
+    temperature: Number = 1.0,
+    clip_rewards: Number | None = 5.0,
+    clip: Number | None = 3.0,
     scale_by_std: bool = False,
-    eps: float = 1e-4,
+    eps: Number = 1e-4,
 ) -> Tensor:
     """FlowAWR's advantages ``[L*K]`` of rewards ``[L*K]``, K = ``group_size`` consecutive images a prompt, as coded in
     Fuzm7/FlowAWR @05e993a (its "energies"). Pass the whole logical batch, never one device's shard of it::
@@ -116,20 +103,22 @@ def softmax_advantages(
     """
     _check_rewards(rewards, group_size)
     require_choice("norm", norm, ("raw_global_std", "group_std", "none"))
-    require_number("temperature", temperature, low=0.0, exclusive=True)
-    for name, bound in (("clip_rewards", clip_rewards), ("clip", clip)):
-        if bound is not None:
-            require_number(name, bound, low=0.0, exclusive=True)
+    numbers = Numbers(rewards, torch.float64, per_sample=False)
+    temperature = numbers.read("temperature", temperature, low=0.0, exclusive=True)
+    if clip_rewards is not None:
+        clip_rewards = numbers.read("clip_rewards", clip_rewards, low=0.0, exclusive=True)
+    if clip is not None:
+        clip = numbers.read("clip", clip, low=0.0, exclusive=True)
     require_flag("scale_by_std", scale_by_std)
-    require_number("eps", eps, low=0.0)
+    floor = numbers.read("eps", eps, low=0.0) * _HEADROOM
 
     raw, centred, finite = _groups(rewards, group_size)
-    scaled = centred
+    scaled = centred / _HEADROOM
     if norm != "none":
         std = _raw_std(raw, finite, 0) if norm == "raw_global_std" else _rms(centred, finite, 0, over_batch=False)
-        scaled = torch.where(centred == 0, 0, centred / (std + eps))
+        scaled = torch.where(centred == 0, 0, centred / (std + floor))
     if clip_rewards is not None:
-        scaled = scaled.clamp(-clip_rewards, clip_rewards)
+        scaled = _clamped(scaled, clip_rewards)
 
     largest = torch.where(finite, scaled, -torch.inf).amax(1, keepdim=True)
     weights = torch.where(finite, ((scaled - largest) / temperature).exp(), 0)
@@ -142,13 +131,16 @@ def softmax_advantages(
     else:
         advantages = advantages * count
     if clip is not None:
-        advantages = advantages.clamp(-clip, clip)
+        advantages = _clamped(advantages, clip)
     return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
 def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K]."""
-    raw = rewards.detach().double().view(-1, group_size)
+    """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K].
+
+    Both times :data:`_HEADROOM`.
+    """
+    raw = rewards.detach().double().view(-1, group_size) * _HEADROOM
     finite = raw.isfinite()
     raw = torch.where(finite, raw, 0)
     # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
@@ -185,10 +177,14 @@ def _bound(advantages: Tensor, finite: Tensor, clip: Number, mode: str) -> Tenso
     if mode == "scale":
         largest = advantages.abs().amax(1, keepdim=True)
         return advantages * torch.where(largest > clip, clip / largest, 1)
-    clipped = torch.clamp(advantages, -clip, clip)  # type: ignore[arg-type]  # two numbers or two tensors
+    clipped = _clamped(advantages, clip)
     if mode == "recentre":
         return _centre(clipped, finite)
     return clipped / clip if mode == "clip_divide" else clipped
+
+
+def _clamped(values: Tensor, bound: Number) -> Tensor:
+    return torch.clamp(values, -bound, bound)  # type: ignore[arg-type]  # two numbers or two tensors
 
 
 def _check_arguments(

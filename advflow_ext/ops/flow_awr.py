@@ -59,28 +59,12 @@ def flow_awr_loss(
     """
     if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.flow_awr_loss(
-<<<<<<< HEAD
-            v,
-            x0,
-            noise,
-            t,
-            advantages,
-            v_old=v_old,
-            v_ref=v_ref,
-            kl_weight=kl_weight,
-            policy_weight=policy_weight,
-            reduction=reduction,
-        )
-    samples, kl_scale, scale = _checks.flow_awr_arguments(
-        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, reduction
-=======
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, weighting=weighting,
             reduction=reduction,
         )  # fmt: skip
     samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
->>>>>>> h-faith
     )
     _checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
@@ -94,12 +78,6 @@ def flow_awr_loss(
     coef = torch.stack([m * E, m * (1 - E), kl], 1)
     policy_term = m * (E * vu_sq + (1 - E) * (vo_sq - E * ou_sq))
     return forward_output(
-<<<<<<< HEAD
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq,
-        torch.stack([scale * A, scale * (1 - A), kl], 1), reduction,
-        policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
-=======
         (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, coef, reduction,
         policy_term=policy_term, curvature=m + kl, nonconvex=torch.zeros_like(samples.valid_t),
->>>>>>> h-faith
     )  # fmt: skip
