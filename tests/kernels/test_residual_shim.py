@@ -198,6 +198,18 @@ def test_where_the_rows_lie_does_not_change_a_bit(
     assert same_bits(kernels.grad(strided, coef), kernels.grad(dense, coef))
 
 
+@pytest.mark.parametrize("gap", [8, 9], ids=["vector", "scalar"])
+def test_rows_may_be_far_apart(kernels: ResidualKernels, gap: int) -> None:
+    """Farther than 32 bits count elements; nothing but the two rows is ever touched."""
+    values = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    storage = torch.empty(2**31 + 32, dtype=values.dtype, device=kernels.device)
+    far = storage.as_strided((2, 16), (2**31 + gap, 1)).copy_(values)
+    coef = torch.ones(2, 3, device=kernels.device)
+    strided, dense = Inputs(*[far] * 5), on(kernels, Inputs(*[values] * 5))
+    assert same_bits(kernels.stats(strided), kernels.stats(dense))
+    assert same_bits(kernels.grad(strided, coef), kernels.grad(dense, coef))
+
+
 @property_test
 @given(case=cases())
 def test_a_row_does_not_depend_on_its_batch(kernels: ResidualKernels, case: tuple[Inputs, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Batches cut out of a trainer's [B, T, ...]: the samples are dense, the rows apart. Read where they lie, never copied."""
+"""Batches cut out of a trainer's [B, T, ...], dense samples with their rows apart: read where they lie, not copied."""
 
 from __future__ import annotations
 
@@ -81,6 +81,15 @@ def test_where_the_rows_lie_does_not_change_a_bit(data, shape, seed):
     dense = [x.contiguous() for x in tensors]
     for ours, theirs in zip(calls(*tensors), calls(*dense), strict=True):
         assert ours.is_contiguous() and torch.equal(ours, theirs)
+
+
+def test_rows_may_be_far_apart():
+    """Farther than 32 bits count elements; nothing but the two rows is ever touched."""
+    far = torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((2, 16), (2**31 + 9, 1))
+    far.copy_(torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
+    dense = far.contiguous()
+    for ours, theirs in zip(calls(*[far] * 5), calls(*[dense] * 5), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def inputs_of(name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:
