@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops.step_table import StepRows, StepTable
+from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
 TIME_WEIGHTS = ("inverse_dt", "none")
@@ -113,10 +113,14 @@ def sde_step_arguments(
     _require_table(table)
     if isinstance(index, Tensor):
         _require_index(index, v)
-    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < table.steps:
-        raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
     else:
-        index = torch.full(v.shape[:1], index, device=v.device)
+        is_step = isinstance(index, int) and not isinstance(index, bool)
+        if not is_step or not 0 <= index < table.steps:
+            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
+            raise ValueError(
+                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
+            )
+        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
     if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
@@ -142,16 +146,17 @@ def gaussian_kl_arguments(
 def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     if not isinstance(std, Tensor):
         _checks.require_number(name, std, low=0.0, exclusive=True)
-        return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
-    if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
+        return mean.new_full(mean.shape[:1], 1.0 * std, dtype=torch.float64)
+    if not std.is_floating_point() or std.shape not in (mean.shape[:1], ()) or std.device != mean.device:
         raise ValueError(
             f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
-    if _checks.values_are_at_hand(std) and (wrong := std <= 0).any():
+    std = std.detach().double().expand(mean.shape[:1])
+    if _checks.values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
         first = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
-    return std.detach().double()
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
+    return std
 
 
 def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tu
             reason = "a deterministic step (sigma = 0)"
         else:
             reason = f"outside the table of {table.steps} steps"
-        accepted = ", ".join(map(str, table.stochastic_steps)) or "(none in this table)"
+        accepted = listed_steps(table.stochastic_steps) or "(none in this table)"
         raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the stochastic steps {accepted}.")
     return columns, valid
 
