@@ -15,7 +15,7 @@ from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, s
 
 def shifted(steps: int, shift: float = 3.0) -> Tensor:
     """The single-shift schedule: shift s / (1 + (shift - 1) s) of equally spaced s."""
-    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
     return shift * s / (1 + (shift - 1) * s)
 
 
