@@ -183,9 +183,9 @@ class StepTable:
 
     def _require_carried_noise(self, convention: str) -> None:
         given = torch.as_tensor(self.noise_level, dtype=torch.float64, device="cpu").expand(self.steps)
-        level, singular = given.clamp(max=_LARGEST), self.sampler == "flow_sde"
+        level, flow = given.clamp(max=_LARGEST), self.sampler == "flow_sde"
         carried = self.c_x
-        if singular and convention == "clamp_0.99":
+        if flow and convention == "clamp_0.99":
             carried = torch.where((self.s == 1) & (self.sigma > 0), 1 - level**2 / 2, carried)
         # sqrt(2) as a level makes its c_x 0 but for rounding.
         if not (wrong := carried < -1e-9).any():
@@ -194,7 +194,8 @@ class StepTable:
         step = int(steps[0])
         s, s_end, sigma, c_x = (float(x[step]) for x in (self.s, self.s_end, self.sigma, self.c_x))
         limit = float((level / (1 - carried).sqrt())[wrong].min())
-        clamp = singular and convention == "next_sigma" and 0.99 < s < 1 and level[step] ** 2 * (s - s_end) < 0.02
+        near_1 = flow and convention == "next_sigma" and 0.99 < s < 1
+        clamp = near_1 and len(steps) == 1 and level[step] ** 2 * (s - s_end) < 0.02  # 0.01 for 1 - s is enough
         remedy = "convention 'clamp_0.99', " if clamp else ""
         raise ValueError(
             f"noise_level is {float(given[step])!r}, which gives step {step}, from s = {s!r} to {s_end!r}, a sigma of "
@@ -276,9 +277,10 @@ def _checked_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     given = values.tolist()
     values[:1], values[-1:] = _one_up_to_rounding(values[:1]), _zero_up_to_rounding(values[-1:])
     if not (values.diff() < 0).all() or not 0 <= values[-1] < values[0] <= 1:
+        shown = ", ".join(repr(float(f"{value:.9g}")) for value in given[:16])
+        more = f", ... of {len(given)}" if len(given) > 16 else ""
         raise ValueError(
-            f"sigmas is {[float(f'{value:.9g}') for value in given]}; accepted are numbers within [0, 1], "
-            f"strictly decreasing{_first_fault(values)}."
+            f"sigmas is [{shown}{more}]; accepted are numbers within [0, 1], strictly decreasing{_first_fault(values)}."
         )
     return values
 
@@ -314,7 +316,7 @@ def _zero_up_to_rounding(s: Tensor) -> Tensor:
 
 
 def _per_step(name: str, value: float | Sequence[float] | Tensor, steps: int, *, below: float = math.inf) -> Tensor:
-    if not isinstance(value, (Tensor, Sequence)):
+    if not hasattr(value, "__len__"):
         require_number(name, value, low=0.0)
     numbers = _numbers(name, value, f"a number and [{steps}] numbers")
     if numbers.shape not in ((), (steps,)):

@@ -613,6 +613,7 @@ GOOD = [1.0, 0.5, 0.0]
         ({"sigmas": [1000.0, 500.0, 0.0]}, r"sigmas is \[1000.0, 500.0, 0.0\]; accepted are numbers within"),
         ({"sigmas": [1.0000051, 0.5, 0.0]}, r"sigmas is \[1.0000051, 0.5, 0.0\]"),
         ({"sigmas": [1.0, 0.5, 0.5]}, r"strictly decreasing \(sigmas\[2\] is not below sigmas\[1\]\)"),
+        ({"sigmas": torch.linspace(1, 0, 1001).bfloat16()}, r", \.\.\. of 1001\]; .* \(sigmas\[1\] is not below"),
         ({"sigmas": [1.0, 0.9, 10**400]}, r"accepted are \[T \+ 1\] numbers"),
         ({"sigmas": [1.0, math.nan, 0.0]}, r"sigmas is \[1.0, nan, 0.0\]"),
         ({"sigmas": [0.5, 0.2, -0.1]}, r"sigmas is \[0.5, 0.2, -0.1\]"),
