@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
 
@@ -21,7 +22,8 @@ def flow_awr_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
     reduction: str = "mean",
 ) -> LossOutput:
     """Regression of the velocity on a target that the advantage moves away from the rollout policy (FlowAWR).
@@ -46,21 +48,32 @@ def flow_awr_loss(
     ``policy_term`` in the metrics is the loss without the reference term. No official code is public; the regression
     follows the paper.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.flow_awr_loss(
-            v, x0, noise, t, advantages, v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, reduction=reduction
+            v,
+            x0,
+            noise,
+            t,
+            advantages,
+            v_old=v_old,
+            v_ref=v_ref,
+            kl_weight=kl_weight,
+            policy_weight=policy_weight,
+            reduction=reduction,
         )
-    samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, reduction)
+    samples, kl_scale, scale = _checks.flow_awr_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, reduction
+    )
     _checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     vu_sq, vo_sq, vp_sq, ou_sq = stats[:, :4].unbind(1)
 
     A = samples.advantages
-    kl = torch.full_like(A, kl_weight if v_ref is not None else 0.0)
-    policy_term = A * vu_sq + (1 - A) * (vo_sq - A * ou_sq)
-    curvature = 1 + kl
+    kl = per_sample(kl_scale, A)
+    policy_term = scale * (A * vu_sq + (1 - A) * (vo_sq - A * ou_sq))
+    curvature = scale + kl
     return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([A, 1 - A, kl], 1),
-        reduction,
+        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq,
+        torch.stack([scale * A, scale * (1 - A), kl], 1), reduction,
         policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
     )  # fmt: skip

@@ -103,13 +103,20 @@ class CoefficientLoss(torch.autograd.Function):
         coef: Tensor,
         target_is_eps: bool,
     ) -> Tensor:
-        ctx.save_for_backward(v, target, noise, v_old, v_ref, coef)
+        tensors = (v, target, noise, v_old, v_ref, coef)
+        # What was made in inference mode has no version to watch, and autograd refuses to keep it; the context may.
+        ctx.unwatched = [tensor if _made_in_inference_mode(tensor) else None for tensor in tensors]
+        ctx.save_for_backward(
+            *(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unwatched, strict=True))
+        )
         ctx.target_is_eps = target_is_eps
         return loss.detach()  # not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        v, target, noise, v_old, v_ref, coef = ctx.saved_tensors
+        v, target, noise, v_old, v_ref, coef = (
+            watched if kept is None else kept for watched, kept in zip(ctx.saved_tensors, ctx.unwatched, strict=True)
+        )
         if ctx.target_is_eps:
             grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, coef, upstream)
         else:
@@ -137,6 +144,11 @@ def transition_loss(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None,
     others = map(_detached, (v_old, v_ref))
     result: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, loss, coef, True)
     return result
+
+
+def _made_in_inference_mode(tensor: Tensor | None) -> bool:
+    # Dynamo knows no such question.
+    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

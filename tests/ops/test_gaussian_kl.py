@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transitions import SPACES, draw_transitions
 
 import advflow_ext as af
@@ -393,6 +395,41 @@ def test_compiles_without_graph_breaks(space, device):
     torch.testing.assert_close(kl, expected)
     for grad, truth in zip(*(torch.autograd.grad(x.sum(), (mean1, mean2)) for x in (kl, expected)), strict=True):
         torch.testing.assert_close(grad, truth)
+
+
+@both
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_spread_that_changes_is_compiled_for_once(space, dynamic):
+    mean1, mean2 = (mean.detach() for mean in means((3, 5)))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda std1, std2: space.gaussian_kl(mean1, mean2, std1, std2),
+        fullgraph=True, backend=counter, dynamic=dynamic,
+    )  # fmt: skip
+    for step in range(5):
+        std1, std2 = 0.3 + 0.1 * step, 0.5 + 0.01 * step
+        torch.testing.assert_close(compiled(std1, std2), space.gaussian_kl(mean1, mean2, std1, std2))
+    # With dynamic=None the first change of a number is one more compilation.
+    assert counter.frame_count <= 2
+
+
+@both
+def test_inference_and_fake_tensors_are_taken(space):
+    with torch.inference_mode():
+        mean2 = means((3, 5))[1]
+    mean1 = means((3, 5))[0]
+    for std in (0.3, 1e-13):
+        kl = space.gaussian_kl(mean1, mean2, std)
+        copied = space.gaussian_kl(mean1, mean2.clone().detach(), std)
+        assert torch.equal(kl, copied)
+        grads = (torch.autograd.grad(x.sum(), mean1)[0] for x in (kl, copied))
+        assert torch.equal(*grads)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(mean1)
+        for std in (0.3, 1e-20, torch.rand(3), torch.rand(())):
+            kl = space.gaussian_kl(fake, fake, std, 0.4)
+            assert isinstance(kl, FakeTensor) and kl.shape == (3,) and kl.dtype == torch.float32
 
 
 @both

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transitions import SPACES
 
 import advflow_ext as af
@@ -311,6 +312,20 @@ def test_rollouts_in_inference_mode_are_steps_like_others(space):
     mixed = space.sde_step(v, x, table, torch.full((4,), 3), noise)
     for a, b, c in zip(inside, outside, mixed, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c) and not b.is_inference()
+
+
+@both
+def test_fake_tensors_are_stepped(space):
+    table = af.StepTable(shifted(10))
+    with FakeTensorMode():
+        v, x, noise = draw()
+        for index in (3, torch.tensor([0, 3, 9, 4])):
+            for given in (noise, None):
+                out = space.sde_step(v, x, table, index, given, dtype=torch.bfloat16)
+                assert all(isinstance(tensor, FakeTensor) for tensor in out)
+                assert (out.x_next.shape, out.x_next.dtype, out.log_prob.shape) == (v.shape, torch.bfloat16, (4,))
+    v, x, noise = draw()
+    assert_is_the_step(space.sde_step(v, x, table, 3, noise), v, x, table, 3, noise, torch.float32)
 
 
 @both
