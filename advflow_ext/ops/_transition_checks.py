@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample, require_number
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample, require_number, values_are_at_hand
 from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
@@ -144,7 +144,7 @@ def sde_step_arguments(
                 f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
             )
         index = v.new_full(v.shape[:1], index, dtype=torch.int64)
-    if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
     dtype = dtype or x.dtype
@@ -179,7 +179,7 @@ def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
     std = std.detach().to(mean.device, torch.float64).expand(mean.shape[:1])
-    if _checks.values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
+    if values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
     return std
@@ -241,7 +241,7 @@ def _steps(
     columns = table.columns(index, dtype)
     sigma = columns[:, _SIGMA]
     valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
-    if _checks.values_are_at_hand(index) and not valid.all():
+    if values_are_at_hand(index) and not valid.all():
         first = int((~valid).nonzero()[0])
         step = int(index[first])
         if 0 <= step < table.steps:

@@ -9,6 +9,7 @@ from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
 from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._numbers import values_are_at_hand
 from advflow_ext.ops.residual import residual_loss, residual_stats
 from advflow_ext.ops.step_table import StepTable
 from advflow_ext.reference.gaussian_kl import kl_of_spreads, scaled_distance
@@ -74,6 +75,6 @@ def _scaled_distance(first: Tensor, second: Tensor, std: Tensor, offset: Tensor,
     kl = residual_loss(first, second, None, None, None, values, coef)
     if second.requires_grad:
         kl = kl + residual_loss(second, first, None, None, None, torch.zeros_like(values), coef)
-    if _checks.values_are_at_hand(std) and not ordinary.all():
+    if values_are_at_hand(std) and not ordinary.all():
         kl = torch.where(ordinary, kl, scaled_distance(first, second, std, offset, dtype))
     return kl
