@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number
-from advflow_ext.ops.step_table import StepRows, StepTable
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number, values_are_at_hand
+from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
 TIME_WEIGHTS = ("inverse_dt", "none", "sigma", "inverse_kappa")
@@ -136,11 +136,15 @@ def sde_step_arguments(
     _require_table(table)
     if isinstance(index, Tensor):
         _require_index(index, v)
-    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < table.steps:
-        raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
     else:
-        index = torch.full(v.shape[:1], index, device=v.device)
-    if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+        is_step = isinstance(index, int) and not isinstance(index, bool)
+        if not is_step or not 0 <= index < table.steps:
+            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
+            raise ValueError(
+                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
+            )
+        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
+    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
     dtype = dtype or x.dtype
@@ -165,16 +169,20 @@ def gaussian_kl_arguments(
 def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     if not isinstance(std, Tensor):
         require_number(name, std, low=0.0, exclusive=True)
-        return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
-    if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
+        # An addition: torch.full would keep the number in a graph, which one that changes compiles anew.
+        return mean.new_zeros(mean.shape[:1], dtype=torch.float64) + 1.0 * std
+    single = std.dim() == 0
+    here = std.device == mean.device or (single and std.device.type == "cpu")
+    if not std.is_floating_point() or not (single or std.shape == mean.shape[:1]) or not here:
         raise ValueError(
             f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
-    if _checks.values_are_at_hand(std) and (wrong := std <= 0).any():
+    std = std.detach().to(mean.device, torch.float64).expand(mean.shape[:1])
+    if values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
         first = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
-    return std.detach().double()
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
+    return std
 
 
 def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -233,7 +241,7 @@ def _steps(
     columns = table.columns(index, dtype)
     sigma = columns[:, _SIGMA]
     valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
-    if _checks.values_are_at_hand(index) and not valid.all():
+    if values_are_at_hand(index) and not valid.all():
         first = int((~valid).nonzero()[0])
         step = int(index[first])
         if 0 <= step < table.steps:
@@ -242,7 +250,7 @@ def _steps(
             reason = f"outside the table of {table.steps} steps"
         accepted = f"steps 0 to {table.steps - 1}"
         if stochastic:
-            accepted = f"stochastic steps {', '.join(map(str, table.stochastic_steps)) or '(none in this table)'}"
+            accepted = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
         raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the {accepted}.")
     return columns, valid
 
