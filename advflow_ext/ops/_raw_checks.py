@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from advflow_ext.ops._checks import FLOAT_DTYPES, accumulate_dtype
 _FLOATS = "float32, float16, bfloat16 and float64"
 
 
-def check_latents(op: str, required: dict[str, Tensor | None], optional: dict[str, Tensor | None]) -> torch.dtype:
+def check_latents(op: str, required: Mapping[str, Tensor | None], optional: Mapping[str, Tensor | None]) -> torch.dtype:
     """The accumulate dtype of latents that fit together; the first of ``required`` is v."""
     v = required["v"]
     if v is not None and v.dim() == 0:
         raise RuntimeError("v has no dimension; accepted is a batch of samples, [B, ...].")
-    given = required | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    given = {**required, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
     for name, tensor in given.items():
         if tensor is None:
             raise RuntimeError(f"{name} is None; accepted is a tensor.")
