@@ -1,4 +1,5 @@
 # make demo: post-train the embedded world; make test: everything CI checks. Each sets up .venv by itself.
+# make sanitize: the operators' tests with the compiled module under AddressSanitizer and UBSan.
 # make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,13 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test setup lint bench gpu-check clean
+.PHONY: demo test sanitize setup lint bench gpu-check clean
 
 demo: setup
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
 test: setup lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not sanitizer"
+
+sanitize: setup
+	$(BIN)/python -m pytest -q -m sanitizer
 
 setup: $(VENV)/.installed
 

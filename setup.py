@@ -16,6 +16,7 @@
 
     nvcc is CUDA_HOME/bin/nvcc if CUDA_HOME is set, else the one on PATH. A visible GPU decides nothing, so that a
     machine without one builds the same module.
+    ADVFLOW_SANITIZE=1 puts the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize).
     TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX") replaces the default architectures. MAX_JOBS limits parallel compiles.
 
 The .cu files see no torch header and are compiled by nvcc directly, because torch's CUDAExtension refuses to work with
@@ -44,6 +45,15 @@ DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 # The C++ standard is left to torch, whose headers set the lower bound. Compiled for OpenMP, which at::parallel_for
 # needs, but not linked with it: the symbols then come from the runtime torch loaded, and both share its threads.
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi"]
+# After CXX_FLAGS, whose optimisation they replace. vptr would need the type information that torch hides.
+SANITIZER_FLAGS = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=all",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 
 
@@ -96,6 +106,13 @@ def choose_compiler(environment: Mapping[str, str]) -> str:
     if shutil.which(compiler.split()[0], path=environment.get("PATH", "")) is None:
         raise BuildError(f"there is no C++ compiler ({compiler} is not on PATH); install g++ or set CXX.")
     return compiler
+
+
+def sanitizer_flags(environment: Mapping[str, str]) -> list[str]:
+    wanted = environment.get("ADVFLOW_SANITIZE", "0")
+    if wanted not in ("1", "0"):
+        raise BuildError(f"ADVFLOW_SANITIZE is {wanted!r}; accepted are 1 and 0.")
+    return SANITIZER_FLAGS if wanted == "1" else []
 
 
 def first_line(*command: str) -> str:
@@ -179,7 +196,7 @@ def main() -> None:
                     "nvcc": nvcc_version(nvcc) if nvcc else "",
                     "nvcc_flags": NVCC_FLAGS if nvcc else [],
                     "compiler": first_line(*compiler.split(), "--version"),
-                    "compiler_flags": CXX_FLAGS,
+                    "compiler_flags": CXX_FLAGS + sanitizers,
                     "commit": first_line("git", "rev-parse", "HEAD"),
                 }
             )
@@ -201,14 +218,15 @@ def main() -> None:
         str(path.relative_to(ROOT)) for folder in ("cpu", "torch") for path in (ROOT / "csrc" / folder).glob("*.cpp")
     )
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    sanitizers = sanitizer_flags(os.environ)
     extension = CppExtension(
         "advflow_ext._C",
         sources,
         depends=headers,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + sanitizers},
         define_macros=[],
-        extra_link_args=[],
+        extra_link_args=list(sanitizers),
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": Build})
 

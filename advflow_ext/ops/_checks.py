@@ -14,7 +14,6 @@ from advflow_ext.ops._numbers import (
     Numbers,
     is_number,
     per_sample,
-    require_number,
     values_are_at_hand,
 )
 from advflow_ext.ops._outputs import warn_nonconvex
@@ -267,8 +266,8 @@ def _one_advantage_an_image(samples: Samples, draws: int) -> Samples:
     if values_are_at_hand(A) and other.any():
         row = int(other.nonzero()[0])
         raise ValueError(
-            f"advantages[{row}] is {A[row].item():.6g} beside {first[row].item():.6g} of the same image; accepted is one "
-            f"advantage for the {draws} consecutive draws of an image."
+            f"advantages[{row}] is {A[row].item():.6g} beside {first[row].item():.6g} of the same image; accepted is "
+            f"one advantage for the {draws} consecutive draws of an image."
         )
     return samples._replace(advantages=torch.where(other, torch.nan, A))
 

@@ -20,7 +20,9 @@ def values_are_at_hand(tensor: Tensor) -> bool:
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not is_fake(tensor) and get_proxy_mode() is None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return (
+        not is_fake(tensor) and get_proxy_mode() is None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def is_number(value: object, dtype: torch.dtype = torch.float64) -> bool:
@@ -42,7 +44,7 @@ def require_number(
     dtype: torch.dtype = torch.float64,
     or_else: str = "",
 ) -> None:
-    """Refuses what is not a number of ``dtype`` from ``low`` (not ``low`` itself if ``exclusive``) to below ``high``."""
+    """Refuses what is not a number of ``dtype`` from ``low`` (itself not if ``exclusive``) to below ``high``."""
     if not is_number(value, dtype) or value < low or (exclusive and value == low):  # type: ignore[operator]
         kind = "finite number"
     elif value >= high:  # type: ignore[operator]
@@ -68,8 +70,9 @@ class Numbers:
     of one sample that is not finite, :meth:`contain` drops the samples concerned.
     """
 
-    def __init__(self, v: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, v: Tensor, dtype: torch.dtype, *, per_sample: bool = True) -> None:
         self._v = v
+        self._per_sample = per_sample
         self._dtype = dtype
         self._usable: list[Tensor] = []
 
@@ -84,7 +87,7 @@ class Numbers:
     ) -> Number:
         if isinstance(value, Tensor):
             return self._tensor(name, value, low, high, exclusive)
-        or_else = ", or such a tensor of shape [] or [B]"
+        or_else = f", or such a tensor of shape []{' or [B]' if self._per_sample else ''}"
         require_number(name, value, low=low, high=high, exclusive=exclusive, dtype=self._dtype, or_else=or_else)
         assert isinstance(value, (int, float))
         if torch.compiler.is_compiling():
@@ -125,11 +128,13 @@ class Numbers:
         v, single = self._v, value.dim() == 0
         bounds = _bounds(low, high, exclusive)
         if not value.is_floating_point():
-            raise ValueError(f"{name} has dtype {value.dtype}; accepted are a number{bounds} and a floating-point tensor.")
-        if not single and value.shape != v.shape[:1]:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}; accepted are a number{bounds} and a tensor of shape [] or "
-                f"[{v.shape[0]}], one value a sample."
+                f"{name} has dtype {value.dtype}; accepted are a number{bounds} and a floating-point tensor."
+            )
+        if not single and not (self._per_sample and value.shape == v.shape[:1]):
+            shapes = f"[] or [{v.shape[0]}], one value a sample" if self._per_sample else "[]"
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; accepted are a number{bounds} and a tensor of shape {shapes}."
             )
         if value.device != v.device and not (single and value.device.type == "cpu"):
             raise ValueError(f"{name} is on {value.device}; accepted is the device of v, {v.device}.")
@@ -141,9 +146,7 @@ class Numbers:
             wrong = ~usable if single else finite & ~usable
             if wrong.any():
                 place = "" if single else f"[{int(wrong.nonzero()[0])}]"
-                raise ValueError(
-                    f"{name}{place} is {value[wrong][0].item():.6g}; accepted is a finite number{bounds}."
-                )
+                raise ValueError(f"{name}{place} is {value[wrong][0].item():.6g}; accepted is a finite number{bounds}.")
             if single:
                 return number
         self._usable.append(usable)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, per_sample
-from advflow_ext.ops.step_table import StepRows, StepTable
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number, values_are_at_hand
+from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
 TIME_WEIGHTS = ("inverse_dt", "none", "sigma", "inverse_kappa")
@@ -94,20 +94,20 @@ def flow_dppo_arguments(
 
 
 def distillation_arguments(
-    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, weight: Number, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of <(v-v_teacher)^2> and the weight, both [N], and which steps can be trained."""
+    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, policy_weight: Number, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The factor of <(v-v_teacher)^2> ``[N]``, and which steps can be trained."""
     _checks.require_latent("v", v)
     _checks.require_like_v("v_teacher", v_teacher, v)
     _checks.require_choice("form", form, FORMS)
     _checks.require_choice("reduction", reduction, _checks.REDUCTIONS)
     dtype = _checks.accumulate_dtype(v, v_teacher)
     numbers = Numbers(v, dtype)
-    weights = per_sample(numbers.read("weight", weight, low=0.0), v.new_empty(v.shape[:1], dtype=dtype))
+    weight = numbers.read("policy_weight", policy_weight, low=0.0)
     columns, valid = _steps(v, table, index, dtype, stochastic=form == "sde")
     step = StepRows(*torch.where(valid[:, None], columns, 1).unbind(1))
-    factor = (step.kappa if form == "sde" else step.c_v).square() / 2
-    return factor, numbers.contain(weights), valid
+    factor = weight * (step.kappa if form == "sde" else step.c_v).square() / 2
+    return numbers.contain(factor), valid
 
 
 def sde_step_arguments(
@@ -136,11 +136,15 @@ def sde_step_arguments(
     _require_table(table)
     if isinstance(index, Tensor):
         _require_index(index, v)
-    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < table.steps:
-        raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
     else:
-        index = torch.full(v.shape[:1], index, device=v.device)
-    if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+        is_step = isinstance(index, int) and not isinstance(index, bool)
+        if not is_step or not 0 <= index < table.steps:
+            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
+            raise ValueError(
+                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
+            )
+        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
+    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
     dtype = dtype or x.dtype
@@ -164,17 +168,21 @@ def gaussian_kl_arguments(
 
 def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     if not isinstance(std, Tensor):
-        _checks.require_number(name, std, low=0.0, exclusive=True)
-        return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
-    if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
+        require_number(name, std, low=0.0, exclusive=True)
+        # An addition: torch.full would keep the number in a graph, which one that changes compiles anew.
+        return mean.new_zeros(mean.shape[:1], dtype=torch.float64) + 1.0 * std
+    single = std.dim() == 0
+    here = std.device == mean.device or (single and std.device.type == "cpu")
+    if not std.is_floating_point() or not (single or std.shape == mean.shape[:1]) or not here:
         raise ValueError(
             f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
-    if _checks.values_are_at_hand(std) and (wrong := std <= 0).any():
+    std = std.detach().to(mean.device, torch.float64).expand(mean.shape[:1])
+    if values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
         first = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
-    return std.detach().double()
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
+    return std
 
 
 def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -221,9 +229,7 @@ def _transitions(
         policy_scale = policy_scale * step.sigma
     elif time_weight == "inverse_kappa":
         policy_scale = policy_scale / step.kappa.abs()
-    return TransitionScalars(
-        step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale
-    )
+    return TransitionScalars(step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale)
 
 
 def _steps(
@@ -235,7 +241,7 @@ def _steps(
     columns = table.columns(index, dtype)
     sigma = columns[:, _SIGMA]
     valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
-    if _checks.values_are_at_hand(index) and not valid.all():
+    if values_are_at_hand(index) and not valid.all():
         first = int((~valid).nonzero()[0])
         step = int(index[first])
         if 0 <= step < table.steps:
@@ -244,7 +250,7 @@ def _steps(
             reason = f"outside the table of {table.steps} steps"
         accepted = f"steps 0 to {table.steps - 1}"
         if stochastic:
-            accepted = f"stochastic steps {', '.join(map(str, table.stochastic_steps)) or '(none in this table)'}"
+            accepted = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
         raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the {accepted}.")
     return columns, valid
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import require_choice, require_flag, require_group_size
-from advflow_ext.ops._numbers import require_number
+from advflow_ext.ops._numbers import Number, Numbers
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
-_CLIP_MODES = ("clip", "recentre", "scale", "clip_divide")
+_HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow
+_CLIP_MODES = ("clip", "recentre", "scale", "clip_divide", "tanh")
 
 
 @torch.no_grad()
@@ -18,9 +19,9 @@ def group_advantages(
     group_size: int,
     *,
     norm: str = "batch_rms",
-    clip: float | None = 1.0,
+    clip: Number | None = 1.0,
     clip_mode: str = "clip",
-    eps: float | None = None,
+    eps: Number | None = None,
     ddof: int = 0,
 ) -> Tensor:
     """Advantages ``[L*K]`` of rewards ``[L*K]``: L prompts with K = ``group_size`` images each, images of a prompt
@@ -34,22 +35,24 @@ def group_advantages(
     * ``norm="raw_global_std"`` (NVlabs DiffusionNFT): by the standard deviation of the raw rewards of the whole batch,
       which includes the spread between prompts, + eps; eps defaults to 1e-4.
 
-    ``ddof`` is subtracted from the number of values in the mean of squares (0 in all three sources).
+    ``clip`` and ``eps`` are numbers or 0-dim tensors. ``ddof`` is subtracted from the number of values in the mean of
+    squares (0 in all three sources).
 
-    The result is bounded by ``clip`` (``None``: unbounded) in one of four ways:
+    The result is bounded by ``clip`` (``None``: unbounded) in one of five ways:
 
     * ``clip_mode="clip"`` (eq. 6): clamp to [-clip, clip]. Groups no longer sum to zero.
     * ``"recentre"``: clamp, then subtract each group's mean again. Sums to zero; may exceed the bound slightly.
     * ``"scale"``: a group that exceeds the bound is scaled down to it as a whole. Sums to zero.
     * ``"clip_divide"``: clamp, then divide by ``clip`` (DiffusionNFT: clip 5, divide by 5).
+    * ``"tanh"``: clip tanh(A / clip) (V-GRPO, arXiv 2604.23380, with clip 3).
 
     An image whose reward is not finite gets advantage 0 and counts in no mean or deviation. Equal rewards give zeros.
     Any real dtype is accepted; the arithmetic is float64; the result is float64 for float64 rewards, else float32.
 
     Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, unknown names, clip or eps out of range.
     """
-    _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
-    floor = _DEFAULT_EPS[norm] if eps is None else eps
+    bound, eps = _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
+    floor = (_DEFAULT_EPS[norm] if eps is None else eps) * _HEADROOM
 
     raw, centred, finite = _groups(rewards, group_size)
 
@@ -61,8 +64,8 @@ def group_advantages(
         scale = _raw_std(raw, finite, ddof) + floor
     advantages = torch.where(centred == 0, 0, centred / scale)
 
-    if clip is not None:
-        advantages = _bound(advantages, finite, clip, clip_mode)
+    if bound is not None:
+        advantages = _bound(advantages, finite, bound, clip_mode)
     return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
@@ -72,11 +75,11 @@ def softmax_advantages(
     group_size: int,
     *,
     norm: str = "raw_global_std",
-    temperature: float = 1.0,
-    clip_rewards: float | None = 5.0,
-    clip: float | None = 3.0,
+    temperature: Number = 1.0,
+    clip_rewards: Number | None = 5.0,
+    clip: Number | None = 3.0,
     scale_by_std: bool = False,
-    eps: float = 1e-4,
+    eps: Number = 1e-4,
 ) -> Tensor:
     """FlowAWR's advantages ``[L*K]`` of rewards ``[L*K]``, K = ``group_size`` consecutive images a prompt, as coded in
     Fuzm7/FlowAWR @05e993a (its "energies"). Pass the whole logical batch, never one device's shard of it::
@@ -100,20 +103,22 @@ def softmax_advantages(
     """
     _check_rewards(rewards, group_size)
     require_choice("norm", norm, ("raw_global_std", "group_std", "none"))
-    require_number("temperature", temperature, low=0.0, exclusive=True)
-    for name, bound in (("clip_rewards", clip_rewards), ("clip", clip)):
-        if bound is not None:
-            require_number(name, bound, low=0.0, exclusive=True)
+    numbers = Numbers(rewards, torch.float64, per_sample=False)
+    temperature = numbers.read("temperature", temperature, low=0.0, exclusive=True)
+    if clip_rewards is not None:
+        clip_rewards = numbers.read("clip_rewards", clip_rewards, low=0.0, exclusive=True)
+    if clip is not None:
+        clip = numbers.read("clip", clip, low=0.0, exclusive=True)
     require_flag("scale_by_std", scale_by_std)
-    require_number("eps", eps, low=0.0)
+    floor = numbers.read("eps", eps, low=0.0) * _HEADROOM
 
     raw, centred, finite = _groups(rewards, group_size)
-    scaled = centred
+    scaled = centred / _HEADROOM
     if norm != "none":
         std = _raw_std(raw, finite, 0) if norm == "raw_global_std" else _rms(centred, finite, 0, over_batch=False)
-        scaled = torch.where(centred == 0, 0, centred / (std + eps))
+        scaled = torch.where(centred == 0, 0, centred / (std + floor))
     if clip_rewards is not None:
-        scaled = scaled.clamp(-clip_rewards, clip_rewards)
+        scaled = _clamped(scaled, clip_rewards)
 
     largest = torch.where(finite, scaled, -torch.inf).amax(1, keepdim=True)
     weights = torch.where(finite, ((scaled - largest) / temperature).exp(), 0)
@@ -126,13 +131,16 @@ def softmax_advantages(
     else:
         advantages = advantages * count
     if clip is not None:
-        advantages = advantages.clamp(-clip, clip)
+        advantages = _clamped(advantages, clip)
     return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
 def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K]."""
-    raw = rewards.detach().double().view(-1, group_size)
+    """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K].
+
+    Both times :data:`_HEADROOM`.
+    """
+    raw = rewards.detach().double().view(-1, group_size) * _HEADROOM
     finite = raw.isfinite()
     raw = torch.where(finite, raw, 0)
     # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
@@ -146,11 +154,14 @@ def _centre(values: Tensor, finite: Tensor) -> Tensor:
 
 
 def _rms(centred: Tensor, finite: Tensor, ddof: int, *, over_batch: bool) -> Tensor:
-    if over_batch:
-        squares, count = centred.square().sum(), finite.sum()
-    else:
-        squares, count = centred.square().sum(1, keepdim=True), finite.sum(1, keepdim=True)
-    return (squares / (count - ddof).clamp(min=1)).sqrt()
+    values, counted = (centred.view(1, -1), finite.view(1, -1)) if over_batch else (centred, finite)
+    if not values.numel():
+        return values.new_zeros(())
+    # Over a power of two, which leaves every digit as it is, squares neither overflow nor vanish.
+    largest = values.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1)
+    squares, count = (values / scale).square().sum(1, keepdim=True), counted.sum(1, keepdim=True)
+    return (squares / (count - ddof).clamp(min=1)).sqrt() * scale
 
 
 def _raw_std(raw: Tensor, finite: Tensor, ddof: int) -> Tensor:
@@ -160,28 +171,37 @@ def _raw_std(raw: Tensor, finite: Tensor, ddof: int) -> Tensor:
     return _rms(torch.where(finite, shifted - mean, 0), finite, ddof, over_batch=True)
 
 
-def _bound(advantages: Tensor, finite: Tensor, clip: float, mode: str) -> Tensor:
+def _bound(advantages: Tensor, finite: Tensor, clip: Number, mode: str) -> Tensor:
+    if mode == "tanh":
+        return clip * (advantages / clip).tanh()
     if mode == "scale":
         largest = advantages.abs().amax(1, keepdim=True)
         return advantages * torch.where(largest > clip, clip / largest, 1)
-    clipped = advantages.clamp(-clip, clip)
+    clipped = _clamped(advantages, clip)
     if mode == "recentre":
         return _centre(clipped, finite)
     return clipped / clip if mode == "clip_divide" else clipped
 
 
+def _clamped(values: Tensor, bound: Number) -> Tensor:
+    return torch.clamp(values, -bound, bound)  # type: ignore[arg-type]  # two numbers or two tensors
+
+
 def _check_arguments(
-    rewards: Tensor, group_size: int, norm: str, clip: float | None, clip_mode: str, eps: float | None, ddof: int
-) -> None:
+    rewards: Tensor, group_size: int, norm: str, clip: Number | None, clip_mode: str, eps: Number | None, ddof: int
+) -> tuple[Number | None, Number | None]:
+    """clip and eps, ready to compute with."""
     _check_rewards(rewards, group_size)
     require_choice("norm", norm, tuple(_DEFAULT_EPS))
     require_choice("clip_mode", clip_mode, _CLIP_MODES)
+    numbers = Numbers(rewards, torch.float64, per_sample=False)
     if clip is not None:
-        require_number("clip", clip, low=0.0, exclusive=True)
+        clip = numbers.read("clip", clip, low=0.0, exclusive=True)
     if eps is not None:
-        require_number("eps", eps, low=0.0)
+        eps = numbers.read("eps", eps, low=0.0)
     if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
         raise ValueError(f"ddof is {ddof!r}; accepted is an integer of at least 0.")
+    return clip, eps
 
 
 def _check_rewards(rewards: Tensor, group_size: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops._checks import accumulate_dtype
+from advflow_ext.ops._raw_checks import check_latents, check_scalars
 
 
 def _register_fakes() -> None:
@@ -23,7 +23,8 @@ def _register_fakes() -> None:
     def residual_stats_shape(
         v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
     ) -> Tensor:
-        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, target, noise, v_old, v_ref))
+        latents = {"v": v, "target": target}, {"noise": noise, "v_old": v_old, "v_ref": v_ref}
+        return v.new_empty((v.shape[0], len(STATS)), dtype=check_latents("residual_stats", *latents))
 
     @torch.library.register_fake("advflow::residual_grad")  # type: ignore[untyped-decorator]
     def residual_grad_shape(
@@ -35,16 +36,21 @@ def _register_fakes() -> None:
         coef: Tensor,
         upstream: Tensor | None = None,
     ) -> Tensor:
+        latents = {"v": v, "target": target}, {"noise": noise, "v_old": v_old, "v_ref": v_ref}
+        check_scalars(coef, upstream, v, check_latents("residual_grad", *latents))
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("advflow::transition_stats")  # type: ignore[untyped-decorator]
     def transition_stats_shape(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> Tensor:
-        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, eps, v_old, v_ref))
+        latents = {"v": v, "eps": eps, "v_old": v_old}, {"v_ref": v_ref}
+        return v.new_empty((v.shape[0], len(STATS)), dtype=check_latents("transition_stats", *latents))
 
     @torch.library.register_fake("advflow::transition_grad")  # type: ignore[untyped-decorator]
     def transition_grad_shape(
         v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, coef: Tensor, upstream: Tensor | None = None
     ) -> Tensor:
+        latents = {"v": v, "eps": eps, "v_old": v_old}, {"v_ref": v_ref}
+        check_scalars(coef, upstream, v, check_latents("transition_grad", *latents))
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
