@@ -169,7 +169,10 @@ class ForwardLoss(Loss):
         call["v_ref"] = latent() if case.with_ref else None
         t = public.column(call["t"], call["x0"])
         mixed = (1 - t) * call["x0"].float() + t * call["noise"].float()  # the network has seen it, so it is there
-        return Arguments(call | self.options, {"x_t": mixed, self.target: call[self.target].double()})
+        options = self.options
+        if not case.with_ref and "kl_weight" in options:
+            options = options | {"kl_weight": 0.0}
+        return Arguments(call | options, {"x_t": mixed, self.target: call[self.target].double()})
 
     def published_value(self, arguments: Arguments) -> Tensor:
         given = arguments.call | arguments.public
