@@ -325,8 +325,8 @@ class PolicySet:
             missing = missing or adapter not in layer._modules["lora_A"]._modules
         if missing:
             raise RuntimeError(
-                f"policy {policy!r} is adapter {adapter!r}, which the model no longer has; it has {self._known()}. Add it "
-                "again, or make a PolicySet of those that are there."
+                f"policy {policy!r} is adapter {adapter!r}, which the model no longer has; it has {self._known()}. Add "
+                "it again, or make a PolicySet of those that are there."
             )
         if merged:
             self._cache.clear()
