@@ -30,7 +30,7 @@ def layer_norm_modulate(
 
     Raises ValueError, naming argument, value and what is accepted.
     """
-    adaln_arguments(x, None, modulations, eps, dtype)
+    adaln_arguments(x, None, modulations, eps, dtype, gated=False)
     if not _backend.serves(x):
         return reference.layer_norm_modulate(x, *modulations, eps=eps, dtype=dtype)
     return _apply(x, (), modulations, eps, dtype)

@@ -60,17 +60,19 @@ def adaln_arguments(
     modulations: Sequence[tuple[Tensor, Tensor]] | None,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
+    *,
+    gated: bool = True,
 ) -> None:
-    """None for branches or modulations: the op has none."""
-    _require_tokens("x" if branches is None else "residual", residual)
+    """No modulations: the op has none. It has branches where it is ``gated``."""
+    _require_tokens("residual" if gated else "x", residual)
     per_sample = (residual.shape[0], residual.shape[2])
     _require_eps(eps, residual)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; accepted are None, {', '.join(map(str, FLOAT_DTYPES))}.")
-    if branches is None and modulations == ():
+    if not gated and modulations == ():
         raise ValueError("No branches and no modulations are given; accepted are one or two.")
     for what, pairs in {"branches": branches, "modulations": modulations}.items():
-        if pairs is None:
+        if pairs is None and (what == "modulations" or not gated):
             continue
         if not isinstance(pairs, (tuple, list)):
             raise ValueError(f"{what} is a {type(pairs).__name__}; accepted is a list of one or two pairs.")
@@ -109,7 +111,8 @@ def lora_linear_arguments(
     if bias is not None:
         _require_shape("bias", bias, weight.shape[:1], "[rows of weight]", x)
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which it leaves alone
-    for name, tensor in {"weight": weight} | ({"bias": bias} if bias is not None else {}).items():
+    based = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, tensor in based.items():
         if not autocast and tensor.dtype != x.dtype:
             raise ValueError(
                 f"x is {x.dtype} and {name} {tensor.dtype}; accepted without autocast is one dtype for both."

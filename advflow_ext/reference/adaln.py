@@ -17,7 +17,7 @@ def layer_norm_modulate(
     x: Tensor, *modulations: tuple[Tensor, Tensor], eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """Same arguments, result and errors as :func:`advflow_ext.nn.layer_norm_modulate`, by PyTorch autograd."""
-    adaln_arguments(x, None, modulations, eps, dtype)
+    adaln_arguments(x, None, modulations, eps, dtype, gated=False)
     return _modulated(x, modulations, eps, dtype)
 
 

@@ -69,7 +69,9 @@ ForeignNorm.__name__ = "RMSNorm"
 
 
 class ForeignProcessor:
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Any:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
+    ) -> Any:
         found = JointAttnProcessor2_0()(attn, hidden_states, encoder_hidden_states)
         return tuple(each + 0.1 for each in found) if isinstance(found, tuple) else found + 0.1
 
