@@ -107,7 +107,7 @@ DISGUISES: dict[str, tuple[Callable[[Any], None], str]] = {
     "layer norm of the text": (become("norm2_context", halved), BLOCK),
     "feed forward": (become("ff", halved), f"{BLOCK}.ff"),
     "activation": (become("ff.net.0", halved), f"{BLOCK}.ff"),
-    "low rank": (become("attn.to_q", halved), f"{BLOCK}.attn.to_q"),
+    "low rank": (become("attn.to_v", halved), f"{BLOCK}.attn.to_v"),
     "block": (become("", halved), BLOCK),
 }
 
