@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import os
 from collections.abc import Callable
@@ -296,11 +297,11 @@ def _swap_class(patch: SD3Patch, module: nn.Module, wrap: Callable[[Callable[...
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
     """Pickles a module as one of the stock class, which any process can import; this one no other could."""
-    how, arguments, *rest = object.__reduce_ex__(module, protocol)
     cls = type(module)
-    if MARK in vars(cls):
-        arguments = tuple(getattr(cls, STOCK) if each is cls else each for each in arguments)
-    return how, arguments, *rest
+    if MARK not in vars(cls):
+        return object.__reduce_ex__(module, protocol)  # type: ignore[return-value]
+    # Not by copyreg.__newobj__, for which pickle insists on the module's own class.
+    return copyreg._reconstructor, (getattr(cls, STOCK), object, None), module.__getstate__()  # type: ignore[attr-defined]
 
 
 def _shallow_copy(module: Any) -> Any:
