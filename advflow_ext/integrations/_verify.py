@@ -1,4 +1,4 @@
-"""Comparing a fused op with the formula it replaces, once for each kind of call."""
+"""Comparing a fused op with the modules it replaces, once for each kind of call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Op = Callable[..., tuple[Tensor, ...]]
 
 
 class Verifier:
-    """Trusts an op for given dtypes and shapes once it was seen to be no worse than the stock formula.
+    """Trusts an op for given dtypes and shapes once it was seen to be no worse than the stock modules.
 
     The first sample of the first such call is computed three times, with the gradients it is asked for: fused, by the
-    stock formula, and by the stock formula in float64. Fused results and gradients may be 1.5 times as far from float64
-    as the stock ones, plus `slack`. This waits for the device, so it is left out inside torch.compile and CUDA graph
-    capture, and for shapes without numbers.
+    forwards of the modules it stands for, and by those in float64. Fused results and gradients may be 1.5 times as far
+    from float64 as the stock ones, plus `slack`. This waits for the device, so it is left out inside torch.compile and
+    CUDA graph capture, and for shapes without numbers.
     """
 
     slack = 1e-5
@@ -54,7 +54,7 @@ class Verifier:
             if not error <= allowed:
                 warnings.warn(
                     f"the fused {op} differs from float64 by {error:.3g} (relative, result or gradient {i}) where "
-                    f"{allowed:.3g} is allowed; the stock formula serves for "
+                    f"{allowed:.3g} is allowed; the stock modules serve for "
                     f"{', '.join(f'{list(t.shape)} {t.dtype}' for t in tensors)}",
                     RuntimeWarning,
                     stacklevel=2,

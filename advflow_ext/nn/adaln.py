@@ -30,7 +30,7 @@ def layer_norm_modulate(
 
     Raises ValueError, naming argument, value and what is accepted.
     """
-    adaln_arguments(x, (), modulations, eps)
+    adaln_arguments(x, None, modulations, eps, dtype, gated=False)
     if not _backend.serves(x):
         return reference.layer_norm_modulate(x, *modulations, eps=eps, dtype=dtype)
     return _apply(x, (), modulations, eps, dtype)
@@ -49,7 +49,7 @@ def gate_residual(residual: Tensor, *branches: tuple[Tensor, Tensor]) -> Tensor:
 
     Raises ValueError, naming argument, value and what is accepted.
     """
-    adaln_arguments(residual, branches, (), 0.0)
+    adaln_arguments(residual, branches, None)
     if not _backend.serves(residual):
         return reference.gate_residual(residual, *branches)
     return _apply(residual, branches, (), 0.0, None)[0]
@@ -68,7 +68,7 @@ def gate_residual_layer_norm_modulate(
     Means and variances are those of the rounded h, so the result is that of the two calls to the bit.
     Arguments, gradients and errors are those of the two. Returns (h, y).
     """
-    adaln_arguments(residual, branches, (modulation,), eps)
+    adaln_arguments(residual, branches, (modulation,), eps, dtype)
     if not _backend.serves(residual):
         return reference.gate_residual_layer_norm_modulate(residual, branches, modulation, eps=eps, dtype=dtype)
     h, y = _apply(residual, branches, (modulation,), eps, dtype)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from advflow_ext import reference
+from advflow_ext.nn._identity import is_peft_linear
+from advflow_ext.ops._block_checks import lora_linear_arguments
 
 PeftLayer = Any  # an nn.Module that `is_lora_layer`; what such a module holds is known by its names alone
 
@@ -121,16 +122,10 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
     Arguments: ``x`` ``[..., in]``; ``weight`` ``[out, in]``; ``bias`` ``[out]`` or None; ``lora_a`` ``[r, in]``;
     ``lora_b`` ``[out, r]``; ``scale`` a number. Returns ``[..., out]``.
 
-    Raises ValueError where shapes do not fit, or ``weight`` has another dtype than ``x`` and autocast is off.
+    Raises ValueError where shapes or devices do not fit, where ``weight`` has another dtype than ``x`` and autocast is
+    off, and for a ``scale`` that is not a finite number.
     """
-    for name, tensor, shape in (
-        ("weight", weight, (None, x.shape[-1])),
-        ("lora_a", lora_a, (None, x.shape[-1])),
-        ("lora_b", lora_b, (weight.shape[0], lora_a.shape[0])),
-    ):
-        if tensor.dim() != 2 or any(want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
-            accepted = ["any" if size is None else size for size in shape]
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted for x {list(x.shape)} is {accepted}.")
+    lora_linear_arguments(x, weight, bias, lora_a, lora_b, scale)
     return _lora_linear(x, weight, bias, [Adapter(lora_a, lora_b, scale)])
 
 
@@ -141,9 +136,8 @@ def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Seque
     elif weight.dtype != dtype:
         raise ValueError(f"x is {dtype} and weight {weight.dtype}; accepted without autocast is one dtype for both.")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        (a, b, scale), *others = adapters
-        out = reference.lora_linear(x, weight, bias, a, b, scale)
-        for a, b, scale in others:
+        out = F.linear(x, weight, bias)
+        for a, b, scale in adapters:
             out = (out + F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
         return out
     x = x.to(dtype)
@@ -169,7 +163,7 @@ def lora_obstacle(layer: PeftLayer) -> str | None:
 
     It is asked at every call, because training mode, merging and the active adapters may change in between.
     """
-    if not is_lora_layer(layer) or type(layer).__name__ != "Linear":
+    if not is_lora_layer(layer) or not is_peft_linear(layer):
         return f"{type(layer).__name__} is not PEFT's LoRA Linear."
     for name in _active_adapters(layer):
         if obstacle := _adapter_obstacle(layer, name):
@@ -230,7 +224,7 @@ def lora_forward(
     forward's result. ``stock`` is that forward; None takes the one of the layer's class, which is right unless the
     class is what has been patched.
     """
-    if args or kwargs or layer.disable_adapters or lora_obstacle(layer) is not None:
+    if args or kwargs or getattr(layer, "disable_adapters", True) or lora_obstacle(layer) is not None:
         return (stock or type(layer).forward)(layer, x, *args, **kwargs)
     base = layer.base_layer
     adapters = [
@@ -258,7 +252,13 @@ def merged_weight(layer: PeftLayer, name: str) -> Tensor:
     """``W + scale B A`` ``[out, in]`` of adapter ``name``, computed in float32 and rounded once to the dtype of W.
 
     What of ``scale B A`` is smaller than half a unit in the last place of W is lost in that rounding.
+
+    Raises ValueError for a layer without that adapter, and for one whose merged weight is another.
     """
+    if not is_lora_layer(layer) or name not in layer.lora_A:
+        raise ValueError(f"layer is a {type(layer).__name__} without adapter {name!r}; accepted is one that has it.")
+    if obstacle := merge_obstacle(layer, name):
+        raise ValueError(f"layer has no merged weight. {obstacle}")
     weight = layer.base_layer.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = layer.lora_A[name].weight.to(wide), layer.lora_B[name].weight.to(wide)

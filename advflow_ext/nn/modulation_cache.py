@@ -40,12 +40,15 @@ class ModulationCache:
         model: one with ``time_text_embed``, such as diffusers' ``SD3Transformer2DModel``.
         size: results kept for each module, the least recently used dropped first.
 
-    Raises ValueError for a model without ``time_text_embed``, RuntimeError when another cache is on.
+    Raises ValueError for a model without ``time_text_embed`` and a ``size`` that is no positive integer, RuntimeError
+    when another cache is on and when the model is copied or saved meanwhile.
     """
 
     def __init__(self, model: nn.Module, size: int = 2) -> None:
         if not isinstance(getattr(model, "time_text_embed", None), nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; accepted is one with a module time_text_embed.")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is {size!r}; accepted is a positive integer.")
         self._modules = dict.fromkeys(_cacheable(model))
         self._size = size
         self._results: dict[nn.Module, OrderedDict[tuple[object, ...], tuple[tuple[Tensor, ...], Tensor]]] = {}
@@ -110,6 +113,11 @@ class _Remembered:
 
     def __init__(self, cache: ModulationCache, module: nn.Module) -> None:
         self._cache, self._module, self._stock = cache, module, type(module).forward
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "a model is copied or saved while its ModulationCache is on; accepted is after its with block."
+        )
 
     def __call__(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
         if kwargs:

@@ -17,13 +17,13 @@ def layer_norm_modulate(
     x: Tensor, *modulations: tuple[Tensor, Tensor], eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """Same arguments, result and errors as :func:`advflow_ext.nn.layer_norm_modulate`, by PyTorch autograd."""
-    adaln_arguments(x, (), modulations, eps)
+    adaln_arguments(x, None, modulations, eps, dtype, gated=False)
     return _modulated(x, modulations, eps, dtype)
 
 
 def gate_residual(residual: Tensor, *branches: tuple[Tensor, Tensor]) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.nn.gate_residual`, by PyTorch autograd."""
-    adaln_arguments(residual, branches, (), 0.0)
+    adaln_arguments(residual, branches, None)
     return _gated(residual, branches)
 
 
@@ -36,7 +36,7 @@ def gate_residual_layer_norm_modulate(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments, result and errors as :func:`advflow_ext.nn.gate_residual_layer_norm_modulate`, by autograd."""
-    adaln_arguments(residual, branches, (modulation,), eps)
+    adaln_arguments(residual, branches, (modulation,), eps, dtype)
     h = _gated(residual, branches)
     return h, _modulated(h, (modulation,), eps, dtype)[0]
 

@@ -15,15 +15,20 @@ import advflow_ext as af
 from advflow.batch import Needs
 from advflow.config import ModelConfig, RuntimeConfig
 from advflow.sampling import PromptEmbeddings, timesteps, velocity_at
+from advflow_ext.policy_parameters import move_towards, places_of, require_in_place
 
 Role = Literal["learner", "rollout", "reference"]
 
 
 class Policies(Protocol):
-    """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order."""
+    """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order.
+
+    `kernels` is what `apply_to_sd3` did to the transformer; None where it was not asked.
+    """
 
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
+    kernels: af.SD3Patch | None
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
         """The transformer with the weights of `role` in force, until the next call.
@@ -31,6 +36,10 @@ class Policies(Protocol):
         `for_images` says that only images are made with it, without gradients, and that none of its velocities will be
         compared with another policy's: its weights may then be rounded in another way.
         """
+        ...
+
+    def check(self) -> None:
+        """Raises RuntimeError where `learner` and `rollout` are not the transformer's parameters any more."""
         ...
 
     def shared_modulation(self) -> AbstractContextManager[object]:
@@ -52,12 +61,12 @@ def make_policies(
         return LoraPolicies(transformer, config, runtime)
 
 
-def _speed_up(transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> None:
+def _speed_up(transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> af.SD3Patch | None:
     """Fused kernels, and regional compilation of what is then left of the blocks."""
-    if runtime.fused:
-        af.apply_to_sd3(transformer)
+    patch = af.apply_to_sd3(transformer) if runtime.fused else None
     if runtime.compile == "regional":
         _compile_blocks(transformer)
+    return patch
 
 
 def _compile_blocks(transformer: SD3Transformer2DModel) -> None:
@@ -82,11 +91,17 @@ class FullPolicies:
         self._transformers["rollout"].float()
         self.learner = list(transformer.parameters())
         self.rollout = list(self._transformers["rollout"].parameters())
-        for each in self._transformers.values():
-            _speed_up(each, runtime)
+        self._places = {role: places_of([self._transformers[role]]) for role in ("learner", "rollout")}
+        # In the same places of each, so that the learner's report is that of all.
+        self.kernels = [_speed_up(each, runtime) for each in self._transformers.values()][0]
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
+        self.check()
         return self._transformers[role]
+
+    def check(self) -> None:
+        for role, places in self._places.items():
+            require_in_place(places, f"the parameters of {role!r}")
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # each has a modulation of its own
@@ -119,13 +134,16 @@ class LoraPolicies:
                 rollout.data = learner.data.clone()
                 learner.requires_grad_(True)
                 rollout.requires_grad_(False)
-        _speed_up(transformer, runtime)
+        self.kernels = _speed_up(transformer, runtime)
         self._modulation = af.nn.ModulationCache(transformer) if runtime.modulation_cache else nullcontext()
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
         allowed = self._merge == "all" or (self._merge == "images" and for_images)
         self._policies.activate(role, merged=allowed and (for_images or not torch.is_grad_enabled()))
         return self._transformer
+
+    def check(self) -> None:
+        self._policies.check()
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return self._modulation
@@ -148,7 +166,10 @@ def policy_velocities(
         return velocity_at(policies.transformer("learner"), x, timestep, prompts), v_old, v_ref
 
 
-@torch.no_grad()
 def follow(policies: Policies, rho: float) -> None:
-    """Moves the rollout policy towards the learner: theta_old <- rho theta_old + (1 - rho) theta."""
-    torch._foreach_lerp_(tuple(policies.rollout), tuple(policies.learner), 1.0 - rho)
+    """Moves the rollout policy towards the learner: theta_old <- rho theta_old + (1 - rho) theta.
+
+    Raises ValueError for a rho outside [0, 1].
+    """
+    policies.check()
+    move_towards(policies.rollout, policies.learner, rho)

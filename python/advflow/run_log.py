@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: config.yaml, metrics.jsonl, evals.jsonl, sample grids, TensorBoard events."""
+"""What a run leaves behind while it goes: kernels.json, metrics.jsonl, evals.jsonl, sample grids, TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
     from advflow.evaluate import Evaluation
+    from advflow_ext import SD3Patch
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
+KERNELS = "kernels.json"
 SAMPLES = "samples"
 _CELL = 96  # pixels; small images are enlarged to this by whole factors
 
@@ -28,6 +30,21 @@ class RunLog:
         _truncate(folder / METRICS, lambda row: row["iteration"] < iteration)
         _truncate(folder / EVALS, lambda row: row["iteration"] <= iteration)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration or None)
+
+    def kernels(self, patch: SD3Patch | None) -> str:
+        """Notes which modules of the transformer run on fused kernels, which do not and why. Returns it in a line."""
+        found = {"replaced": patch.replaced, "kept": patch.kept} if patch is not None else {"replaced": {}, "kept": {}}
+        (self._folder / KERNELS).write_text(json.dumps(found, indent=2) + "\n")
+        told = [f"{op} in {count} modules" for op, count in found["replaced"].items()] or ["none"]
+        names: dict[str, list[str]] = {}
+        for name, reason in found["kept"].items():
+            names.setdefault(reason, []).append(name)
+        for reason, kept in names.items():
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            told.append(f"kept {kept[0]}{more}: {reason}")
+        line = f"fused kernels: {'; '.join(told)}"
+        self._tensorboard.add_text("kernels", line)
+        return line
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Appends one iteration's numbers."""

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,6 +238,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
         first = state.iteration
         trainer.reference_control.restore(state.reference_scale)
     log = RunLog(folder, first)
+    tqdm.write(log.kernels(trainer.policies.kernels), file=sys.stderr)
     grid = _grid_indices(trainer)
     images = config.rollout.prompts * config.rollout.images_per_prompt
     earlier = max((row["seconds"] for row in read_rows(folder / EVALS)), default=0.0)

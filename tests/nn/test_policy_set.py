@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import re
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,7 @@ from advflow_ext.nn import merged_weight
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import inputs, layer, transformer, with_adapters  # noqa: E402
+from lora_models import fill, inputs, layer, transformer, with_adapters  # noqa: E402
 from peft import (  # noqa: E402
     LoraConfig,
     get_peft_model,
@@ -359,3 +364,289 @@ def test_merged_policies_and_the_reference_share_what_was_compiled() -> None:
                 ours, plain = compiled(x, tokens, temb[:, 0]), block(x, tokens, temb[:, 0])
             torch.testing.assert_close(ours, plain)
     assert counter.frame_count == 1
+
+
+def test_a_deleted_adapter_is_said_and_nothing_runs_in_its_place() -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    model.delete_adapters("two")
+    sentence = r"policy 'rollout' is adapter 'two', which the model no longer has; it has \['one'\]\. Add it again"
+    with pytest.raises(RuntimeError, match=sentence):
+        policies.activate("rollout")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=sentence), policies.use("rollout"):
+        pass
+    assert policies.active == "learner"
+    with policies.use("reference"):
+        base = run(model)
+    model.disable_adapters()
+    assert torch.equal(base, run(model))
+    model.enable_adapters()
+    policies.activate("learner")
+    model.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=["attn.to_q", "attn.to_k"]), "two")
+    fill(model, "two", torch.float32, 0.3, 7)
+    model.set_adapter("two")
+    stock = run(model)
+    with policies.use("rollout", merged=False):
+        assert torch.equal(run(model), stock)
+    with policies.use("rollout", merged=True):
+        torch.testing.assert_close(run(model), stock, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'rollout' cannot follow 'learner'; accepted are two adapters of the same"):
+        policies.follow("learner", "rollout", 0.5)
+
+
+def test_adapters_put_elsewhere_later_are_not_in_the_reference() -> None:
+    model = with_adapters("one")
+    policies = af.PolicySet(model, {"learner": "one", "reference": None})
+    stock = run(model)
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["ff.net.2"]), "late")
+    model.disable_adapters()
+    base = run(model)
+    model.enable_adapters()
+    model.set_adapter("late")
+    assert not torch.equal(run(model), base)
+    with policies.use("reference"):
+        assert torch.equal(run(model), base)
+    with policies.use("learner"):
+        assert torch.equal(run(model), stock)
+
+
+def _switch_to_the_second(model: Any) -> None:
+    model.set_adapter("two")
+
+
+SWITCHES = {
+    "disable_adapters": ("reference", lambda model: model.disable_adapters()),
+    "set_adapter": ("rollout", _switch_to_the_second),
+    "enable_adapters": ("learner", lambda model: model.enable_adapters()),
+    "fuse_lora": ("learner", lambda model: model.fuse_lora(adapter_names=["one"])),
+}
+
+
+@pytest.mark.parametrize("call", SWITCHES)
+def test_peft_s_own_calls_mean_what_they_mean_under_merged_weights(call: str) -> None:
+    model = with_adapters("one", "two")
+    stock = stock_outputs(model)
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    role, switch = SWITCHES[call]
+    with torch.no_grad():
+        policies.activate("learner")
+        assert policies.merged
+        switch(model)
+        assert not policies.merged
+        torch.testing.assert_close(run(model), stock[role], rtol=1e-4, atol=1e-5)
+        if call == "fuse_lora":
+            with pytest.raises(RuntimeError, match=r"PEFT has merged \['one'\] into the base weights"):
+                policies.activate("rollout")
+            model.unfuse_lora()
+        for after in ROLES:
+            with policies.use(after):
+                torch.testing.assert_close(run(model), stock[after], rtol=1e-4, atol=1e-5)
+
+
+def _of_a_copy(model: Any) -> dict[str, Tensor]:
+    return dict(copy.deepcopy(model).named_parameters())
+
+
+def _of_a_file(model: Any) -> dict[str, Tensor]:
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    return dict(torch.load(written, weights_only=False).named_parameters())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: dict(model.named_parameters()),
+        lambda model: dict(
+            model.transformer_blocks[0].attn.to_q.named_parameters(prefix="transformer_blocks.0.attn.to_q")
+        ),
+        lambda model: dict(model.double().float().named_parameters()),
+        _of_a_copy,
+        _of_a_file,
+    ],
+)
+def test_nothing_takes_merged_weights_for_the_base_s(look: Any) -> None:
+    model = with_adapters("one", "two")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    stock = stock_outputs(model)
+    with torch.no_grad(), policies.use("rollout"):
+        assert policies.merged
+        found = look(model)
+        assert found and all(torch.equal(p, before[name]) for name, p in found.items())
+        assert policies.active == "rollout" and not policies.merged
+        assert torch.equal(run(model), stock["rollout"])
+
+
+def test_a_copy_has_policies_of_its_own() -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    stock = stock_outputs(model)
+    with torch.no_grad(), policies.use("rollout"):
+        twin, twins = copy.deepcopy((model, policies))
+        with twins.use("learner"):
+            assert twins.merged and not policies.merged
+            torch.testing.assert_close(run(twin), stock["learner"], rtol=1e-4, atol=1e-5)
+            assert torch.equal(run(model), stock["rollout"])
+
+
+def test_two_sets_on_one_model_do_not_merge_twice() -> None:
+    model = with_adapters("one", "two")
+    stock = stock_outputs(model)
+    first, second = (af.PolicySet(model, ROLES, merged_bytes=PLENTY) for _ in range(2))
+    with torch.no_grad():
+        first.activate("rollout")
+        second.activate("learner")
+        torch.testing.assert_close(run(model), stock["learner"], rtol=1e-4, atol=1e-5)
+        second.activate("reference")
+        assert torch.equal(run(model), stock["reference"])
+
+
+def test_an_error_inside_leaves_the_policy_before() -> None:
+    model = with_adapters("one", "two")
+    stock = stock_outputs(model)
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    with pytest.raises(KeyError), torch.no_grad(), policies.use("rollout"), policies.use("reference"):
+        raise KeyError
+    assert policies.active == "learner" and torch.equal(run(model), stock["learner"])
+
+
+def test_a_policy_that_cannot_be_put_in_force_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("one", "two")
+    stock = stock_outputs(model)
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+
+    def full(*_: object) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr("advflow_ext.policy_set.merged_weight", full)
+    with torch.no_grad(), pytest.raises(MemoryError), policies.use("rollout"):
+        pass
+    assert policies.active == "learner" and torch.equal(run(model), stock["learner"])
+
+
+def test_a_second_thread_is_refused_while_one_is_inside() -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES)
+    said: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            policies.activate("rollout")
+        except RuntimeError as error:
+            said.append(error)
+
+    with policies.use("reference"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert policies.active == "reference"
+    assert str(said[0]) == "policies are in use in another thread; accepted is one thread at a time."
+    policies.activate("rollout")
+
+
+@pytest.mark.parametrize("rho", [float("nan"), float("inf"), 2, -1, 1.0001, True, "0.5", None])
+def test_a_decay_outside_0_to_1_is_refused_and_nothing_moves(rho: Any) -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES)
+    before = [p.detach().clone() for p in policies.parameters("rollout")]
+    with pytest.raises(ValueError, match=re.escape(f"rho is {rho!r}; accepted is a number from 0 to 1.")):
+        policies.follow("learner", "rollout", rho)
+    assert all(torch.equal(p, old) for p, old in zip(policies.parameters("rollout"), before, strict=True))
+
+
+def test_an_adapter_of_another_scale_or_in_other_layers_does_not_follow() -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES)
+    model.transformer_blocks[0].attn.to_q.scaling["two"] = 3.0
+    with pytest.raises(ValueError, match="'rollout' cannot follow 'learner'"):
+        policies.follow("learner", "rollout", 0.5)
+    other = transformer()
+    for name, target in (("one", "attn.to_q"), ("two", "attn.to_k")):
+        other.add_adapter(LoraConfig(r=2, target_modules=[target]), name)
+    with pytest.raises(ValueError, match="'rollout' cannot follow 'learner'"):
+        af.PolicySet(other, ROLES).follow("learner", "rollout", 0.5)
+
+
+def test_dropout_in_training_mode_is_not_merged_away() -> None:
+    model = with_adapters("one", lora_dropout=0.5).train()
+    policies = af.PolicySet(model, {"learner": "one"}, merged_bytes=PLENTY)
+    assert policies.obstacle("learner") == "Adapter 'one' has a dropout, and the model is in training mode."
+    with torch.no_grad():
+        policies.activate("learner")
+        assert not policies.merged
+        model.eval()
+        policies.activate("learner")
+        assert policies.merged
+        model.train()
+        policies.activate("learner")
+        assert not policies.merged
+
+
+def test_parameters_that_have_been_replaced_are_said() -> None:
+    model = with_adapters("one", "two")
+    policies = af.PolicySet(model, ROLES)
+    policies.parameters("learner")
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    sentence = "the parameters of 'learner' are not in the model any more: fully_shard, load_state_dict"
+    for use in (lambda: policies.activate("rollout"), lambda: policies.follow("learner", "rollout", 0.5)):
+        with pytest.raises(RuntimeError, match=sentence):
+            use()
+    policies.parameters("learner")
+    policies.activate("rollout")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sharding_before_works_and_after_is_said(order: str, tmp_path: Path) -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model = with_adapters("one", "two")
+    stock = stock_outputs(model)
+    learner, rollout = ([p.detach() for n, p in model.named_parameters() if f".{a}." in n] for a in ("one", "two"))
+    expected = [0.75 * theirs + 0.25 * ours for theirs, ours in zip(rollout, learner, strict=True)]
+    policies = af.PolicySet(model, ROLES, merged_bytes=PLENTY)
+    if order == "after":
+        policies.parameters("learner")
+    with torch.no_grad():
+        policies.activate("rollout")
+    assert policies.merged
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        for block in model.transformer_blocks:
+            fully_shard(block)
+        fully_shard(model)
+        if order == "after":
+            with pytest.raises(RuntimeError, match="the parameters of 'learner' are not in the model any more"):
+                policies.activate("learner")
+            return
+        given = policies.parameters("learner")
+        assert {id(p) for p in given} <= {id(p) for p in model.parameters()}
+        with torch.no_grad():
+            for role, out in stock.items():
+                with policies.use(role):
+                    assert not policies.merged
+                    torch.testing.assert_close(run(model), out, rtol=1e-5, atol=1e-6)
+        policies.follow("learner", "rollout", 0.75)
+        found = [p.full_tensor() for p in policies.parameters("rollout")]  # type: ignore[attr-defined]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"merged_bytes": float("nan")}, "merged_bytes is nan; accepted is 0 or more"),
+        ({"merged_bytes": True}, "merged_bytes is True; accepted is 0 or more"),
+        ({"merged_bytes": float("inf")}, "merged_bytes is inf; accepted is 0 or more"),
+        ({"adapters": ["one"]}, "adapters is a list; accepted is at least one policy"),
+    ],
+)
+def test_more_wrong_arguments_are_said(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        af.PolicySet(with_adapters("one"), **({"adapters": {"learner": "one"}} | changes))
