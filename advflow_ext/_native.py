@@ -152,7 +152,6 @@ def serves(tensor: object) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # called for real while a call is traced, whose first tensor may be its first
 def _say_once_without(device: str) -> None:
     if device in _devices_warned_of:
         return
@@ -164,3 +163,8 @@ def _say_once_without(device: str) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+# torch.compiler.assume_constant_result, whose import would bring all of Dynamo: called for real while a call is traced,
+# or who compiles the first call would never be told.
+_say_once_without._dynamo_marked_constant = True  # type: ignore[attr-defined]
