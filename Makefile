@@ -1,5 +1,5 @@
 # make demo: post-train the embedded world; make test: what CI checks. Each sets up .venv by itself.
-# make test-newest: the package installed for the newest torch and diffusers (tests/newest.txt), in .venv-newest, and
+# make test-newest: the package installed for the newest torch and diffusers (requirements-newest.txt), in .venv-newest, and
 # part of the tests against it; CI runs it too. Its torch is one with CUDA, of several GB, where no other is offered.
 # make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
 PYTHON ?= python3
@@ -29,11 +29,11 @@ test: setup lint
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NEWEST_TESTS)
 
-$(NEWEST)/.installed: tests/newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
+$(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --requirement tests/newest.txt
+	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt
 	ADVFLOW_CUDA=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation --force-reinstall --no-deps .
-	$(NEWEST)/bin/pip install --quiet --requirement tests/newest.txt ./python
+	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt ./python
 	touch $@
 
 setup: $(VENV)/.installed

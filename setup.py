@@ -231,8 +231,8 @@ def import_torch() -> ModuleType:
         import torch
     except ImportError as error:
         raise BuildError(
-            f"torch cannot be imported here ({error}); install it first, then use "
-            "'pip install --no-build-isolation .' so that the build can see it."
+            f"torch cannot be imported here ({error}); install it first, then repeat the command with "
+            "--no-build-isolation, as in 'pip install --no-build-isolation .', so that the build can see it."
         ) from None
     return torch
 

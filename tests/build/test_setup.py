@@ -296,7 +296,14 @@ def test_the_source_archive_holds_what_a_build_needs_and_what_the_readme_names(t
         names = {name.partition("/")[2] for name in content.getnames()}
     needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "advflow_ext/__init__.py", "advflow_ext/py.typed"}
-    needed |= {"Makefile", ".clang-format", "python/pyproject.toml", "python/advflow/configs/tiny.yaml"}
+    needed |= {
+        ".ci/run",
+        "Makefile",
+        "requirements-newest.txt",
+        ".clang-format",
+        "python/pyproject.toml",
+        "python/advflow/configs/tiny.yaml",
+    }
     named = LINK.findall((ROOT / "README.md").read_text())
     assert len(named) > 10
     needed |= {link.rstrip("/") for link in named}
