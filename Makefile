@@ -1,6 +1,7 @@
 # make demo: post-train the embedded world; make test: what CI checks. Each sets up .venv by itself.
 # make test-newest: the package installed for the newest torch and diffusers (requirements-newest.txt), in .venv-newest, and
 # part of the tests against it; CI runs it too. Its torch is one with CUDA, of several GB, where no other is offered.
+# make sanitize: the operators' tests with the compiled module under AddressSanitizer and UBSan.
 # make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,13 +18,16 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
 	tests/trainer/test_train.py
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-newest setup lint bench gpu-check clean
+.PHONY: demo test test-newest sanitize setup lint bench gpu-check clean
 
 demo: setup
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
 test: setup lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not sanitizer"
+
+sanitize: setup
+	$(BIN)/python -m pytest -q -m sanitizer
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
 test-newest: $(NEWEST)/.installed

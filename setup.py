@@ -19,7 +19,8 @@
     All of it is decided before anything is compiled. nvcc is CUDA_HOME/bin/nvcc, else CUDA_PATH/bin/nvcc, else the one
     on PATH, else /usr/local/cuda/bin/nvcc. A visible GPU decides nothing, so that a machine without one builds the same
     module. TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX" or "Ampere Hopper", as torch reads it) replaces the default
-    architectures. MAX_JOBS limits parallel compiles.
+    architectures. MAX_JOBS limits parallel compiles. ADVFLOW_SANITIZE=1 puts the C++ code under AddressSanitizer and
+    UndefinedBehaviorSanitizer (make sanitize).
 
 The .cu files see no torch header and are compiled by nvcc directly, because torch's CUDAExtension refuses to work with
 a CPU-only torch; their objects and a static CUDA runtime are linked into an ordinary C++ extension.
@@ -72,6 +73,15 @@ NAMED_ARCHITECTURES = {
 # The C++ standard is left to torch, whose headers set the lower bound. Compiled for OpenMP, which at::parallel_for
 # needs, but not linked with it: the symbols then come from the runtime torch loaded, and both share its threads.
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi"]
+# After CXX_FLAGS, whose optimisation they replace. vptr would need the type information that torch hides.
+SANITIZER_FLAGS = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=all",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 
 
@@ -189,6 +199,13 @@ def choose_compiler(environment: Mapping[str, str]) -> str:
     return compiler
 
 
+def sanitizer_flags(environment: Mapping[str, str]) -> list[str]:
+    wanted = environment.get("ADVFLOW_SANITIZE", "0")
+    if wanted not in ("1", "0"):
+        raise BuildError(f"ADVFLOW_SANITIZE is {wanted!r}; accepted are 1 and 0.")
+    return SANITIZER_FLAGS if wanted == "1" else []
+
+
 def first_line(*command: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -294,6 +311,7 @@ def main() -> None:
         setup()
         return
     plan = make_plan(os.environ, import_torch())
+    sanitizers = sanitizer_flags(os.environ)
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Labelled(egg_info):
@@ -324,7 +342,7 @@ def main() -> None:
                     "nvcc": plan.cuda,
                     "nvcc_flags": NVCC_FLAGS if plan.nvcc else [],
                     "compiler": first_line(*plan.compiler.split(), "--version"),
-                    "compiler_flags": CXX_FLAGS,
+                    "compiler_flags": CXX_FLAGS + sanitizers,
                     "commit": first_line("git", "rev-parse", "HEAD"),
                     "label": plan.label,
                     "sources": sources_digest(),
@@ -353,9 +371,9 @@ def main() -> None:
         sources,
         depends=headers,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + sanitizers},
         define_macros=[],
-        extra_link_args=[],
+        extra_link_args=list(sanitizers),
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": Build, "egg_info": Labelled})
 

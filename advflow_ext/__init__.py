@@ -7,6 +7,7 @@ from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
 from advflow_ext.ops.awm import awm_log_prob, awm_loss
 from advflow_ext.ops.diffusion_nft import diffusion_nft_loss
+from advflow_ext.ops.distillation import distillation_loss
 from advflow_ext.ops.flow_awr import flow_awr_loss
 from advflow_ext.ops.flow_cps import flow_cps_loss
 from advflow_ext.ops.flow_dppo import flow_dppo_loss
@@ -33,6 +34,7 @@ __all__ = [
     "awm_log_prob",
     "awm_loss",
     "diffusion_nft_loss",
+    "distillation_loss",
     "flow_awr_loss",
     "flow_cps_loss",
     "flow_dppo_loss",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PACKAGE = Path(__file__).resolve().parent
 BUILD_RECORD = PACKAGE / "_build.json"  # written by setup.py beside the compiled module
@@ -141,9 +142,17 @@ if module is not None:
 _devices_warned_of: set[str] = set()
 
 
-def serves(tensor: object) -> bool:
-    """Whether the compiled ops run on this tensor's device; says once for each device when they do not."""
-    if module is None:
+def transformed(*tensors: object) -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is on, which the compiled ops take no part in."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return forward_ad._current_level >= 0 or any(isinstance(tensor, Tensor) and wrapped(tensor) for tensor in tensors)
+
+
+def serves(tensor: object, *others: object) -> bool:
+    """Whether the compiled ops serve a call on these tensors; says once for each device when they have no kernels."""
+    if module is None or transformed(tensor, *others):
         return False
     device = tensor.device.type if isinstance(tensor, Tensor) else "cpu"
     if device in DEVICES or device == "meta":

@@ -1,9 +1,9 @@
 """``python -m advflow_ext.conformance``: which call here computes what a public trainer computes, and whether it does.
 
 Each trainer's formula is written the way that trainer computes it (means of the next x, log-probabilities with their
-constants, x0-predictions), in float64, from its public code or paper. It shares the random inputs with the call beside
-it and nothing else. Where a trainer departs from its own paper or sampler, the row says how, and which option gives its
-number if one does.
+constants, x0-predictions), in float64, from its public code at the commit named or from its paper. It shares the random
+inputs with the call beside it and nothing else. Where a trainer departs from its own paper or sampler, the row says
+how, and which option gives its number if one does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,32 @@ import advflow_ext as af
 
 TRANSITIONS, SHAPE, GROUP = 18, (4, 8, 8), 8
 STEPS = torch.arange(TRANSITIONS)
+GUARD_CLIP = 2e-6
 AGREEING_DIGITS = 9.0  # a log-ratio of 1e-4 out of float64 log-probabilities of 1 keeps about 11
+
+SOURCES = {
+    "flow_grpo": "yifan123/flow_grpo @9745241",
+    "FlowCPS": "IamCreateAI/FlowCPS @b402c7a",
+    "DanceGRPO": "XueZeyue/DanceGRPO @15cc71d",
+    "MixGRPO": "Tencent-Hunyuan/MixGRPO @e5cdd6a",
+    "GRPO-Guard (flow_grpo)": "yifan123/flow_grpo @9745241",
+    "GRPO-Guard (Flow-Factory)": "X-GenGroup/Flow-Factory @b30dc00",
+    "GRPO-Guard (Flow-Factory), earlier": "X-GenGroup/Flow-Factory @a0b2bc5",
+    "Flow-Factory": "X-GenGroup/Flow-Factory @a0b2bc5",
+    "UniRL Flow-DPPO": "Tencent-Hunyuan/UniRL @0c97cfb",
+    "UniRL Flow-DPPO, earlier": "Tencent-Hunyuan/UniRL @1a7b501",
+    "Flow-DPPO paper": "arXiv 2606.11025",
+    "verl-omni": "verl-project/verl-omni @a1139ba",
+    "DiffusionNFT": "NVlabs/DiffusionNFT @24af555",
+    "DiffusionNFT paper": "arXiv 2509.16117",
+    "UniRL DiffusionNFT": "Tencent-Hunyuan/UniRL @02f9a4b",
+    "AWM": "scxue/advantage_weighted_matching @be51372",
+    "FlowAWR": "Fuzm7/FlowAWR @05e993a",
+    "FlowAWR paper": "arXiv 2606.30376",
+    "ORW-CFM": "markerthu/orw-cfm @de9c766",
+    "AdvantageFlow": "arXiv 2605.26013",
+    "MeanFlowAdvantage": "arXiv 2609.37670",
+}
 
 Loss = Callable[..., af.LossOutput]
 Gaussian = tuple[Tensor, Tensor]  # mean of the next x, and its standard deviation [N, 1, 1, 1]
@@ -44,6 +69,11 @@ class Row:
     departs: str = ""  # how the trainer departs from what the call computes, where it does
 
     @property
+    def commit(self) -> str:
+        """Of the code read: repository and commit, or the paper."""
+        return SOURCES.get(self.trainer, "")
+
+    @property
     def digits(self) -> float:
         """Leading digits that agree: of the worst element, relative to the largest one of its tensor; at most 16."""
         pairs = zip(self.ours, self.theirs, strict=True)
@@ -59,6 +89,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         return {
             "trainer": self.trainer,
+            "commit": self.commit,
             "quantity": self.quantity,
             "call": self.call,
             "ours": float(self.ours[0].flatten()[0]),
@@ -72,8 +103,8 @@ class Row:
 class Inputs:
     """The random numbers behind every row."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -89,6 +120,7 @@ class Inputs:
         self.A = normal(TRANSITIONS)
         self.rewards = 0.5 + 0.1 * normal(6, 1) + 0.1 * normal(6, GROUP)
         self.rewards[0, 3] += 5  # beyond five standard deviations, so that the clips have something to do
+        self.rewards[5] = 0.5  # and a group that agrees, for the floors
 
     @property
     def centred(self) -> Tensor:
@@ -130,13 +162,13 @@ def shifted(s: Tensor, shift: float = 3.0) -> Tensor:
 
 
 def shifted_once(steps: int) -> Tensor:
-    """Tencent-Hunyuan/UniRL, XueZeyue/DanceGRPO, Tencent-Hunyuan/MixGRPO."""
+    """UniRL, DanceGRPO, MixGRPO; and Flow-Factory, which gives the scheduler of diffusers an unshifted grid."""
     return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
 
 def shifted_twice(steps: int) -> Tensor:
-    """The Euler scheduler of diffusers with shift 3, as yifan123/flow_grpo runs it: the smallest sigma is shifted when
-    the scheduler is built, and the grid between it and 1 once more in set_timesteps."""
+    """The Euler scheduler of diffusers with shift 3 given no grid, as flow_grpo runs it: the smallest sigma is shifted
+    when the scheduler is built, and the grid between it and 1 once more in set_timesteps."""
     smallest = float(shifted(torch.tensor(1 / 1000, dtype=torch.float64)))
     grid = shifted(torch.linspace(1, smallest, steps, dtype=torch.float64))
     return torch.cat([grid, torch.zeros_like(grid[:1])])
@@ -247,11 +279,11 @@ class Rollout:
         ours = metric(op(*self.arguments), "mean_log_ratio")
         return self.row(quantity, f"{shown(op, {})}: mean_log_ratio", ours, theirs.mean(), departs)
 
-    def clipped_count(self, op: Loss, log_ratio: Tensor, clip: float) -> Row:
+    def clipped_count(self, op: Loss, log_ratio: Tensor, clip: float, quantity: str = "clipped transitions") -> Row:
         ratio, A = log_ratio.exp(), self.given.A
         theirs = (-A * ratio.clamp(1 - clip, 1 + clip) > -A * ratio).double().sum()
         ours = metric(op(*self.arguments, clip=clip), "masked_samples")
-        return self.row("clipped transitions", f"{shown(op, {'clip': clip})}: masked_samples", ours, theirs)
+        return self.row(quantity, f"{shown(op, {'clip': clip})}: masked_samples", ours, theirs)
 
     def kl_old(self, theirs: Tensor, departs: str = "", quantity: str = "KL to the rollout policy") -> Row:
         ours = af.gaussian_kl_from_velocity(self.given.v, self.given.v_old, self.table, self.index)
@@ -303,7 +335,7 @@ def advantage_row(
 
 
 def flow_grpo(inputs: Inputs) -> Iterator[Row]:
-    """yifan123/flow_grpo: train_sd3.py, train_sd3_fast.py (CPS), train_sd3_sft.py."""
+    """train_sd3.py, train_sd3_fast.py (CPS), train_sd3_sft.py."""
     at = Rollout("flow_grpo", inputs, "flow_sde", 0.7, shifted_twice(10), STEPS % 9)
     std_dev_t = at.std / at.h.sqrt()
 
@@ -350,18 +382,23 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
     scores = inputs.rewards.flatten()[:TRANSITIONS]
     best = scores.view(-1, 3) == scores.view(-1, 3).amax(1, keepdim=True)
     arguments = inputs.forward(scores)
+    pull = {"v_ref": inputs.v_ref, "kl_weight": 100.0}  # its sft configurations' train.beta
+
+    def weighted(v: Tensor, weights: Tensor) -> Tensor:
+        return (weights * mean((v - inputs.u) ** 2) + 100 * mean((v - inputs.v_ref) ** 2)).mean()
+
     yield loss_row(
-        "flow_grpo", "loss of type rwr", af.reward_weighted_loss, arguments,
-        lambda v: (scores * mean((v - inputs.u) ** 2)).mean(), method="linear",
+        "flow_grpo", "loss of type rwr", af.reward_weighted_loss, arguments, partial(weighted, weights=scores),
+        method="linear", **pull,
     )  # fmt: skip
     yield loss_row(
-        "flow_grpo", "loss of type sft", af.reward_weighted_loss, arguments,
-        lambda v: (best.flatten() * mean((v - inputs.u) ** 2)).mean(), method="best", group_size=3,
+        "flow_grpo", "loss of type sft", af.reward_weighted_loss, arguments, partial(weighted, weights=best.flatten()),
+        method="best", group_size=3, **pull,
     )  # fmt: skip
 
 
 def flow_cps(inputs: Inputs) -> Iterator[Row]:
-    """IamCreateAI/FlowCPS train_sd3.py."""
+    """train_sd3.py."""
     at = Rollout("FlowCPS", inputs, "cps", 0.8, shifted_twice(10), STEPS % 9)
     log_ratio = at.log_ratio(inputs.v, log_prob_without_variance)
     kl = at.squared_drift(inputs.v, inputs.v_ref)
@@ -389,7 +426,7 @@ def flow_cps(inputs: Inputs) -> Iterator[Row]:
 
 
 def dance_grpo(inputs: Inputs) -> Iterator[Row]:
-    """XueZeyue/DanceGRPO train_grpo_flux.py."""
+    """train_grpo_flux.py."""
     at = Rollout("DanceGRPO", inputs, "dance_sde", 0.3, shifted_once(16), STEPS % 9)
     yield at.next_x()
     yield at.log_prob()
@@ -402,7 +439,7 @@ def dance_grpo(inputs: Inputs) -> Iterator[Row]:
 
 
 def mix_grpo(inputs: Inputs) -> Iterator[Row]:
-    """Tencent-Hunyuan/MixGRPO train_grpo_flux.py, sampling_utils.py."""
+    """train_grpo_flux.py, sampling_utils.py."""
     window = (8, 9, 10, 11)
     inside = torch.tensor(window)[STEPS % len(window)]
     at = Rollout("MixGRPO", inputs, "flow_sde", 0.7, shifted_once(25), inside, stochastic_steps=window)
@@ -427,51 +464,75 @@ def mix_grpo(inputs: Inputs) -> Iterator[Row]:
     )
 
 
-def guard_ratio(at: Rollout, v: Tensor, sigma: Tensor) -> Tensor:
+def guard_ratio(at: Rollout, sigma: Tensor, v: Tensor, drift: Tensor | None = None) -> Tensor:
     """RatioNorm: the drift of the mean is added to the log-ratio, and the sum scaled by sigma."""
-    return ((at.log_ratio(v) + at.squared_drift(v, at.given.v_old) / (2 * sigma**2)) * sigma).exp()
+    drift = at.squared_drift(v, at.given.v_old) if drift is None else drift
+    return ((at.log_ratio(v) + drift / (2 * sigma**2)) * sigma).exp()
 
 
-def batch_mean_guard(at: Rollout, v: Tensor, clip: float) -> Tensor:
-    """flow_grpo and verl-omni: sigma and dt are means over the batch."""
+def guard_of_means(at: Rollout, mean_drift: bool, v: Tensor) -> Tensor:
+    """sigma and dt are means over the batch (flow_grpo and verl-omni), and the drift is too (flow_grpo, whose ``mean``
+    over no dimension is one over all)."""
     sqrt_dt = at.h.sqrt().mean()
     sigma = (at.std / at.h.sqrt()).mean() * sqrt_dt
-    return clipped(guard_ratio(at, v, sigma), at.given.A, clip) / sqrt_dt**2
+    drift = at.squared_drift(v, at.given.v_old).mean() if mean_drift else None
+    return clipped(guard_ratio(at, sigma, v, drift), at.given.A, GUARD_CLIP) / sqrt_dt**2
+
+
+def guard_of_each(at: Rollout, sigma: Tensor, v: Tensor) -> Tensor:
+    return clipped(guard_ratio(at, sigma, v), at.given.A, GUARD_CLIP)
 
 
 def grpo_guard(inputs: Inputs) -> Iterator[Row]:
-    """GRPO-Guard in yifan123/flow_grpo (train_sd3_GRPO_Guard.py) and X-GenGroup/Flow-Factory (trainers/grpo.py)."""
-    name, sigmas = "GRPO-Guard (flow_grpo)", shifted_twice(10)
-    one_step = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full_like(STEPS, 3))
-    mixed = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
-    log_ratio = guard_ratio(one_step, inputs.v, one_step.std).log()
-    yield one_step.mean_log_ratio(af.grpo_guard_loss, log_ratio)
-    yield one_step.clipped_count(af.grpo_guard_loss, log_ratio, 2e-6)
-    yield one_step.loss(af.grpo_guard_loss, lambda v: batch_mean_guard(one_step, v, 2e-6), clip=2e-6)
-    yield mixed.loss(
-        af.grpo_guard_loss, lambda v: batch_mean_guard(mixed, v, 2e-6),
-        "it takes sigma and dt as means over the batch; equal where a batch is of one step",
-        quantity="loss of mixed steps", clip=2e-6,
-    )  # fmt: skip
-    kl = one_step.squared_drift(inputs.v, inputs.v_ref) * one_step.h / (2 * one_step.std**2)
-    yield one_step.kl_ref(
-        af.grpo_guard_loss, kl, "it divides by 2 std_dev_t^2, without -dt; in a batch of one step kl_weight times -dt"
+    """flow_grpo's train_sd3_GRPO_Guard.py and Flow-Factory's trainers/rl/grpo.py, before that trainers/grpo.py."""
+    name, sigmas, op = "GRPO-Guard (flow_grpo)", shifted_twice(10), af.grpo_guard_loss
+    same, mixed = torch.full_like(STEPS, 3), STEPS % 9
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, same)
+    log_ratio = guard_ratio(at, at.std, inputs.v).log()
+    yield at.mean_log_ratio(op, log_ratio)
+    yield at.clipped_count(op, log_ratio, GUARD_CLIP, "clipped transitions, batches of one")
+    yield at.loss(
+        op,
+        lambda v: guard_of_each(at, at.std, v) / at.h[0],
+        quantity="loss of one step, batches of one",
+        clip=GUARD_CLIP,
     )
-
-    other = Rollout("GRPO-Guard (Flow-Factory)", inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
-    yield other.loss(
-        af.grpo_guard_loss, lambda v: clipped(guard_ratio(other, v, other.std), inputs.A, 2e-6),
-        quantity="loss of mixed steps", clip=2e-6, time_weight="none",
+    yield at.loss(
+        op, partial(guard_of_means, at, True),
+        "its drift is the mean over the batch as well; equal in a batch of one",
+        quantity="loss of one step", clip=GUARD_CLIP,
     )  # fmt: skip
+    both = Rollout(name, inputs, "flow_sde", 0.7, sigmas, mixed)
+    yield both.loss(
+        op, partial(guard_of_means, both, True),
+        "its drift, sigma and dt are means over the batch; equal in a batch of one",
+        quantity="loss of mixed steps", clip=GUARD_CLIP,
+    )  # fmt: skip
+    kl = at.squared_drift(inputs.v, inputs.v_ref) * at.h / (2 * at.std**2)
+    yield at.kl_ref(op, kl, "it divides by 2 std_dev_t^2, without -dt; in a batch of one step kl_weight times -dt")
+
+    options: dict[str, Any] = {"clip": GUARD_CLIP, "time_weight": "none"}
+    name, sigmas = "GRPO-Guard (Flow-Factory)", shifted_once(10)
+    now = Rollout(name, inputs, "flow_sde", 0.7, sigmas, mixed)
+    yield now.loss(op, partial(guard_of_each, now, now.std), quantity="loss of mixed steps", **options)
+    # Earlier a sigma of [B, 1, 1, 1] met log-ratios of [B]: every sample's with every step's, [B, 1, 1, B].
+    for steps, quantity, departs in (
+        (same, "loss of one step", ""),
+        (mixed, "loss of mixed steps", "it scales every sample's log-ratio by every sample's sigma"),
+    ):
+        at = Rollout(f"{name}, earlier", inputs, "flow_sde", 0.7, sigmas, steps)
+        crossed = partial(guard_of_each, at, at.std.view_as(at.s))
+        yield at.loss(op, crossed, departs, quantity=quantity, **options)
 
 
 def flow_factory(inputs: Inputs) -> Iterator[Row]:
-    """X-GenGroup/Flow-Factory trainers/grpo.py with kl_type x-based, advantage/advantage_processor.py."""
-    at = Rollout("Flow-Factory", inputs, "flow_sde", 0.7, shifted_twice(10), STEPS % 9)
+    """trainers/grpo.py with kl_type x-based, advantage/advantage_processor.py, scheduler/."""
+    at = Rollout("Flow-Factory", inputs, "flow_sde", 0.7, shifted_once(10), STEPS % 9)
 
     def loss(v: Tensor) -> Tensor:
         return clipped(at.log_ratio(v).exp(), inputs.A, 1e-4) + 0.01 * at.squared_drift(v, inputs.v_ref).mean()
 
+    yield at.kl_of_a_change(8, "shift 3 once")
     yield at.loss(
         af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.01, kl_convention="two_sigma_squared"
     )
@@ -482,8 +543,35 @@ def flow_factory(inputs: Inputs) -> Iterator[Row]:
 
 
 def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
-    """Tencent-Hunyuan/UniRL at 1a7b501: algorithms/flowdppo.py, sde/, types/rollout_resp.py."""
-    name, sigmas = "UniRL Flow-DPPO", shifted_once(10)
+    """algorithms/flowdppo.py and base.py, sde/kernels.py: the sampler's own sigma in its KLs."""
+    name, sigmas, A = "UniRL Flow-DPPO", shifted_once(10), inputs.A
+    at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
+
+    def kl(at: Rollout, v: Tensor, anchor: Tensor) -> Tensor:
+        return at.squared_drift(v, anchor) / (2 * at.std**2)
+
+    def loss(v: Tensor, density: Callable[[Tensor, Gaussian], Tensor] = log_prob, at: Rollout = at) -> Tensor:
+        log_ratio = at.log_ratio(v, density)
+        keep = kept(A, log_ratio, kl(at, v, inputs.v_old), 1e-6)
+        return (torch.where(keep, -A * log_ratio.exp(), 0) + 0.01 * kl(at, v, inputs.v_ref)).mean()
+
+    options: dict[str, Any] = {"threshold": 1e-6, "v_ref": inputs.v_ref, "kl_weight": 0.01}
+    yield at.sigma_at_one("sigma at s = 1, sampler and KL", at.std[:1])
+    yield at.kl_old(kl(at, inputs.v, inputs.v_old))
+    yield at.masked(~kept(A, at.log_ratio(inputs.v), kl(at, inputs.v, inputs.v_old), 1e-6), threshold=1e-6)
+    yield at.kl_ref(af.flow_dppo_loss, kl(at, inputs.v, inputs.v_ref))
+    yield at.loss(af.flow_dppo_loss, loss, **options)
+    other = Rollout(name, inputs, "cps", 0.8, sigmas, STEPS % 9)
+    yield other.kl_old(kl(other, inputs.v, inputs.v_old), quantity="KL to the rollout policy, CPS")
+    yield other.loss(
+        af.flow_dppo_loss, partial(loss, density=log_prob_without_variance, at=other),
+        "its log-probabilities of CPS lack 1 / (2 sigma^2)", quantity="loss, CPS", **options,
+    )  # fmt: skip
+
+
+def earlier_unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
+    """algorithms/flowdppo.py, sde/, types/rollout_resp.py of June 2026."""
+    name, sigmas = "UniRL Flow-DPPO, earlier", shifted_once(10)
     at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
     kl_table = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9, convention="clamp_0.99")
 
@@ -569,7 +657,7 @@ def flow_dppo_paper(inputs: Inputs) -> Iterator[Row]:
 
 
 def verl_omni(inputs: Inputs) -> Iterator[Row]:
-    """verl-project/verl-omni at a1139ba: trainer/diffusion/diffusion_algos.py, pipelines/schedulers."""
+    """trainer/diffusion/diffusion_algos.py, pipelines/schedulers."""
     name, A = "verl-omni", inputs.A
     sigmas = shifted_twice(10)
     at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, STEPS % 9)
@@ -598,8 +686,13 @@ def verl_omni(inputs: Inputs) -> Iterator[Row]:
         )  # fmt: skip
     guard = Rollout(name, inputs, "flow_sde", 0.7, sigmas, torch.full_like(STEPS, 3))
     yield guard.loss(
-        af.grpo_guard_loss, lambda v: batch_mean_guard(guard, v, 2e-6),
-        quantity="grpo_guard loss of one step", clip=2e-6,
+        af.grpo_guard_loss, partial(guard_of_means, guard, False),
+        quantity="grpo_guard loss of one step", clip=GUARD_CLIP,
+    )  # fmt: skip
+    yield at.loss(
+        af.grpo_guard_loss, partial(guard_of_means, at, False),
+        "its sigma and dt are means over the batch; equal where a batch is of one step",
+        quantity="grpo_guard loss of mixed steps", clip=GUARD_CLIP,
     )  # fmt: skip
     yield loss_row(
         name, "diffusion_nft loss", af.diffusion_nft_loss, inputs.forward(A),
@@ -631,7 +724,7 @@ def nft(inputs: Inputs, v: Tensor, r: Tensor, beta: float) -> Tensor:
 
 
 def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
-    """NVlabs/DiffusionNFT train_nft_sd3.py, and the loss of arXiv 2509.16117."""
+    """NVlabs' train_nft_sd3.py, UniRL's algorithms/diffusionnft.py (ref_deviation_coef 1e-4), and the paper's loss."""
     name, A = "DiffusionNFT", 2 * inputs.A
     arguments = inputs.forward(A)
     bounded = A.clamp(-5, 5)
@@ -651,6 +744,14 @@ def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
                 v_old=inputs.v_old, v_ref=inputs.v_ref, beta=beta, adv_clip_max=5.0, kl_weight=1e-4, mode=mode,
             )  # fmt: skip
 
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row(name, inputs, inputs.centred / std, norm="raw_global_std", clip=None)
+    yield loss_row(
+        "UniRL DiffusionNFT", "loss", af.diffusion_nft_loss, arguments,
+        partial(nft, inputs, r=bounded / 10 + 0.5, beta=1.0),
+        v_old=inputs.v_old, v_ref=inputs.v_ref, beta=1.0, adv_clip_max=5.0, kl_weight=1e-4,
+    )  # fmt: skip
+
     A = inputs.A.clamp(-1, 1)
     r, beta = (1 + A) / 2, 0.5
 
@@ -663,13 +764,11 @@ def diffusion_nft(inputs: Inputs) -> Iterator[Row]:
     ours = with_gradient(lambda v: af.advantage_flow_loss(v, *given, v_old=inputs.v_old, **options).loss, inputs.v)
     theirs = with_gradient(paper, inputs.v)
     call = shown(af.advantage_flow_loss, {"v_old": inputs.v_old, **options})
-    yield Row(name, "gradient of the paper's loss", call, ours[1:], theirs[1:])
-    std = inputs.rewards.std(correction=0) + 1e-4
-    yield advantage_row(name, inputs, inputs.centred / std, norm="raw_global_std", clip=None)
+    yield Row("DiffusionNFT paper", "gradient of the loss", call, ours[1:], theirs[1:])
 
 
 def awm(inputs: Inputs) -> Iterator[Row]:
-    """scxue/advantage_weighted_matching train_sd3_awm.py."""
+    """train_sd3_awm.py."""
     name, A, t = "AWM", inputs.A, inputs.t
 
     def lp(v: Tensor, weighting: str) -> Tensor:
@@ -708,25 +807,42 @@ def awm(inputs: Inputs) -> Iterator[Row]:
 
 
 def flow_awr(inputs: Inputs) -> Iterator[Row]:
-    """arXiv 2606.30376; no official code is public."""
-    A = 2 * inputs.A
+    """train_awr_sd3.py with energy_mode, stat_tracking.py (hard_gating for rewards by rule); and the paper's form."""
+    energies = (2 * inputs.A).clamp(-3, 3)
+    E, arguments = energies.view(-1, *[1] * len(SHAPE)), inputs.forward(energies)
 
     def loss(v: Tensor) -> Tensor:
-        target = inputs.v_old + A.view(-1, *[1] * len(SHAPE)) * (inputs.u - inputs.v_old)
-        return (mean((v - target) ** 2) + 0.01 * mean((v - inputs.v_ref) ** 2)).mean()
+        x0, x0_old = inputs.x_t - inputs.column_t * v, inputs.x_t - inputs.column_t * inputs.v_old
+        target = x0_old + E * (inputs.x0 - x0_old)
+        weight = mean((x0.detach() - inputs.x0).abs()).clamp(min=1e-5)
+        return (mean((x0 - target) ** 2) / weight).mean() + 1e-4 * mean((v - inputs.v_ref) ** 2).mean()
 
-    yield loss_row(
-        "FlowAWR", "loss", af.flow_awr_loss, inputs.forward(A), loss,
-        v_old=inputs.v_old, v_ref=inputs.v_ref, kl_weight=0.01,
+    anchors = {"v_old": inputs.v_old, "v_ref": inputs.v_ref, "kl_weight": 1e-4}
+    yield loss_row("FlowAWR", "loss", af.flow_awr_loss, arguments, loss, **anchors)
+
+    def advantages(trainer: str, quantity: str, theirs: Tensor, **options: Any) -> Row:
+        ours = af.softmax_advantages(inputs.rewards.flatten(), GROUP, **options)
+        return Row(trainer, quantity, shown(af.softmax_advantages, options), (ours,), (theirs.flatten(),))
+
+    std = inputs.rewards.std(correction=0)
+    excess = torch.softmax((inputs.centred / (std + 1e-4)).clamp(-5, 5), 1) - 1 / GROUP
+    gate = (excess.std(1, correction=0, keepdim=True) + 1e-4).clamp(min=1e-2)
+    yield advantages("FlowAWR", "advantages", (GROUP * excess).clamp(-3, 3))
+    yield advantages("FlowAWR", "advantages, hard_gating on", (excess / gate).clamp(-3, 3), scale_by_std=True)
+
+    def paper(v: Tensor) -> Tensor:
+        target = inputs.v_old + E * (inputs.u - inputs.v_old)
+        return (mean((v - target) ** 2) + 1e-4 * mean((v - inputs.v_ref) ** 2)).mean()
+
+    yield loss_row("FlowAWR paper", "loss", af.flow_awr_loss, arguments, paper, **anchors, weighting="velocity")
+    yield advantages(
+        "FlowAWR paper", "advantages, eq. 11", GROUP * torch.softmax(inputs.rewards / std, 1) - 1,
+        clip_rewards=None, clip=None, eps=0.0,
     )  # fmt: skip
-    g = max(float(inputs.rewards.std(correction=0)), 1e-6)
-    theirs = GROUP * torch.softmax(inputs.rewards / g, 1) - 1
-    ours = af.softmax_advantages(inputs.rewards.flatten(), GROUP)
-    yield Row("FlowAWR", "advantages", "softmax_advantages(...)", (ours,), (theirs.flatten(),))
 
 
 def orw_cfm(inputs: Inputs) -> Iterator[Row]:
-    """markerthu/orw-cfm finetune_fm.py, whose time runs from noise to data: its velocities are minus ours."""
+    """finetune_fm.py, whose time runs from noise to data: its velocities are minus ours."""
 
     def loss(v: Tensor) -> Tensor:
         data, noise = inputs.x0, inputs.noise
@@ -740,7 +856,7 @@ def orw_cfm(inputs: Inputs) -> Iterator[Row]:
 
 
 def advantage_flow(inputs: Inputs) -> Iterator[Row]:
-    """arXiv 2605.26013 eq. 5 and 6, and the shared scale of MeanFlowAdvantage (arXiv 2609.37670 eq. 12)."""
+    """AdvantageFlow's eq. 5 and 6, and the shared scale of MeanFlowAdvantage (eq. 12)."""
     A = inputs.A.clamp(-1, 1)
     arguments = inputs.forward(A)
     x_t, t = inputs.x_t, inputs.column_t
@@ -784,13 +900,14 @@ def advantage_flow(inputs: Inputs) -> Iterator[Row]:
 
 
 TRAINERS = (
-    flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, flow_factory, unirl_flow_dppo, flow_dppo_paper, verl_omni,
+    flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, flow_factory, unirl_flow_dppo,
+    earlier_unirl_flow_dppo, flow_dppo_paper, verl_omni,
     diffusion_nft, awm, flow_awr, orw_cfm, advantage_flow,
 )  # fmt: skip
 
 
-def rows() -> list[Row]:
-    inputs = Inputs()
+def rows(seed: int = 0) -> list[Row]:
+    inputs = Inputs(seed)
     return [row for trainer in TRAINERS for row in trainer(inputs)]
 
 
@@ -798,6 +915,7 @@ def table(compared: list[Row]) -> str:
     lines = []
     for trainer, its_rows in groupby(compared, key=lambda row: row.trainer):
         lines.append(f"{trainer:<52} {'ours':>14} {'theirs':>14} {'digits':>6}  agrees")
+        lines.append(f"  {SOURCES.get(trainer, '')}")
         for row in its_rows:
             verdict = "yes" if row.agrees else f"no: {row.departs}" if row.departs else "NO"
             ours, theirs = (float(values[0].flatten()[0]) for values in (row.ours, row.theirs))

@@ -252,8 +252,8 @@ LOSSES: tuple[Loss, ...] = (
         takes=("v", "x0", "noise", "t", "advantages", "v_ema"),
     ),
     ForwardLoss(
-        "flow_awr_loss", public.flow_awr_loss, {"kl_weight": 0.01},
-        takes=("v", "x0", "noise", "advantages", "v_old"),
+        "flow_awr_loss", public.flow_awr_loss, {"kl_weight": 1e-4},
+        takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
         "reward_weighted_loss", public.reward_weighted_loss, {"tau": 0.5, "kl_weight": 1.0}, anchor=None,

@@ -104,7 +104,8 @@ def grpo_guard_loss(
     v: Tensor, v_ref: Tensor | None, x: Tensor, x_next: Tensor, timesteps: Tensor, scheduler: Scheduler,
     noise_level: float, log_prob_old: Tensor, mean_old: Tensor, advantages: Tensor, clip: float, kl_weight: float,
 ) -> Tensor:  # fmt: skip
-    """yifan123/flow_grpo train_sd3_GRPO_Guard.py: sigma and dt are means over the batch."""
+    """yifan123/flow_grpo train_sd3_GRPO_Guard.py: sigma and dt are means over the batch. The drift is each sample's, as
+    in verl-project/verl-omni; flow_grpo's line averages it over the batch too."""
     _, log_prob, mu, std_dev_t, sqrt_dt = flow_sde_step(scheduler, v, timesteps, x, noise_level, x_next)
     dt, std = sqrt_dt.mean(), std_dev_t.mean()
     scale = std * dt
@@ -209,14 +210,19 @@ def awm_loss(
 
 
 def flow_awr_loss(
-    v: Tensor, x0: Tensor, noise: Tensor, advantages: Tensor, v_old: Tensor, v_ref: Tensor | None, kl_weight: float
-) -> Tensor:
-    """arXiv 2606.30376; no code is public, so in fp32, its moved target written out."""
-    v, v_old, target = v.float(), v_old.float(), noise.float() - x0.float()
-    moved = v_old + column(advantages.float(), v) * (target - v_old)
-    loss = torch.mean(mean((v - moved) ** 2))
+    v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, advantages: Tensor, v_old: Tensor, v_ref: Tensor | None,
+    kl_weight: float,
+) -> Tensor:  # fmt: skip
+    """Fuzm7/FlowAWR train_awr_sd3.py: the float64 advantages and scale promote every element."""
+    t = column(t, v)
+    x0_old = x_t - t * v_old.detach()
+    target = x0_old + column(advantages, v) * (x0 - x0_old)
+    x0_prediction = x_t - t * v
+    with torch.no_grad():
+        scale = column(mean(torch.abs(x0_prediction.double() - x0.double())), v).clip(min=1e-5)
+    loss = mean((x0_prediction - target) ** 2 / scale).mean()
     if v_ref is not None:
-        loss = loss + kl_weight * torch.mean(mean((v - v_ref.float()) ** 2))
+        loss = loss + kl_weight * torch.mean(mean((v - v_ref) ** 2))
     return loss
 
 

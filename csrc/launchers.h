@@ -2,9 +2,12 @@
 // that neither side sees the other's headers. For every op the CPU and the
 // CUDA launcher have the same signature and the same meaning.
 //
-// All tensors are contiguous but columns, which have a stride. Offsets are 64-bit. `where` says where the work
-// runs: a cudaStream_t for a *_cuda launcher, a const AdvflowParallelFor* for a
-// *_cpu one (so that the CPU kernels use the caller's thread pool).
+// A row of an AdvflowTensor is dense and its rows have a stride, as columns
+// have; whatever is a bare pointer is contiguous, outputs too. Elements lie at
+// multiples of their own size, nothing more is asked of an address. Offsets are
+// 64-bit. `where` says where the work runs: a cudaStream_t for a *_cuda
+// launcher, a const AdvflowParallelFor* for a *_cpu one (so that the CPU kernels
+// use the caller's thread pool).
 #pragma once
 
 #include <stdint.h>
@@ -38,7 +41,8 @@ struct AdvflowResidualInputs {
 // residual_stats: stats[batch, ADVFLOW_RESIDUAL_STATS], see math/residual.h.
 // fp32, or fp64 when any input is fp64; 0 where a statistic needs an absent
 // tensor. The value of a row depends on that row's data and on `elements`
-// alone: not on batch, position, threads, or the alignment of the pointers.
+// alone: not on batch, position, threads, strides, or the alignment of the
+// pointers.
 int64_t advflow_residual_stats_workspace_cpu(int64_t batch, int64_t elements);  // bytes
 int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements);
 int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where);
@@ -70,10 +74,10 @@ struct AdvflowLossSummaryInputs {
   AdvflowColumn required[ADVFLOW_SUMMARY_REQUIRED];
   AdvflowColumn advantages;
   AdvflowColumn extreme;
-  const void* stats;    // [batch, ADVFLOW_RESIDUAL_STATS]
-  const void* coef;     // [batch, 3]
-  const bool* valid;    // [batch]
-  const bool* flagged;  // [batch]
+  const void* stats;       // [batch, ADVFLOW_RESIDUAL_STATS]
+  const void* coef;        // [batch, 3]
+  const uint8_t* valid;    // [batch], 0 or not
+  const uint8_t* flagged;  // [batch], 0 or not
   int64_t batch;
   double divisor;  // of the loss and of the coefficients
   int32_t mean_count;
@@ -90,7 +94,8 @@ struct AdvflowLossSummaryInputs {
 //   metrics: means of `means` and of the leading statistics, mean advantage,
 //   mean |advantage|, the extreme, all over usable samples; how many usable ones
 //   are flagged, how many samples are not finite, how many not valid.
-// CUDA serves fp32.
+// CUDA serves fp32. The CPU's few numbers a sample are one thread's work, and
+// its `where` is not read.
 int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,
                              void* where);
 int advflow_loss_summary_cuda(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,

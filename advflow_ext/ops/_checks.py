@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from advflow_ext.ops._numbers import (
+    ClipRange,
+    Number,
+    Numbers,
+    is_number,
+    per_sample,
+    values_are_at_hand,
+)
 from advflow_ext.ops._outputs import warn_nonconvex
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -18,13 +25,6 @@ def require_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if value not in accepted:
         listed = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name} is {value!r}; accepted are {listed}.")
-
-
-def require_number(name: str, value: object, *, low: float = -math.inf, exclusive: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < low or (exclusive and value == low):  # type: ignore[operator]
-        bound = "" if low == -math.inf else f" {'above' if exclusive else 'of at least'} {low:g}"
-        raise ValueError(f"{name} is {value!r}; accepted is a finite number{bound}.")
 
 
 def require_flag(name: str, value: object) -> None:
@@ -90,6 +90,11 @@ class Samples(NamedTuple):
     required: tuple[Tensor, ...]  # what else must be finite: t and whatever is given per sample
     valid_t: Tensor  # bool
 
+    def usable_with(self, numbers: Numbers, *more: Tensor) -> Samples:
+        """Without the samples that ``numbers`` leave without a meaning, and with ``more`` that must be finite."""
+        t = numbers.contain(self.t)
+        return self._replace(t=t, required=(t, *self.required[1:], *more))
+
     @property
     def finite(self) -> Tensor:
         return torch.isfinite(torch.stack([self.advantages, *self.required])).all(0)
@@ -106,7 +111,7 @@ class Quadratic(NamedTuple):
 
 WEIGHTINGS = ("prediction", "velocity", "adaptive")
 NFT_MODES = ("all", "positive", "negative", "one", "binary")
-AWM_WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
+AWM_WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber", "adaptive")
 REWARD_METHODS = ("exp", "linear", "best")
 REDUCTIONS = ("mean", "sum", "none")
 _MAY_BE_ABSENT = ("v_ema", "v_ref")
@@ -120,30 +125,46 @@ def advantage_flow_arguments(
     advantages: Tensor,
     v_old: Tensor,
     v_ref: Tensor | None,
-    gamma: float | Tensor | str,
-    lam: float,
-    beta: float,
+    gamma: Number | str,
+    lam: Number,
+    beta: Number,
     weighting: str,
     reduction: str,
 ) -> tuple[Samples, Quadratic]:
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
-    require_number("beta", beta, low=0.0, exclusive=True)
-    require_number("lam", lam, low=0.0)
+    numbers = Numbers(v, samples.t.dtype)
+    scale = numbers.read("beta", beta, low=0.0, exclusive=True)
+    lams = numbers.weight_of("lam", lam, "v_ref", v_ref, default=1e-3)
     require_choice("weighting", weighting, WEIGHTINGS)
-    gammas = _gamma_per_sample(gamma, beta, samples.advantages, v)
-    lams = torch.full_like(gammas, lam if v_ref is not None else 0.0)
-    weights = torch.stack([beta * samples.advantages, gammas, lams], 1)
+    A = samples.advantages
+    accepted = 'number, a [B] tensor, a 0-dim tensor, "1-A" and "beta(beta-A)"'
+    if isinstance(gamma, str):
+        if gamma not in ("1-A", "beta(beta-A)"):
+            raise ValueError(f"gamma is {gamma!r}; accepted are a {accepted}.")
+        gammas = 1 - A if gamma == "1-A" else scale * (scale - A)
+    elif isinstance(gamma, Tensor) or is_number(gamma, A.dtype):
+        gammas = per_sample(numbers.read("gamma", gamma), A)
+    else:
+        raise ValueError(f"gamma is {gamma!r}; accepted are a finite {accepted}.")
+    weights = torch.stack([scale * A, gammas, per_sample(lams, A)], 1)
     unbounded = (
-        f"{{count}} sample(s) have {'A' if beta == 1 else 'beta A'} + gamma + lam <= 0 (smallest {{lowest:.6g}}): "
-        "their loss is unbounded below and pushes the policy away without limit. Use gamma above the largest |beta A| "
-        '(1.1 for advantages clipped to [-1, 1] and beta = 1), gamma="1-A" or gamma="beta(beta-A)". Said once; '
-        "metrics.nonconvex_samples keeps counting."
+        f"{{count}} sample(s) have {'A' if isinstance(beta, (int, float)) and beta == 1 else 'beta A'} + gamma + lam "
+        "<= 0 (smallest {lowest:.6g}): their loss is unbounded below and pushes the policy away without limit. Use "
+        "gamma above the largest |beta A| (1.1 for advantages clipped to [-1, 1] and beta = 1), "
+        'gamma="1-A" or gamma="beta(beta-A)". Said once; metrics.nonconvex_samples keeps counting.'
     )
     curvature = weights.sum(1)
     nonconvex = curvature <= 0
     _warn_on_cpu(unbounded, curvature, nonconvex)
-    samples = samples._replace(required=(*samples.required, curvature))
+    samples = samples.usable_with(numbers, curvature)
     return samples, Quadratic(weights, curvature, nonconvex, unbounded)
+
+
+class NftNumbers(NamedTuple):
+    beta: Number
+    adv_clip_max: Number
+    kl_weight: Number
+    policy_weight: Number
 
 
 def diffusion_nft_arguments(
@@ -154,20 +175,33 @@ def diffusion_nft_arguments(
     advantages: Tensor,
     v_old: Tensor,
     v_ref: Tensor | None,
-    beta: float,
-    adv_clip_max: float,
-    kl_weight: float,
+    beta: Number,
+    adv_clip_max: Number,
+    kl_weight: Number,
+    policy_weight: Number,
     adaptive: bool,
     mode: str,
     reduction: str,
-) -> Samples:
+) -> tuple[Samples, NftNumbers]:
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
-    require_number("beta", beta, low=0.0, exclusive=True)
-    require_number("adv_clip_max", adv_clip_max, low=0.0, exclusive=True)
-    require_number("kl_weight", kl_weight, low=0.0)
+    numbers = Numbers(v, samples.t.dtype)
+    given = NftNumbers(
+        numbers.read("beta", beta, low=0.0, exclusive=True),
+        numbers.read("adv_clip_max", adv_clip_max, low=0.0, exclusive=True),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=1e-4),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
     require_flag("adaptive", adaptive)
     require_choice("mode", mode, NFT_MODES)
-    return samples
+    return samples.usable_with(numbers), given
+
+
+class AwmNumbers(NamedTuple):
+    power: Number
+    clip: ClipRange
+    ema_weight: Number
+    kl_weight: Number
+    policy_weight: Number
 
 
 def awm_arguments(
@@ -180,31 +214,62 @@ def awm_arguments(
     v_ref: Tensor | None,
     log_prob_old: Tensor | None,
     weighting: str,
-    power: float,
-    clip: float,
-    ema_weight: float,
-    kl_weight: float,
+    power: Number,
+    draws: int,
+    clip: Number | tuple[Number, Number],
+    ema_weight: Number,
+    kl_weight: Number,
+    policy_weight: Number,
     reduction: str,
-) -> Samples:
+) -> tuple[Samples, AwmNumbers]:
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_ema=v_ema, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
+    given = AwmNumbers(
+        _awm_power(numbers, weighting, power),
+        numbers.clip("clip", clip, exclusive=True),
+        numbers.weight_of("ema_weight", ema_weight, "v_ema", v_ema, default=1.0),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
+    samples = samples.usable_with(numbers)
     if log_prob_old is not None:
         require_per_sample("log_prob_old", log_prob_old, v)
-        log_prob_old = log_prob_old.detach().to(samples.t.dtype)
-        samples = samples._replace(required=(*samples.required, log_prob_old))
-    require_choice("weighting", weighting, AWM_WEIGHTINGS)
-    require_number("power", power, low=0.0, exclusive=True)
-    require_number("clip", clip, low=0.0, exclusive=True)
-    require_number("ema_weight", ema_weight, low=0.0)
-    require_number("kl_weight", kl_weight, low=0.0)
-    return samples
+        samples = samples.usable_with(numbers, log_prob_old.detach().to(samples.t.dtype))
+    return _one_advantage_an_image(samples, draws), given
 
 
-def awm_log_prob_arguments(v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: str, power: float) -> Tensor:
-    """t in the accumulate dtype."""
+def awm_log_prob_arguments(
+    v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: str, power: Number
+) -> tuple[Tensor, Number]:
+    """t in the accumulate dtype, and the power."""
     dtype = _require_latents(v, x0=x0, noise=noise)
+    numbers = Numbers(v, dtype)
+    exponent = _awm_power(numbers, weighting, power)
+    return numbers.contain(_timesteps(t, v, dtype)[0]), exponent
+
+
+def _awm_power(numbers: Numbers, weighting: str, power: Number) -> Number:
     require_choice("weighting", weighting, AWM_WEIGHTINGS)
-    require_number("power", power, low=0.0, exclusive=True)
-    return _timesteps(t, v, dtype)[0]
+    return numbers.read("power", power, low=0.0, exclusive=True)
+
+
+def _one_advantage_an_image(samples: Samples, draws: int) -> Samples:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws is {draws!r}; accepted is an integer of at least 1.")
+    if draws == 1:
+        return samples
+    A = samples.advantages
+    if A.shape[0] % draws:
+        raise ValueError(f"advantages has shape {list(A.shape)}; accepted is [N*draws], a multiple of draws {draws}.")
+    first = A[::draws].repeat_interleave(draws)
+    other = A.isfinite() & first.isfinite() & (A != first)
+    if values_are_at_hand(A) and other.any():
+        row = int(other.nonzero()[0])
+        raise ValueError(
+            f"advantages[{row}] is {A[row].item():.6g} beside {first[row].item():.6g} of the same image; accepted is "
+            f"one advantage for the {draws} consecutive draws of an image."
+        )
+    return samples._replace(advantages=torch.where(other, torch.nan, A))
 
 
 def flow_awr_arguments(
@@ -215,12 +280,24 @@ def flow_awr_arguments(
     advantages: Tensor,
     v_old: Tensor,
     v_ref: Tensor | None,
-    kl_weight: float,
+    kl_weight: Number,
+    policy_weight: Number,
+    weighting: str,
     reduction: str,
-) -> Samples:
+) -> tuple[Samples, Number, Number]:
+    """The samples, kl_weight and policy_weight."""
     samples = _samples(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
-    require_number("kl_weight", kl_weight, low=0.0)
-    return samples
+    require_choice("weighting", weighting, WEIGHTINGS)
+    numbers = Numbers(v, samples.t.dtype)
+    kl = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
+    policy = numbers.read("policy_weight", policy_weight, low=0.0)
+    return samples.usable_with(numbers), kl, policy
+
+
+class RewardNumbers(NamedTuple):
+    tau: Number
+    kl_weight: Number
+    policy_weight: Number
 
 
 def reward_weighted_arguments(
@@ -230,17 +307,22 @@ def reward_weighted_arguments(
     t: Tensor,
     rewards: Tensor,
     method: str,
-    tau: float,
+    tau: Number,
     group_size: int | None,
     v_ref: Tensor | None,
-    kl_weight: float,
+    kl_weight: Number,
+    policy_weight: Number,
     reduction: str,
-) -> tuple[Samples, str]:
-    """The samples, and what to say where weight + kl_weight is negative."""
+) -> tuple[Samples, RewardNumbers, str]:
+    """The samples, the numbers, and what to say where weight + kl_weight is negative."""
     samples = _samples(v, t, "rewards", rewards, reduction, x0=x0, noise=noise, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
     require_choice("method", method, REWARD_METHODS)
-    require_number("tau", tau, low=0.0, exclusive=True)
-    require_number("kl_weight", kl_weight, low=0.0)
+    given = RewardNumbers(
+        numbers.read("tau", tau, low=0.0, exclusive=True),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=1.0),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
     if method == "best" or group_size is not None:
         require_group_size(group_size, rewards)
     unbounded = (
@@ -249,9 +331,9 @@ def reward_weighted_arguments(
         "metrics.nonconvex_samples keeps counting."
     )
     if method == "linear":
-        curvature = samples.advantages + (kl_weight if v_ref is not None else 0.0)
+        curvature = given.policy_weight * samples.advantages + given.kl_weight
         _warn_on_cpu(unbounded, curvature, curvature < 0)
-    return samples, unbounded
+    return samples.usable_with(numbers), given, unbounded
 
 
 def require_native_dtype(dtype: torch.dtype, v: Tensor, op: str) -> None:
@@ -293,25 +375,6 @@ def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
             f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
     return t, valid
-
-
-def values_are_at_hand(tensor: Tensor) -> bool:
-    # Elsewhere reading a value makes the step wait for the device; there the same facts are counted in the metrics.
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _gamma_per_sample(gamma: float | Tensor | str, beta: float, advantages: Tensor, v: Tensor) -> Tensor:
-    if isinstance(gamma, Tensor):
-        require_per_sample("gamma", gamma, v)
-        return gamma.detach().to(advantages.dtype)
-    accepted = 'number, a [B] tensor, "1-A" and "beta(beta-A)"'
-    if isinstance(gamma, str):
-        if gamma not in ("1-A", "beta(beta-A)"):
-            raise ValueError(f"gamma is {gamma!r}; accepted are a {accepted}.")
-        return 1 - advantages if gamma == "1-A" else beta * (beta - advantages)
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma):
-        raise ValueError(f"gamma is {gamma!r}; accepted are a finite {accepted}.")
-    return torch.full_like(advantages, gamma)
 
 
 def _warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:

@@ -76,6 +76,8 @@ def forward_metrics(extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     )
 
 
+DISTILLATION_METRICS = ("loss", "teacher_deviation", "nonfinite_samples", "invalid_steps")
+
 TRANSITION_METRICS = (
     "loss",
     "policy_term",

@@ -6,12 +6,12 @@ subtracted lose it in their rounding. Ratios are clipped before the exponential,
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from advflow_ext.ops._numbers import ClipRange, per_sample
 from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
 from advflow_ext.ops.loss_summary import loss_summary
@@ -30,12 +30,17 @@ class Surrogate(NamedTuple):
     masked: Tensor  # bool
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Surrogate:
-    """max(-A r, -A clip(r, 1 - clip, 1 + clip)); a ratio on the bound still has its gradient."""
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Surrogate:
+    """max(-A r, -A clip(r, 1 - below, 1 + above)); a ratio on the bound still has its gradient."""
     ratio = log_ratio.exp()
-    masked = ((advantages > 0) & (log_ratio > math.log1p(clip))) | ((advantages < 0) & (log_ratio < math.log1p(-clip)))
+    over = (advantages > 0) & (log_ratio > clip.log_highest)
+    under = (advantages < 0) & (log_ratio < clip.log_lowest)
+    masked = over | under
     unclipped = -advantages * ratio
-    value = torch.where(masked, -advantages - clip * advantages.abs(), unclipped)
+    distance = clip.above
+    if clip.below is not clip.above:
+        distance = torch.where(advantages > 0, per_sample(clip.above, ratio), per_sample(clip.below, ratio))
+    value = torch.where(masked, -advantages - distance * advantages.abs(), unclipped)
     return Surrogate(log_ratio, ratio, value, torch.where(masked, 0, unclipped), masked)
 
 
@@ -46,15 +51,15 @@ def reverse_output(
     surrogate: Surrogate,
     linear: Tensor,  # [N]
     quadratic: Tensor,  # [N]
-    kl_scale: float | Tensor,  # what the loss adds of KL(policy || reference)
     reduction: str,
 ) -> LossOutput:
     half_kappa_sq = scalars.step.kappa.square() / 2
     kl_old, kl_ref = half_kappa_sq * stats.vo_sq, half_kappa_sq * stats.vp_sq
-    values = surrogate.value + kl_scale * kl_ref
-    coef = torch.stack([surrogate.slope * linear / 2, -surrogate.slope * quadratic, kl_scale * half_kappa_sq], 1)
+    policy_term, slope = scalars.policy_scale * surrogate.value, scalars.policy_scale * surrogate.slope
+    values = policy_term + scalars.kl_scale * kl_ref
+    coef = torch.stack([slope * linear / 2, -slope * quadratic, scalars.kl_scale * half_kappa_sq], 1)
     summary = loss_summary(
-        [values, surrogate.value, surrogate.log_ratio, kl_old, kl_ref],
+        [values, policy_term, surrogate.log_ratio, kl_old, kl_ref],
         [surrogate.ratio],
         scalars.advantages,
         surrogate.log_ratio,

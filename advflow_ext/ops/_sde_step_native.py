@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native
-from advflow_ext.ops._checks import accumulate_dtype
+from advflow_ext.ops._checks import FLOAT_DTYPES
+from advflow_ext.ops._raw_checks import check_latents, check_like, check_scalars, check_served
 
 
 def _register_fake() -> None:
@@ -19,8 +20,21 @@ def _register_fake() -> None:
         seed: Tensor | None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_next, eps = (x.new_empty(x.shape, dtype=dtype or x.dtype) for _ in range(2))
-        return x_next, eps, v.new_empty((v.shape[0],), dtype=accumulate_dtype(v, x, noise, x_next))
+        if (noise is None) == (seed is None):
+            given = "Neither" if noise is None else "Both"
+            raise RuntimeError(f"{given} of noise and seed given; accepted is exactly one of them.")
+        accumulate = check_latents("sde_step", {"v": v, "x": x}, {"noise": noise})
+        if seed is not None:
+            check_like("seed", seed, v.shape[:1], torch.int64, v)
+        stored = dtype or x.dtype
+        if stored not in FLOAT_DTYPES:
+            raise RuntimeError(f"dtype is {stored}; accepted are float32, float16, bfloat16 and float64.")
+        x_next, eps = (x.new_empty(x.shape, dtype=stored) for _ in range(2))
+        if stored == torch.float64:
+            accumulate = stored
+            check_served("sde_step", accumulate, v)
+        check_scalars(coef, None, v, accumulate)
+        return x_next, eps, v.new_empty((v.shape[0],), dtype=accumulate)
 
 
 if _native.module is not None:

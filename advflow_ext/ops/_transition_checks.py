@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops.step_table import StepRows, StepTable
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number, values_are_at_hand
+from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
-TIME_WEIGHTS = ("inverse_dt", "none")
+TIME_WEIGHTS = ("inverse_dt", "none", "sigma", "inverse_kappa")
 DIRECTIONS = ("ratio", "log_ratio_minus_kl")
 MASKS = ("current", "predictive")
+FORMS = ("sde", "ode")
 _SIGMA = StepRows._fields.index("sigma")
 
 
@@ -23,6 +25,8 @@ class TransitionScalars(NamedTuple):
     step: StepRows  # harmless numbers where the step is not valid
     advantages: Tensor
     valid_step: Tensor  # bool: the step is in the table and stochastic
+    policy_scale: Number  # of the policy term: policy_weight and time_weight
+    kl_scale: Number  # what the loss adds of KL(policy || reference)
 
 
 def flow_grpo_arguments(
@@ -32,34 +36,27 @@ def flow_grpo_arguments(
     table: StepTable,
     index: Tensor,
     advantages: Tensor,
-    clip: float,
+    clip: Number | tuple[Number, Number],
     v_ref: Tensor | None,
-    kl_weight: float,
+    kl_weight: Number,
     kl_convention: str,
-    reduction: str,
-) -> TransitionScalars:
-    """Flow-CPS takes the same arguments."""
-    _require_clip(clip)
-    _checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)
-    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
-
-
-def grpo_guard_arguments(
-    v: Tensor,
-    v_old: Tensor,
-    eps: Tensor,
-    table: StepTable,
-    index: Tensor,
-    advantages: Tensor,
-    clip: float,
-    v_ref: Tensor | None,
-    kl_weight: float,
+    policy_weight: Number,
     time_weight: str,
     reduction: str,
-) -> TransitionScalars:
-    _require_clip(clip)
-    _checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
-    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
+) -> tuple[TransitionScalars, ClipRange]:
+    """Flow-CPS and, without a KL convention of its own, GRPO-Guard take the same arguments."""
+    dtype = _require_latents(v, v_old, eps, v_ref)
+    numbers = Numbers(v, dtype)
+    bounds = numbers.clip("clip", clip, most=1.0)
+    _checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)
+    scalars = _transitions(
+        numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
+    )
+    if kl_convention == "dt":
+        scalars = scalars._replace(kl_scale=scalars.kl_scale * -scalars.step.dt)
+    elif kl_convention == "two_sigma_squared":
+        scalars = scalars._replace(kl_scale=scalars.kl_scale * (2 * scalars.step.sigma.square()))
+    return scalars, bounds
 
 
 def flow_dppo_arguments(
@@ -69,22 +66,48 @@ def flow_dppo_arguments(
     table: StepTable,
     index: Tensor,
     advantages: Tensor,
-    threshold: float,
+    threshold: Number,
     direction: str,
     mask: str,
-    step_size: float | None,
+    step_size: Number | None,
     v_ref: Tensor | None,
-    kl_weight: float,
+    kl_weight: Number,
+    policy_weight: Number,
+    time_weight: str,
     reduction: str,
-) -> TransitionScalars:
-    _checks.require_number("threshold", threshold, low=0.0)
+) -> tuple[TransitionScalars, Number, Number | None]:
+    """The scalars, the threshold and the step size."""
+    dtype = _require_latents(v, v_old, eps, v_ref)
+    numbers = Numbers(v, dtype)
+    limit = numbers.read("threshold", threshold, low=0.0)
     _checks.require_choice("direction", direction, DIRECTIONS)
     _checks.require_choice("mask", mask, MASKS)
+    step = None
     if mask == "predictive":
-        _checks.require_number("step_size", step_size, low=0.0, exclusive=True)
+        step = numbers.read("step_size", step_size, low=0.0, exclusive=True)
     elif step_size is not None:
         raise ValueError(f"step_size is {step_size!r}; accepted with mask 'current' is None.")
-    return _transitions(v, v_old, eps, table, index, advantages, v_ref, kl_weight, reduction)
+    scalars = _transitions(
+        numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
+    )
+    return scalars, limit, step
+
+
+def distillation_arguments(
+    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, policy_weight: Number, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The factor of <(v-v_teacher)^2> ``[N]``, and which steps can be trained."""
+    _checks.require_latent("v", v)
+    _checks.require_like_v("v_teacher", v_teacher, v)
+    _checks.require_choice("form", form, FORMS)
+    _checks.require_choice("reduction", reduction, _checks.REDUCTIONS)
+    dtype = _checks.accumulate_dtype(v, v_teacher)
+    numbers = Numbers(v, dtype)
+    weight = numbers.read("policy_weight", policy_weight, low=0.0)
+    columns, valid = _steps(v, table, index, dtype, stochastic=form == "sde")
+    step = StepRows(*torch.where(valid[:, None], columns, 1).unbind(1))
+    factor = weight * (step.kappa if form == "sde" else step.c_v).square() / 2
+    return numbers.contain(factor), valid
 
 
 def sde_step_arguments(
@@ -113,11 +136,15 @@ def sde_step_arguments(
     _require_table(table)
     if isinstance(index, Tensor):
         _require_index(index, v)
-    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < table.steps:
-        raise ValueError(f"index is {index!r}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N].")
     else:
-        index = torch.full(v.shape[:1], index, device=v.device)
-    if _checks.values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+        is_step = isinstance(index, int) and not isinstance(index, bool)
+        if not is_step or not 0 <= index < table.steps:
+            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
+            raise ValueError(
+                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
+            )
+        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
+    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
         first = int(wrong.nonzero()[0])
         raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
     dtype = dtype or x.dtype
@@ -141,17 +168,21 @@ def gaussian_kl_arguments(
 
 def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     if not isinstance(std, Tensor):
-        _checks.require_number(name, std, low=0.0, exclusive=True)
-        return torch.full(mean.shape[:1], std, dtype=torch.float64, device=mean.device)
-    if not std.is_floating_point() or std.shape != mean.shape[:1] or std.device != mean.device:
+        require_number(name, std, low=0.0, exclusive=True)
+        # An addition: torch.full would keep the number in a graph, which one that changes compiles anew.
+        return mean.new_zeros(mean.shape[:1], dtype=torch.float64) + 1.0 * std
+    single = std.dim() == 0
+    here = std.device == mean.device or (single and std.device.type == "cpu")
+    if not std.is_floating_point() or not (single or std.shape == mean.shape[:1]) or not here:
         raise ValueError(
             f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
             f"tensor [{mean.shape[0]}] on {mean.device}."
         )
-    if _checks.values_are_at_hand(std) and (wrong := std <= 0).any():
+    std = std.detach().to(mean.device, torch.float64).expand(mean.shape[:1])
+    if values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
         first = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0.")
-    return std.detach().double()
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
+    return std
 
 
 def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -162,56 +193,65 @@ def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Ten
     return StepRows(*columns.unbind(1)).kappa
 
 
-def kl_factor(kl_convention: str, step: StepRows) -> float | Tensor:
-    """What a convention makes of the exact KL."""
-    if kl_convention == "dt":
-        return -step.dt
-    return 2 * step.sigma.square() if kl_convention == "two_sigma_squared" else 1.0
-
-
-def _transitions(
-    v: Tensor,
-    v_old: Tensor,
-    eps: Tensor,
-    table: StepTable,
-    index: Tensor,
-    advantages: Tensor,
-    v_ref: Tensor | None,
-    kl_weight: float,
-    reduction: str,
-) -> TransitionScalars:
+def _require_latents(v: Tensor, v_old: Tensor, eps: Tensor, v_ref: Tensor | None) -> torch.dtype:
+    """The accumulate dtype of latents that fit together."""
     _checks.require_latent("v", v)
     _checks.require_like_v("v_old", v_old, v)
     _checks.require_like_v("eps", eps, v)
     if v_ref is not None:
         _checks.require_like_v("v_ref", v_ref, v)
+    return _checks.accumulate_dtype(v, v_old, eps, v_ref)
+
+
+def _transitions(
+    numbers: Numbers,
+    v: Tensor,
+    v_ref: Tensor | None,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    kl_weight: Number,
+    policy_weight: Number,
+    time_weight: str,
+    reduction: str,
+    dtype: torch.dtype,
+) -> TransitionScalars:
     _checks.require_per_sample("advantages", advantages, v)
-    _checks.require_number("kl_weight", kl_weight, low=0.0)
-    if kl_weight > 0 and v_ref is None:
-        raise ValueError(f"kl_weight is {kl_weight!r} without v_ref; accepted are 0, or v_ref beside it.")
+    kl_scale = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
+    policy_scale = numbers.read("policy_weight", policy_weight, low=0.0)
+    _checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
     _checks.require_choice("reduction", reduction, _checks.REDUCTIONS)
-    dtype = _checks.accumulate_dtype(v, v_old, eps, v_ref)
     columns, valid_step = _steps(v, table, index, dtype)
     step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
-    advantages = advantages.detach().to(dtype)
-    return TransitionScalars(step, advantages, valid_step)
+    if time_weight == "inverse_dt":
+        policy_scale = policy_scale / -step.dt
+    elif time_weight == "sigma":
+        policy_scale = policy_scale * step.sigma
+    elif time_weight == "inverse_kappa":
+        policy_scale = policy_scale / step.kappa.abs()
+    return TransitionScalars(step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale)
 
 
-def _steps(v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _steps(
+    v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True
+) -> tuple[Tensor, Tensor]:
     """``[N, 5]``, the columns of :class:`StepRows`, and which of them belong to a step that can be trained."""
     _require_table(table)
     _require_index(index, v)
     columns = table.columns(index, dtype)
-    valid = columns[:, _SIGMA] > 0  # false for the NaN of a step outside the table
-    if _checks.values_are_at_hand(index) and not valid.all():
+    sigma = columns[:, _SIGMA]
+    valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
+    if values_are_at_hand(index) and not valid.all():
         first = int((~valid).nonzero()[0])
         step = int(index[first])
         if 0 <= step < table.steps:
             reason = "a deterministic step (sigma = 0)"
         else:
             reason = f"outside the table of {table.steps} steps"
-        accepted = ", ".join(map(str, table.stochastic_steps)) or "(none in this table)"
-        raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the stochastic steps {accepted}.")
+        accepted = f"steps 0 to {table.steps - 1}"
+        if stochastic:
+            accepted = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
+        raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the {accepted}.")
     return columns, valid
 
 
@@ -228,9 +268,3 @@ def _require_index(index: object, v: Tensor) -> None:
         raise ValueError(f"index has shape {list(index.shape)}; accepted is one step a transition, [{v.shape[0]}].")
     if index.device != v.device:
         raise ValueError(f"index is on {index.device}; accepted is the device of v, {v.device}.")
-
-
-def _require_clip(clip: float) -> None:
-    _checks.require_number("clip", clip, low=0.0)
-    if clip >= 1:
-        raise ValueError(f"clip is {clip!r}; accepted is a number of at least 0 and below 1.")

@@ -8,6 +8,7 @@ from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
 
@@ -23,9 +24,9 @@ def advantage_flow_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    gamma: float | Tensor | str = 1.1,
-    lam: float = 1e-3,
-    beta: float = 1.0,
+    gamma: Number | str = 1.1,
+    lam: Number = 1e-3,
+    beta: Number = 1.0,
     weighting: str = "prediction",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -62,7 +63,7 @@ def advantage_flow_loss(
     Raises ValueError, naming argument, value and what is accepted, for wrong shapes, dtypes, devices, names and
     numbers, and on CPU for t outside (0, 1]; on CUDA and under torch.compile such samples are dropped and counted.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.advantage_flow_loss(
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, beta=beta, weighting=weighting, reduction=reduction,

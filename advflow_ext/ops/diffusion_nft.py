@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
 
@@ -21,9 +22,10 @@ def diffusion_nft_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    beta: float = 1.0,
-    adv_clip_max: float = 5.0,
-    kl_weight: float = 1e-4,
+    beta: Number = 1.0,
+    adv_clip_max: Number = 5.0,
+    kl_weight: Number = 1e-4,
+    policy_weight: Number = 1.0,
     adaptive: bool = True,
     mode: str = "all",
     reduction: str = "mean",
@@ -60,20 +62,21 @@ def diffusion_nft_loss(
     released code rounds v+- to half precision under autocast and takes w+- in float64; here neither is rounded below
     float32. ``policy_term`` is the loss without the reference term; ``min_curvature`` includes the weights m and P+-.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.diffusion_nft_loss(
             v, x0, noise, t, advantages,
-            v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight, adaptive=adaptive,
-            mode=mode, reduction=reduction,
+            v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight,
+            policy_weight=policy_weight, adaptive=adaptive, mode=mode, reduction=reduction,
         )  # fmt: skip
-    samples = _checks.diffusion_nft_arguments(
-        v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, adaptive, mode, reduction
-    )
+    samples, (scale, clip, kl_scale, policy_scale) = _checks.diffusion_nft_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
+        reduction,
+    )  # fmt: skip
     _checks.require_native_dtype(samples.t.dtype, v, "diffusion_nft_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref, beta if adaptive else 0.0)
     vu_sq, vo_sq, vp_sq, ou_sq, _, _, plus_abs, minus_abs = stats.unbind(1)
 
-    signal = _signal(samples.advantages, mode, adv_clip_max)
+    signal = _signal(samples.advantages, mode, clip)
     if adaptive:
         inverse_plus = 1 / (samples.t * plus_abs).clamp(min=1e-5)
         inverse_minus = 1 / (samples.t * minus_abs).clamp(min=1e-5)
@@ -84,22 +87,22 @@ def diffusion_nft_loss(
     # Not plus - minus: at the first step (w+ = w-) that would lose the digits of a small advantage.
     difference = (inverse_plus - inverse_minus + signal * (inverse_plus + inverse_minus)) / 2
 
-    m = adv_clip_max * samples.t.square()
+    m = policy_scale * clip * samples.t.square()
     a = m * difference
-    b = m * ((beta - 1) * plus + (beta + 1) * minus)
-    z = m * ((1 / beta - 1) * plus + (1 / beta + 1) * minus)
-    kl = torch.full_like(a, kl_weight if v_ref is not None else 0.0)
+    b = m * ((scale - 1) * plus + (scale + 1) * minus)
+    z = m * ((1 / scale - 1) * plus + (1 / scale + 1) * minus)
+    kl = per_sample(kl_scale, a)
     policy_term = a * vu_sq + b * vo_sq + z * ou_sq
-    curvature = m * beta * (plus + minus) + kl
+    curvature = m * scale * (plus + minus) + kl
     return forward_output(
         (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([a, b, kl], 1), reduction,
         policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
     )  # fmt: skip
 
 
-def _signal(advantages: Tensor, mode: str, clip: float) -> Tensor:
+def _signal(advantages: Tensor, mode: str, clip: Number) -> Tensor:
     """2r - 1, in [-1, 1]."""
-    clipped = advantages.clamp(-clip, clip)
+    clipped = torch.clamp(advantages, -clip, clip)  # type: ignore[arg-type]  # both are numbers or both tensors
     if mode == "positive":
         clipped = clipped.clamp(min=0)
     elif mode == "negative":

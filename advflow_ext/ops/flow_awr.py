@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
+from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
+
+_VU_ABS = STATS.index("vu_abs")
 
 
 def flow_awr_loss(
@@ -21,46 +25,59 @@ def flow_awr_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
+    weighting: str = "adaptive",
     reduction: str = "mean",
 ) -> LossOutput:
-    """Regression of the velocity on a target that the advantage moves away from the rollout policy (FlowAWR).
+    """Regression on a target that the advantage moves away from the rollout policy (FlowAWR), as coded in
+    Fuzm7/FlowAWR @05e993a (train_awr_sd3.py).
 
-    Per sample, with u = noise - x0, D elements and <.> the mean over them::
+    Per sample, with u = noise - x0, D elements, <.> the mean over them and E = ``advantages``::
 
-        loss_i = <(v - v_target)^2> + kl_weight <(v - v_ref)^2>,   v_target = v_old + A (u - v_old)
-        d loss_i / dv = (2 / D) [ A (v-u) + (1-A) (v-v_old) + kl_weight (v-v_ref) ]
+        loss_i = m <(v - v_target)^2> + kl_weight <(v - v_ref)^2>,   v_target = v_old + E (u - v_old)
+        d loss_i / dv = (2 / D) [ m E (v-u) + m (1-E) (v-v_old) + kl_weight (v-v_ref) ]
 
-    in velocity space without time weight: the gradient of ``advantage_flow_loss(gamma="1-A", weighting="velocity")``.
-    The coefficients add up to 1 + kl_weight, so every sample's loss has a minimum, also for the advantages far above 1
-    that the paper's map gives.
+    The released code has the first term in x0-predictions f, whose residuals are -t times these: <(f - f_target)^2> / w
+    with f_target = f_old + E (x0 - f_old) and w = max(<|f - x0|>, 1e-5), so m = t^2 / w. The reference term stands
+    outside that weight, in velocity space. With kl_weight = 0 the gradient is that of ``advantage_flow_loss`` with
+    ``gamma="1-A", lam=0`` and the same weighting. The coefficients add up to m + kl_weight, so every sample's loss has
+    a minimum, whatever its advantage.
 
     Arguments:
-        v, x0, noise, t, v_ref, reduction: as in :func:`advantage_flow_loss`; v is the only tensor with a gradient, and
-            t is only checked.
-        advantages: ``[B]``, the paper's are :func:`softmax_advantages` of the rewards.
+        v, x0, noise, t, v_ref, reduction: as in :func:`advantage_flow_loss`; v is the only tensor with a gradient.
+        advantages: ``[B]``, E; the released code's are :func:`softmax_advantages` of the rewards.
         v_old: velocity of the rollout policy, shaped like v.
-        kl_weight: weight of the reference term, at least 0.
+        kl_weight: weight of the reference term, at least 0, in velocity space (the trainer's ``train.beta``, 1e-4).
+        policy_weight: multiplies m, at least 0.
+        weighting: "adaptive" (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: the released code),
+            "prediction" (m = t^2), or "velocity" (m = 1: the paper's regression of velocities, arXiv 2606.30376).
 
-    Dtypes, layouts, precision, non-finite samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`.
-    ``policy_term`` in the metrics is the loss without the reference term. No official code is public; the regression
-    follows the paper.
+    Dtypes, layouts, precision, non-finite samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`. The
+    released code takes w in float64; here it is not rounded below float32. ``policy_term`` in the metrics is the loss
+    without the reference term; ``min_curvature`` is the smallest m + kl_weight.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.flow_awr_loss(
-            v, x0, noise, t, advantages, v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, reduction=reduction
-        )
-    samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, reduction)
+            v, x0, noise, t, advantages,
+            v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, weighting=weighting,
+            reduction=reduction,
+        )  # fmt: skip
+    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
+    )
     _checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     vu_sq, vo_sq, vp_sq, ou_sq = stats[:, :4].unbind(1)
 
-    A = samples.advantages
-    kl = torch.full_like(A, kl_weight if v_ref is not None else 0.0)
-    policy_term = A * vu_sq + (1 - A) * (vo_sq - A * ou_sq)
-    curvature = 1 + kl
+    E = samples.advantages
+    m = torch.ones_like(samples.t) if weighting == "velocity" else samples.t.square()
+    if weighting == "adaptive":
+        m = m / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
+    m, kl = policy_scale * m, per_sample(kl_scale, E)
+    coef = torch.stack([m * E, m * (1 - E), kl], 1)
+    policy_term = m * (E * vu_sq + (1 - E) * (vo_sq - E * ou_sq))
     return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([A, 1 - A, kl], 1),
-        reduction,
-        policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
+        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, coef, reduction,
+        policy_term=policy_term, curvature=m + kl, nonconvex=torch.zeros_like(samples.valid_t),
     )  # fmt: skip

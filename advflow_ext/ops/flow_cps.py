@@ -7,6 +7,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
 from advflow_ext.ops.residual import transition_stats
@@ -21,10 +22,12 @@ def flow_cps_loss(
     index: Tensor,
     advantages: Tensor,
     *,
-    clip: float = 1e-4,
+    clip: Number | tuple[Number, Number] = 1e-4,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
     kl_convention: str = "exact",
+    policy_weight: Number = 1.0,
+    time_weight: str = "none",
     reduction: str = "mean",
 ) -> LossOutput:
     """Flow-GRPO's clipped policy gradient on a ratio whose log-probabilities have their variance dropped.
@@ -38,19 +41,20 @@ def flow_cps_loss(
     Arguments, the loss around the ratio, result and errors are those of :func:`flow_grpo_loss`. That repository's KL to
     the reference is ``kl_convention="two_sigma_squared"``.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, v_old, eps, index, advantages, v_ref):
         return reference.flow_cps_loss(
             v, v_old, eps, table, index, advantages,
-            clip=clip, v_ref=v_ref, kl_weight=kl_weight, kl_convention=kl_convention, reduction=reduction,
+            clip=clip, v_ref=v_ref, kl_weight=kl_weight, kl_convention=kl_convention, policy_weight=policy_weight,
+            time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars = checks.flow_grpo_arguments(
-        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, reduction
-    )
+    scalars, bounds = checks.flow_grpo_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
+        reduction,
+    )  # fmt: skip
     _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_cps_loss")
     stats = transition_stats(v, eps, v_old, v_ref)
     c_v = scalars.step.c_v
     linear, quadratic = 2 * scalars.step.sigma * c_v, c_v.square()
     log_ratio = linear * stats.eps_vo - quadratic * stats.vo_sq
-    surrogate = clipped_surrogate(log_ratio, scalars.advantages, clip)
-    kl_scale = kl_weight * checks.kl_factor(kl_convention, scalars.step)
-    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, kl_scale, reduction)
+    surrogate = clipped_surrogate(log_ratio, scalars.advantages, bounds)
+    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, reduction)

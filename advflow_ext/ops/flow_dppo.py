@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops._reverse import Surrogate, reverse_output
 from advflow_ext.ops.residual import transition_stats
@@ -22,12 +23,14 @@ def flow_dppo_loss(
     index: Tensor,
     advantages: Tensor,
     *,
-    threshold: float = 1e-6,
+    threshold: Number = 1e-6,
     direction: str = "ratio",
     mask: str = "current",
-    step_size: float | None = None,
+    step_size: Number | None = None,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
+    time_weight: str = "none",
     reduction: str = "mean",
 ) -> LossOutput:
     """Policy gradient masked where it leads further away from a rollout policy that is already far (Flow-DPPO).
@@ -52,15 +55,16 @@ def flow_dppo_loss(
             KL + s (log r - KL) + s^2 / 2 <(x' - mean)^2> / sigma^2.
         step_size: above 0, for mask "predictive" alone: the step on the mean per unit of A (x' - mean) / sigma^2.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, v_old, eps, index, advantages, v_ref):
         return reference.flow_dppo_loss(
             v, v_old, eps, table, index, advantages,
             threshold=threshold, direction=direction, mask=mask, step_size=step_size,
-            v_ref=v_ref, kl_weight=kl_weight, reduction=reduction,
+            v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars = checks.flow_dppo_arguments(
-        v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, reduction
-    )
+    scalars, limit, size = checks.flow_dppo_arguments(
+        v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, policy_weight,
+        time_weight, reduction,
+    )  # fmt: skip
     _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_dppo_loss")
     stats = transition_stats(v, eps, v_old, v_ref)
     A, kappa = scalars.advantages, scalars.step.kappa
@@ -72,12 +76,12 @@ def flow_dppo_loss(
     heading = log_ratio - kl if direction == "log_ratio_minus_kl" else log_ratio
     leaving = ((A > 0) & (heading > 0)) | ((A < 0) & (heading < 0))
     reach = kl
-    if step_size is not None:
-        step = step_size * A * ratio / scalars.step.sigma.square()
+    if size is not None:
+        step = size * A * ratio / scalars.step.sigma.square()
         distance = stats.eps_sq - 2 * kappa * stats.eps_vo + 2 * kl  # <(x' - mean)^2> / sigma^2
         reach = kl + step * (log_ratio - kl) + step.square() / 2 * distance
-    masked = leaving & ~(reach < threshold)  # an overflow to NaN is far too
+    masked = leaving & ~(reach < limit)  # an overflow to NaN is far too
 
     value = torch.where(masked, 0, -A * ratio)
     surrogate = Surrogate(log_ratio, ratio, value, slope=value, masked=masked)
-    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, kappa, quadratic, kl_weight, reduction)
+    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, kappa, quadratic, reduction)

@@ -9,10 +9,14 @@ from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.ops import _checks
 from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._numbers import values_are_at_hand
 from advflow_ext.ops.residual import residual_loss, residual_stats
 from advflow_ext.ops.step_table import StepTable
+from advflow_ext.reference.gaussian_kl import kl_of_spreads, scaled_distance
 
 _SQUARE = STATS.index("vu_sq")
+# Within these the squares of a difference that matters and of a std, and one over it, are at home in float32.
+_LEAST_STD, _LARGEST_STD = 1e-12, 1e12
 
 
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
@@ -26,11 +30,13 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
         mean1, mean2: ``[N, ...]`` of one shape, any rank from 2, any mix of floating-point dtypes. Both receive a
             gradient, (mean1 - mean2) / (D std2^2) and its negative. Means in half precision have lost the KL of a
             trust region before this is called: see :func:`gaussian_kl_from_velocity`.
-        std1, std2: numbers above 0 or ``[N]`` tensors; no gradient. Without std2 the two are one.
+        std1, std2: numbers above 0, or tensors of them, ``[N]`` or 0-dimensional; no gradient. Without std2 the two are
+            one.
 
     Result in float32, or float64 as soon as one mean is float64 on CPU. One native launch, and one more for each mean
     that receives a gradient. A sample with NaN or an infinite difference shows it in its value and has zero gradient;
-    so has, on CUDA and under torch.compile, one whose std is not above 0.
+    so has, on CUDA and under torch.compile, one whose std is not above 0, or is outside [1e-12, 1e12] where the means
+    differ. On CPU such a std is served in float64.
 
     Raises ValueError, naming argument, value and what is accepted.
     """
@@ -39,8 +45,7 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
     sigma1, sigma2 = checks.gaussian_kl_arguments(mean1, mean2, std1, std2)
     dtype = _checks.accumulate_dtype(mean1, mean2)
     _checks.require_native_dtype(dtype, mean1, "gaussian_kl")
-    offset = sigma2.log() - sigma1.log() + (sigma1 / sigma2).square() / 2 - 0.5
-    return _scaled_distance(mean1, mean2, (0.5 / sigma2.square()).to(dtype), offset.to(dtype))
+    return _scaled_distance(mean1, mean2, sigma2, kl_of_spreads(sigma1, sigma2), dtype)
 
 
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -54,16 +59,22 @@ def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index:
         return reference.gaussian_kl_from_velocity(v, v_old, table, index)
     kappa = checks.velocity_kl_arguments(v, v_old, table, index)
     _checks.require_native_dtype(kappa.dtype, v, "gaussian_kl_from_velocity")
-    return _scaled_distance(v, v_old.detach(), kappa.square() / 2, torch.zeros_like(kappa))
+    std = kappa.double().abs().reciprocal()
+    return _scaled_distance(v, v_old.detach(), std, torch.zeros_like(std), kappa.dtype)
 
 
-def _scaled_distance(first: Tensor, second: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """offset + scale <(first - second)^2>, with a gradient to both."""
-    values = offset + scale * residual_stats(first, second, None, None, None)[:, _SQUARE]
-    finite = torch.isfinite(values)
-    a = torch.where(finite, scale, 0)
+def _scaled_distance(first: Tensor, second: Tensor, std: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """offset + <((first - second) / std)^2> / 2, with a gradient to both."""
+    square = residual_stats(first, second, None, None, None)[:, _SQUARE]
+    ordinary = (std >= _LEAST_STD) & (std <= _LARGEST_STD)
+    scale = torch.where(ordinary, 0.5 / std.square(), 0)
+    known = ordinary | ((square == 0) & (std > 0) & std.isfinite())
+    values = torch.where(known, offset + scale * square, torch.nan).to(dtype)
+    a = torch.where(torch.isfinite(values), scale, 0).to(dtype)
     coef = torch.stack([a, torch.zeros_like(a), torch.zeros_like(a)], 1)
     kl = residual_loss(first, second, None, None, None, values, coef)
     if second.requires_grad:
         kl = kl + residual_loss(second, first, None, None, None, torch.zeros_like(values), coef)
+    if values_are_at_hand(std) and not ordinary.all():
+        kl = torch.where(ordinary, kl, scaled_distance(first, second, std, offset, dtype))
     return kl

@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops import _transition_checks as checks
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
 from advflow_ext.ops.residual import transition_stats
@@ -22,9 +23,10 @@ def grpo_guard_loss(
     index: Tensor,
     advantages: Tensor,
     *,
-    clip: float = 2e-6,
+    clip: Number | tuple[Number, Number] = 2e-6,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
     time_weight: str = "inverse_dt",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -38,27 +40,23 @@ def grpo_guard_loss(
         d loss / dv = -w A r c_v / D eps, or 0 where clipped, + kl_weight kappa^2 / D (v-v_ref)
 
     ``time_weight`` is "inverse_dt" (w = -1 / dt, yifan123/flow_grpo, train_sd3_GRPO_Guard.py) or "none" (w = 1,
-    X-GenGroup/Flow-Factory). sigma and dt are each transition's own; flow_grpo takes their mean over the batch, which
-    is the same only where all transitions are of one step. ``clip`` is 2e-6 there for OCR and GenEval, 4e-6 for
+    X-GenGroup/Flow-Factory). The drift, sigma and dt are each transition's own; flow_grpo (@9745241) takes their means
+    over the batch, which is the same only in a batch of one. ``clip`` is 2e-6 there for OCR and GenEval, 4e-6 for
     PickScore. Other arguments, result and errors are those of :func:`flow_grpo_loss`; the reference term is the exact
     KL and carries no time weight.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, v_old, eps, index, advantages, v_ref):
         return reference.grpo_guard_loss(
             v, v_old, eps, table, index, advantages,
-            clip=clip, v_ref=v_ref, kl_weight=kl_weight, time_weight=time_weight, reduction=reduction,
+            clip=clip, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, time_weight=time_weight,
+            reduction=reduction,
         )  # fmt: skip
-    scalars = checks.grpo_guard_arguments(
-        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, time_weight, reduction
+    scalars, bounds = checks.flow_grpo_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, "exact", policy_weight, time_weight, reduction
     )
     _checks.require_native_dtype(scalars.advantages.dtype, v, "grpo_guard_loss")
     stats = transition_stats(v, eps, v_old, v_ref)
     linear = scalars.step.c_v
-    surrogate = clipped_surrogate(linear * stats.eps_vo, scalars.advantages, clip)
-    if time_weight == "inverse_dt":
-        surrogate = surrogate._replace(
-            value=surrogate.value / -scalars.step.dt, slope=surrogate.slope / -scalars.step.dt
-        )
-    return reverse_output(
-        (v, eps, v_old, v_ref), scalars, stats, surrogate, linear, torch.zeros_like(linear), kl_weight, reduction
-    )
+    surrogate = clipped_surrogate(linear * stats.eps_vo, scalars.advantages, bounds)
+    quadratic = torch.zeros_like(linear)
+    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, reduction)

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native
+from advflow_ext._native import STATS
+from advflow_ext.ops._checks import REDUCTIONS
+from advflow_ext.ops._raw_checks import check_like, check_served
+
+# As csrc/launchers.h bounds them.
+_MOST = {"means": 8, "required": 4, "stat_means": 3}
 
 
 class LossSummary(NamedTuple):
@@ -32,6 +38,28 @@ def _register_fake() -> None:
         largest: bool,
         reduction: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if stats.dim() != 2 or stats.shape[1] != len(STATS):
+            raise RuntimeError(f"stats has shape {list(stats.shape)}; accepted is [B, {len(STATS)}].")
+        if stats.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(f"stats has dtype {stats.dtype}; accepted are float32 and float64.")
+        if not means:
+            raise RuntimeError("means is empty; accepted are the losses and what else to report.")
+        batch = stats.shape[0]
+        for name, columns in (("means", means), ("required", required)):
+            if len(columns) > _MOST[name]:
+                raise RuntimeError(f"{name} has {len(columns)} columns; accepted are at most {_MOST[name]}.")
+            for k, column in enumerate(columns):
+                check_like(f"{name}[{k}]", column, (batch,), stats.dtype, stats)
+        check_like("advantages", advantages, (batch,), stats.dtype, stats)
+        check_like("extreme", extreme, (batch,), stats.dtype, stats)
+        check_like("coef", coef, (batch, 3), stats.dtype, stats)
+        check_like("valid", valid, (batch,), torch.bool, stats)
+        check_like("flagged", flagged, (batch,), torch.bool, stats)
+        if not 0 <= stat_means <= _MOST["stat_means"]:
+            raise RuntimeError(f"stat_means is {stat_means}; accepted are 0 to {_MOST['stat_means']}.")
+        if reduction not in REDUCTIONS:
+            raise RuntimeError(f"reduction is {reduction!r}; accepted are 'mean', 'sum' and 'none'.")
+        check_served("loss_summary", stats.dtype, stats)
         loss = stats.new_empty((stats.shape[0],) if reduction == "none" else ())
         metrics = stats.new_empty((len(means) + stat_means + 6,))
         return loss, torch.empty_like(coef, memory_format=torch.contiguous_format), metrics

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops._checks import accumulate_dtype
+from advflow_ext.ops._raw_checks import check_latents, check_scalars
 
 
 def _register_fakes() -> None:
@@ -23,7 +23,8 @@ def _register_fakes() -> None:
     def residual_stats_shape(
         v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
     ) -> Tensor:
-        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, target, noise, v_old, v_ref))
+        latents = {"v": v, "target": target}, {"noise": noise, "v_old": v_old, "v_ref": v_ref}
+        return v.new_empty((v.shape[0], len(STATS)), dtype=check_latents("residual_stats", *latents))
 
     @torch.library.register_fake("advflow::residual_grad")  # type: ignore[untyped-decorator]
     def residual_grad_shape(
@@ -35,16 +36,21 @@ def _register_fakes() -> None:
         coef: Tensor,
         upstream: Tensor | None = None,
     ) -> Tensor:
+        latents = {"v": v, "target": target}, {"noise": noise, "v_old": v_old, "v_ref": v_ref}
+        check_scalars(coef, upstream, v, check_latents("residual_grad", *latents))
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("advflow::transition_stats")  # type: ignore[untyped-decorator]
     def transition_stats_shape(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> Tensor:
-        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate_dtype(v, eps, v_old, v_ref))
+        latents = {"v": v, "eps": eps, "v_old": v_old}, {"v_ref": v_ref}
+        return v.new_empty((v.shape[0], len(STATS)), dtype=check_latents("transition_stats", *latents))
 
     @torch.library.register_fake("advflow::transition_grad")  # type: ignore[untyped-decorator]
     def transition_grad_shape(
         v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, coef: Tensor, upstream: Tensor | None = None
     ) -> Tensor:
+        latents = {"v": v, "eps": eps, "v_old": v_old}, {"v_ref": v_ref}
+        check_scalars(coef, upstream, v, check_latents("transition_grad", *latents))
         return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -103,13 +109,20 @@ class CoefficientLoss(torch.autograd.Function):
         coef: Tensor,
         target_is_eps: bool,
     ) -> Tensor:
-        ctx.save_for_backward(v, target, noise, v_old, v_ref, coef)
+        tensors = (v, target, noise, v_old, v_ref, coef)
+        # What was made in inference mode has no version to watch, and autograd refuses to keep it; the context may.
+        ctx.unwatched = [tensor if _made_in_inference_mode(tensor) else None for tensor in tensors]
+        ctx.save_for_backward(
+            *(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unwatched, strict=True))
+        )
         ctx.target_is_eps = target_is_eps
         return loss.detach()  # not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        v, target, noise, v_old, v_ref, coef = ctx.saved_tensors
+        v, target, noise, v_old, v_ref, coef = (
+            watched if kept is None else kept for watched, kept in zip(ctx.saved_tensors, ctx.unwatched, strict=True)
+        )
         if ctx.target_is_eps:
             grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, coef, upstream)
         else:
@@ -137,6 +150,11 @@ def transition_loss(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None,
     others = map(_detached, (v_old, v_ref))
     result: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, loss, coef, True)
     return result
+
+
+def _made_in_inference_mode(tensor: Tensor | None) -> bool:
+    # Dynamo knows no such question.
+    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.ops.residual import residual_stats
 
@@ -20,10 +21,11 @@ def reward_weighted_loss(
     rewards: Tensor,
     *,
     method: str = "exp",
-    tau: float = 0.5,
+    tau: Number = 0.5,
     group_size: int | None = None,
     v_ref: Tensor | None = None,
-    kl_weight: float = 1.0,
+    kl_weight: Number = 1.0,
+    policy_weight: Number = 1.0,
     reduction: str = "mean",
 ) -> LossOutput:
     """Flow matching on the policy's own samples, each weighted by its reward.
@@ -56,25 +58,27 @@ def reward_weighted_loss(
     Dtypes, layouts, precision, non-finite samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`. In
     the metrics A stands for the reward, ``policy_term`` for the weighted term and ``rollout_deviation`` is 0.
     """
-    if not _native.serves(v):
+    if not _native.serves(v, x0, noise, t, rewards, v_ref):
         return reference.reward_weighted_loss(
             v, x0, noise, t, rewards,
-            method=method, tau=tau, group_size=group_size, v_ref=v_ref, kl_weight=kl_weight, reduction=reduction,
+            method=method, tau=tau, group_size=group_size, v_ref=v_ref, kl_weight=kl_weight,
+            policy_weight=policy_weight, reduction=reduction,
         )  # fmt: skip
-    samples, unbounded = _checks.reward_weighted_arguments(
-        v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, reduction
+    samples, (scale, kl_scale, policy_scale), unbounded = _checks.reward_weighted_arguments(
+        v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, policy_weight, reduction
     )
     _checks.require_native_dtype(samples.t.dtype, v, "reward_weighted_loss")
     stats = residual_stats(v, x0, noise, None, v_ref)
 
     weight = samples.advantages
     if method == "exp":
-        weight = (tau * weight).exp()
+        weight = (scale * weight).exp()
     elif method == "best":
         assert group_size is not None
         groups = torch.where(torch.isfinite(weight), weight, -torch.inf).view(-1, group_size)
         weight = (groups == groups.amax(1, keepdim=True)).flatten().to(weight.dtype)
-    kl = torch.full_like(weight, kl_weight if v_ref is not None else 0.0)
+    weight = policy_scale * weight
+    kl = per_sample(kl_scale, weight)
     policy_term = weight * stats[:, 0]
     curvature = weight + kl
     return forward_output(

@@ -4,6 +4,7 @@ from advflow_ext.reference.adaln import gate_residual, gate_residual_layer_norm_
 from advflow_ext.reference.advantage_flow import advantage_flow_loss
 from advflow_ext.reference.awm import awm_log_prob, awm_loss
 from advflow_ext.reference.diffusion_nft import diffusion_nft_loss
+from advflow_ext.reference.distillation import distillation_loss
 from advflow_ext.reference.flow_awr import flow_awr_loss
 from advflow_ext.reference.flow_cps import flow_cps_loss
 from advflow_ext.reference.flow_dppo import flow_dppo_loss
@@ -20,6 +21,7 @@ __all__ = [
     "awm_log_prob",
     "awm_loss",
     "diffusion_nft_loss",
+    "distillation_loss",
     "flow_awr_loss",
     "flow_cps_loss",
     "flow_dppo_loss",

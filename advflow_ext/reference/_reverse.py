@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from advflow_ext.ops._numbers import ClipRange, per_sample
 from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
 from advflow_ext.reference._forward import mean
@@ -71,10 +72,11 @@ def finite_ratio(log_ratio: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, log_ratio, 0), finite
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) -> tuple[Tensor, Tensor]:
     """The PPO surrogate as a loss, and where the clip is what decides it."""
     ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    lowest, highest = per_sample(1 - clip.below, ratio), per_sample(1 + clip.above, ratio)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(lowest, highest)
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
@@ -85,11 +87,11 @@ def reverse_output(
     policy_term: Tensor,  # [N]
     masked: Tensor,  # [N] bool
     finite: Tensor,  # [N] bool
-    kl_scale: float | Tensor,  # what the loss adds of KL(policy || reference)
     reduction: str,
 ) -> LossOutput:
     kl_old, kl_ref = at.kl(at.mu_old), at.kl(at.mu_ref)
-    losses = policy_term + kl_scale * kl_ref
+    policy_term = scalars.policy_scale * policy_term
+    losses = policy_term + scalars.kl_scale * kl_ref
     finite = finite & torch.isfinite(losses.detach() + kl_old.detach())
     losses = torch.where(finite & scalars.valid_step, losses, 0)
     metrics = summarise(

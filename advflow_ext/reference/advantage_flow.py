@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
@@ -19,9 +20,9 @@ def advantage_flow_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    gamma: float | Tensor | str = 1.1,
-    lam: float = 1e-3,
-    beta: float = 1.0,
+    gamma: Number | str = 1.1,
+    lam: Number = 1e-3,
+    beta: Number = 1.0,
     weighting: str = "prediction",
     reduction: str = "mean",
 ) -> LossOutput:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
@@ -19,9 +20,10 @@ def diffusion_nft_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    beta: float = 1.0,
-    adv_clip_max: float = 5.0,
-    kl_weight: float = 1e-4,
+    beta: Number = 1.0,
+    adv_clip_max: Number = 5.0,
+    kl_weight: Number = 1e-4,
+    policy_weight: Number = 1.0,
     adaptive: bool = True,
     mode: str = "all",
     reduction: str = "mean",
@@ -31,9 +33,11 @@ def diffusion_nft_loss(
     x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits as t goes to 0 (about
     1e-7 / t relative), which the fused op does not lose.
     """
-    samples = _checks.diffusion_nft_arguments(
-        v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, adaptive, mode, reduction
-    )
+    samples, (beta, clip, kl_scale, policy_scale) = _checks.diffusion_nft_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
+        reduction,
+    )  # fmt: skip
+    adv_clip_max = per_sample(clip, samples.t)
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
     assert latents.v_old is not None
     time = samples.t[:, None]
@@ -41,9 +45,9 @@ def diffusion_nft_loss(
 
     advantages_clip = samples.advantages.clamp(-adv_clip_max, adv_clip_max)
     if mode == "positive":
-        advantages_clip = advantages_clip.clamp(0, adv_clip_max)
+        advantages_clip = advantages_clip.clamp(min=0)
     elif mode == "negative":
-        advantages_clip = advantages_clip.clamp(-adv_clip_max, 0)
+        advantages_clip = advantages_clip.clamp(max=0)
     elif mode == "one":
         advantages_clip = torch.where(advantages_clip > 0, 1.0, 0.0).to(advantages_clip)
     elif mode == "binary":
@@ -55,17 +59,18 @@ def diffusion_nft_loss(
         weight = mean(error.detach().abs()).clamp(min=1e-5) if adaptive else torch.ones_like(samples.t)
         return mean(error.square()) / weight, weight
 
-    positive_loss, positive_weight = branch(beta * latents.v + (1 - beta) * latents.v_old)
-    negative_loss, negative_weight = branch((1 + beta) * latents.v_old - beta * latents.v)
-    policy_term = (r * positive_loss / beta + (1 - r) * negative_loss / beta) * adv_clip_max
+    scale = beta[:, None] if isinstance(beta, Tensor) and beta.dim() else beta
+    positive_loss, positive_weight = branch(scale * latents.v + (1 - scale) * latents.v_old)
+    negative_loss, negative_weight = branch((1 + scale) * latents.v_old - scale * latents.v)
+    policy_term = (r * positive_loss / beta + (1 - r) * negative_loss / beta) * adv_clip_max * policy_scale
     reference = latents.deviation(latents.v_ref)
     with torch.no_grad():
         data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
 
     curvature = adv_clip_max * samples.t.square() * beta * (r / positive_weight + (1 - r) / negative_weight)
-    curvature = curvature + (kl_weight if v_ref is not None else 0.0)
+    curvature = policy_scale * curvature + kl_scale
     return forward_output(
-        latents, samples, policy_term + kl_weight * reference, reduction,
+        latents, samples, policy_term + kl_scale * reference, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
         curvature=curvature, nonconvex=curvature <= 0,
     )  # fmt: skip

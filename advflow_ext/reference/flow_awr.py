@@ -1,4 +1,4 @@
-"""The FlowAWR loss (arXiv 2606.30376) in plain differentiable PyTorch."""
+"""The FlowAWR loss (arXiv 2606.30376) in plain differentiable PyTorch, written as its public code does."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.reference._forward import flatten, forward_output
+from advflow_ext.reference._forward import flatten, forward_output, mean
 
 
 def flow_awr_loss(
@@ -19,22 +20,42 @@ def flow_awr_loss(
     *,
     v_old: Tensor,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
+    weighting: str = "adaptive",
     reduction: str = "mean",
 ) -> LossOutput:
-    """Same arguments, result and errors as :func:`advflow_ext.flow_awr_loss`, by PyTorch autograd."""
-    samples = _checks.flow_awr_arguments(v, x0, noise, t, advantages, v_old, v_ref, kl_weight, reduction)
+    """Same arguments, result and errors as :func:`advflow_ext.flow_awr_loss`, by PyTorch autograd.
+
+    Unless ``weighting="velocity"``, x_t and the x0-predictions are formed as in the trainer. In float32 that costs
+    digits as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
+    """
+    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+        v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
+    )
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
     assert latents.v_old is not None
+    time, E = samples.t[:, None], samples.advantages[:, None]
 
-    v_target = latents.v_old + samples.advantages[:, None] * (latents.u - latents.v_old)
-    policy_term = latents.deviation(v_target)
+    if weighting == "velocity":
+        v_target = latents.v_old + E * (latents.u - latents.v_old)
+        policy_term, curvature = latents.deviation(v_target), torch.ones_like(samples.t)
+    else:
+        x_t = (1 - time) * latents.x0 + time * latents.noise
+        x0_prediction, old_prediction = x_t - time * latents.v, x_t - time * latents.v_old
+        target = old_prediction + E * (latents.x0 - old_prediction)
+        policy_term, curvature = mean((x0_prediction - target).square()), samples.t.square()
+        if weighting == "adaptive":
+            weight = mean((x0_prediction.detach() - latents.x0).abs()).clamp(min=1e-5)
+            policy_term, curvature = policy_term / weight, curvature / weight
+    policy_term = policy_scale * policy_term
+
+    curvature = per_sample(policy_scale * curvature + kl_scale, samples.t)
     reference = latents.deviation(latents.v_ref)
     with torch.no_grad():
         data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
-    curvature = torch.full_like(samples.t, 1 + (kl_weight if v_ref is not None else 0.0))
     return forward_output(
-        latents, samples, policy_term + kl_weight * reference, reduction,
+        latents, samples, policy_term + kl_scale * reference, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
-        curvature=curvature, nonconvex=curvature <= 0,
+        curvature=curvature, nonconvex=torch.zeros_like(samples.valid_t),
     )  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import flow_grpo_arguments, kl_factor
+from advflow_ext.ops._transition_checks import flow_grpo_arguments
 from advflow_ext.ops.step_table import StepTable
 from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions
 
@@ -18,10 +19,12 @@ def flow_grpo_loss(
     index: Tensor,
     advantages: Tensor,
     *,
-    clip: float = 1e-4,
+    clip: Number | tuple[Number, Number] = 1e-4,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
     kl_convention: str = "exact",
+    policy_weight: Number = 1.0,
+    time_weight: str = "none",
     reduction: str = "mean",
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.flow_grpo_loss`, by PyTorch autograd.
@@ -29,11 +32,11 @@ def flow_grpo_loss(
     Half precision is computed in float32, where the difference of two log-probabilities is good to about 1e-7; as soon
     as one latent is float64 everything is.
     """
-    scalars = flow_grpo_arguments(
-        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, reduction
-    )
+    scalars, bounds = flow_grpo_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
+        reduction,
+    )  # fmt: skip
     at = transitions(scalars, v, v_old, eps, v_ref)
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)
-    policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, clip)
-    kl_scale = kl_weight * kl_factor(kl_convention, scalars.step)
-    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, kl_scale, reduction)
+    policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
+    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction)

@@ -14,22 +14,34 @@ from advflow_ext.reference._forward import mean
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl`, by PyTorch autograd."""
     sigma1, sigma2 = gaussian_kl_arguments(mean1, mean2, std1, std2)
-    dtype = accumulate_dtype(mean1, mean2)
-    offset = torch.log(sigma2 / sigma1) + sigma1.square() / (2 * sigma2.square()) - 0.5
-    return _scaled_distance(mean1, mean2, (0.5 / sigma2.square()).to(dtype), offset.to(dtype))
+    return scaled_distance(mean1, mean2, sigma2, kl_of_spreads(sigma1, sigma2), accumulate_dtype(mean1, mean2))
 
 
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl_from_velocity`, by PyTorch autograd."""
     kappa = velocity_kl_arguments(v, v_old, table, index)
-    return _scaled_distance(v, v_old.detach(), kappa.square() / 2, torch.zeros_like(kappa))
+    std = kappa.double().abs().reciprocal()
+    return scaled_distance(v, v_old.detach(), std, torch.zeros_like(std), kappa.dtype)
 
 
-def _scaled_distance(first: Tensor, second: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    difference = first.flatten(1).to(scale.dtype) - second.flatten(1).to(scale.dtype)
-    values = offset + scale * mean(difference.detach().square())
-    finite = torch.isfinite(values)
+def kl_of_spreads(std1: Tensor, std2: Tensor) -> Tensor:
+    """ln(std2 / std1) + std1^2 / (2 std2^2) - 1/2 of float64 ``[N]``, to full precision where the two nearly agree."""
+    gap = (std1 - std2) / std2
+    near = gap - gap.log1p() + gap.square() / 2
+    return torch.where(gap.abs() < 0.1, near, std2.log() - std1.log() + (std1 / std2).square() / 2 - 0.5)
+
+
+def scaled_distance(first: Tensor, second: Tensor, std: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """offset + <((first - second) / std)^2> / 2 in ``dtype``, with a gradient to both; ``std``, ``offset`` float64.
+
+    In float64, and divided before it is squared: float32 holds neither the square of 1e-20 nor one over it.
+    """
+    difference = first.flatten(1).double() - second.flatten(1).double()
+    distance = difference.detach() / std[:, None]
+    values = (offset + mean(distance.square()) / 2).to(dtype)
+    slope = distance.abs() / (std[:, None] * max(distance.shape[1], 1))
+    finite = torch.isfinite(values) & (slope <= torch.finfo(dtype).max).all(1)
     # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
     difference = torch.where(finite[:, None], difference, 0)
-    kl = offset + scale * mean(difference.square())
+    kl = (offset + mean((difference / std[:, None]).square()) / 2).to(dtype)
     return torch.where(finite, kl, values)

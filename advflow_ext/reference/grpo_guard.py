@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import grpo_guard_arguments
+from advflow_ext.ops._transition_checks import flow_grpo_arguments
 from advflow_ext.ops.step_table import StepTable
 from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions
 
@@ -18,9 +19,10 @@ def grpo_guard_loss(
     index: Tensor,
     advantages: Tensor,
     *,
-    clip: float = 2e-6,
+    clip: Number | tuple[Number, Number] = 2e-6,
     v_ref: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Number = 0.0,
+    policy_weight: Number = 1.0,
     time_weight: str = "inverse_dt",
     reduction: str = "mean",
 ) -> LossOutput:
@@ -28,14 +30,12 @@ def grpo_guard_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    scalars = grpo_guard_arguments(
-        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, time_weight, reduction
+    scalars, bounds = flow_grpo_arguments(
+        v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, "exact", policy_weight, time_weight, reduction
     )
     at = transitions(scalars, v, v_old, eps, v_ref)
     # RatioNorm (eq. 8): the gradient flows through the added KL too.
     log_ratio = scalars.step.sigma * (at.log_ratio() + at.kl(at.mu_old))
     log_ratio, finite = finite_ratio(log_ratio, at.clean)
-    policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, clip)
-    if time_weight == "inverse_dt":
-        policy_term = policy_term / -scalars.step.dt
-    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, kl_weight, reduction)
+    policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
+    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction)

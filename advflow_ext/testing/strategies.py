@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advflow_ext.reference import awm_log_prob
 
-LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "channels_last")
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "channels_last", "steps")
 HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 # One element, odd sizes, the lane (16), tile (512) and chunk (4096) of the CPU kernels and their neighbours.
@@ -55,6 +55,8 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
         return buffer[1:].view(tensor.shape)
     if layout == "expanded" and tensor.shape[0]:
         return tensor[:1].expand_as(tensor)
+    if layout == "steps":  # one step of a trainer's [B, T, ...]
+        return torch.stack([tensor, tensor], 1)[:, 1]
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
@@ -121,12 +123,16 @@ def batches(
             "log_prob_old": choice(None, off_policy),
             "clip": choice(1.0, 0.2, 2.0),
             "ema_weight": choice(0.0, 1.0),
-            "kl_weight": choice(0.0, 0.7),
+            "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0,
             **weighting,
         }
     elif loss == "flow_awr_loss":
         advantages = per_sample(-1.0, 7.0)
-        options |= {"v_old": latent(), "kl_weight": choice(0.0, 0.7)}
+        options |= {
+            "v_old": latent(),
+            "kl_weight": choice(0.0, 0.7) if options["v_ref"] is not None else 0.0,
+            "weighting": choice("adaptive", "prediction", "velocity"),
+        }
     else:
         method = choice("exp", "linear", "best") if shape[0] > 1 else choice("exp", "linear")
         options |= {

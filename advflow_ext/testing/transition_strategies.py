@@ -15,7 +15,7 @@ from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, s
 
 def shifted(steps: int, shift: float = 3.0) -> Tensor:
     """The single-shift schedule: shift s / (1 + (shift - 1) s) of equally spaced s."""
-    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -24,6 +24,11 @@ TABLES = (
     StepTable(shifted(10), noise_level=0.8, convention="clamp_0.99", stochastic_steps=(0, 1, 4)),
     StepTable(shifted(16), sampler="dance_sde", noise_level=0.3),
     StepTable(shifted(10), sampler="cps", noise_level=0.8),
+)
+FLASH = StepTable(shifted(20), sampler="flash_sde", noise_level=0.9, stochastic_steps=range(10))
+# One step a sample, each with its own noise level; one of them is deterministic.
+SCATTERED = StepTable.from_steps(
+    [1.0, 0.9, 0.5, 0.9, 0.3], [0.96, 0.8, 0.1, 0.85, 0.25], noise_level=[0.7, 0.4, 0.0, 1.0, 0.2], sigma_1=0.95
 )
 
 
@@ -72,7 +77,7 @@ def transition_batches(
 
     drift = draw(st.sampled_from([1e-3, 0.1, 1.0]))
     v_old = normal()
-    table = draw(st.sampled_from(TABLES))
+    table = draw(st.sampled_from([*TABLES, FLASH, SCATTERED]))
     steps = torch.tensor(table.stochastic_steps)
     picked = torch.randint(len(steps), shape[:1], generator=generator)
     uniform = 2 * torch.rand(shape[0], generator=generator, dtype=torch.float64) - 1

@@ -11,8 +11,10 @@ enum AdvflowDtype : int32_t {
   ADVFLOW_BFLOAT16 = 3,
 };
 
+// [batch, elements]: a row's elements lie side by side, the rows anywhere.
 struct AdvflowTensor {
-  const void* data;  // null: this input is absent
+  const void* data;    // null: this input is absent
+  int64_t row_stride;  // elements from one row to the next; 0: one row for all
   AdvflowDtype dtype;
 };
 

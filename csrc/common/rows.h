@@ -89,11 +89,13 @@ constexpr AdvflowDtype advflow_dtype_of() {
   return sizeof(T) == 8 ? ADVFLOW_FLOAT64 : ADVFLOW_FLOAT32;
 }
 
-// The tile as T: in place where it is T already, converted into `scratch`
-// otherwise.
+// The tile that begins at element `first` of its row, as T: in place where it is
+// T already, converted into `scratch` otherwise.
 template <typename T>
-ADVFLOW_INLINE const T* advflow_read_tile(const AdvflowTensor& tensor, int64_t index, int64_t count, T* scratch) {
-  const char* data = static_cast<const char*>(tensor.data) + index * advflow_item_size(tensor.dtype);
+ADVFLOW_INLINE const T* advflow_read_tile(const AdvflowTensor& tensor, int64_t row, int64_t first, int64_t count,
+                                          T* scratch) {
+  const char* data =
+      static_cast<const char*>(tensor.data) + (row * tensor.row_stride + first) * advflow_item_size(tensor.dtype);
   if (tensor.dtype == advflow_dtype_of<T>()) return reinterpret_cast<const T*>(data);
   if (tensor.dtype == ADVFLOW_FLOAT32) {
     const float* from = reinterpret_cast<const float*>(data);
@@ -108,7 +110,8 @@ ADVFLOW_INLINE const T* advflow_read_tile(const AdvflowTensor& tensor, int64_t i
   return scratch;
 }
 
-// Rounds once. A double goes to half precision through float: v in half beside
+// Rounds once, to an output: rows without a gap, `index` from the start of the
+// batch. A double goes to half precision through float: v in half beside
 // a double tensor is a test's case, where the second rounding is below notice.
 template <typename T>
 ADVFLOW_INLINE void advflow_write_tile(const T* from, void* data, AdvflowDtype dtype, int64_t index, int64_t count) {
@@ -133,7 +136,7 @@ ADVFLOW_INLINE void advflow_write_tile(const T* from, void* data, AdvflowDtype d
 inline int64_t advflow_chunks_of(int64_t elements) { return (elements + kAdvflowChunk - 1) / kAdvflowChunk; }
 
 // Calls run(chunk, row, begin, end) for every chunk of every row, in threads;
-// chunk, begin and end count from the start of the batch.
+// chunk counts from the start of the batch, begin and end from that of the row.
 template <typename Run>
 void advflow_for_each_chunk(int64_t batch, int64_t elements, void* where, const Run& run) {
   struct Context {
@@ -147,7 +150,7 @@ void advflow_for_each_chunk(int64_t batch, int64_t elements, void* where, const 
       const int64_t row = chunk / chunks;
       const int64_t from = (chunk % chunks) * kAdvflowChunk;
       const int64_t to = from + kAdvflowChunk < elements ? from + kAdvflowChunk : elements;
-      run(chunk, row, row * elements + from, row * elements + to);
+      run(chunk, row, from, to);
     }
   };
   Context context = {run, elements};

@@ -22,6 +22,11 @@ ADVFLOW_HD int advflow_element_size(AdvflowDtype dtype) { return dtype == ADVFLO
 
 inline bool advflow_is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// Every row, not the first alone. An absent tensor counts as aligned, so it does not decide.
+inline bool advflow_is_aligned16(const AdvflowTensor& tensor) {
+  return advflow_is_aligned16(tensor.data) && tensor.row_stride * advflow_element_size(tensor.dtype) % 16 == 0;
+}
+
 // kLastUse marks reads that nothing repeats soon, so that they do not evict
 // what the next kernel wants from the cache.
 template <bool kLastUse, typename Word>
@@ -29,26 +34,28 @@ __device__ Word advflow_load(const Word* address) {
   return kLastUse ? __ldcs(address) : __ldg(address);
 }
 
+// Elements `i` to `i` + 7 of a row.
 template <bool kVector, bool kLastUse>
-__device__ AdvflowRaw8 advflow_load8(const void* data, AdvflowDtype dtype, int64_t index, int valid) {
+__device__ AdvflowRaw8 advflow_load8(const AdvflowTensor& tensor, int64_t row, int64_t i, int valid) {
+  const int64_t index = row * tensor.row_stride + i;
   AdvflowRaw8 raw = {};
   if (kVector) {
-    const uint4* address =
-        reinterpret_cast<const uint4*>(static_cast<const char*>(data) + index * advflow_element_size(dtype));
+    const uint4* address = reinterpret_cast<const uint4*>(static_cast<const char*>(tensor.data) +
+                                                          index * advflow_element_size(tensor.dtype));
     const uint4 low = advflow_load<kLastUse>(address);
     raw.word[0] = low.x, raw.word[1] = low.y, raw.word[2] = low.z, raw.word[3] = low.w;
-    if (dtype == ADVFLOW_FLOAT32) {
+    if (tensor.dtype == ADVFLOW_FLOAT32) {
       const uint4 high = advflow_load<kLastUse>(address + 1);
       raw.word[4] = high.x, raw.word[5] = high.y, raw.word[6] = high.z, raw.word[7] = high.w;
     }
-  } else if (dtype == ADVFLOW_FLOAT32) {
-    const uint32_t* address = static_cast<const uint32_t*>(data) + index;
+  } else if (tensor.dtype == ADVFLOW_FLOAT32) {
+    const uint32_t* address = static_cast<const uint32_t*>(tensor.data) + index;
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       if (k < valid) raw.word[k] = advflow_load<kLastUse>(address + k);
     }
   } else {
-    const uint16_t* address = static_cast<const uint16_t*>(data) + index;
+    const uint16_t* address = static_cast<const uint16_t*>(tensor.data) + index;
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       if (k < valid) raw.word[k / 2] |= uint32_t(advflow_load<kLastUse>(address + k)) << (16 * (k % 2));

@@ -31,11 +31,12 @@ using Scratch = T[kTensors][kAdvflowTile];
 // One loop over the tensors rather than five calls: the conversions of every
 // dtype are inlined here, and five copies of them are slow to compile.
 template <typename T>
-ADVFLOW_INLINE Tile<T> read_tiles(const AdvflowResidualInputs& in, int64_t index, int64_t count, Scratch<T>& scratch) {
+ADVFLOW_INLINE Tile<T> read_tiles(const AdvflowResidualInputs& in, int64_t row, int64_t first, int64_t count,
+                                  Scratch<T>& scratch) {
   const AdvflowTensor tensors[kTensors] = {in.v, in.target, in.noise, in.v_old, in.v_ref};
   const T* tiles[kTensors] = {};
   for (int k = 0; k < kTensors; ++k) {
-    if (tensors[k].data) tiles[k] = advflow_read_tile(tensors[k], index, count, scratch[k]);
+    if (tensors[k].data) tiles[k] = advflow_read_tile(tensors[k], row, first, count, scratch[k]);
   }
   return {tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], count};
 }
@@ -55,13 +56,14 @@ ADVFLOW_INLINE void accumulate_lanes(const Tile<T>& tile, int64_t i, int64_t val
 }
 
 template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
-ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t begin, int64_t end, double* partial) {
+ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,
+                                double* partial) {
   alignas(64) Scratch<T> scratch;
   Lanes<T> chunk[ADVFLOW_RESIDUAL_STATS] = {};
   const T mix = T(in.mix);
-  for (int64_t index = begin; index < end; index += kAdvflowTile) {
-    const int64_t count = end - index < kAdvflowTile ? end - index : kAdvflowTile;
-    const Tile<T> tile = read_tiles<T>(in, index, count, scratch);
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    const Tile<T> tile = read_tiles<T>(in, row, first, count, scratch);
     Lanes<T> sums[ADVFLOW_RESIDUAL_STATS] = {};
     int64_t i = 0;
     for (; i + kAdvflowLanes <= count; i += kAdvflowLanes) {
@@ -74,14 +76,16 @@ ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t begin, 
 }
 
 template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
-ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t begin, int64_t end) {
+ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t row, int64_t begin,
+                               int64_t end) {
   alignas(64) Scratch<T> scratch;
   alignas(64) T rounded_later[kAdvflowTile];
   const T a = coef[0], b = coef[1], c = coef[2];
   const T scale = T(2.0 / double(in.elements));
-  for (int64_t index = begin; index < end; index += kAdvflowTile) {
-    const int64_t count = end - index < kAdvflowTile ? end - index : kAdvflowTile;
-    const Tile<T> tile = read_tiles<T>(in, index, count, scratch);
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    const Tile<T> tile = read_tiles<T>(in, row, first, count, scratch);
+    const int64_t index = row * in.elements + first;
     const bool in_place = in.v.dtype == advflow_dtype_of<T>();
     T* __restrict__ out = in_place ? static_cast<T*>(grad) + index : rounded_later;
     for (int64_t i = 0; i < count; ++i) {
@@ -121,36 +125,40 @@ ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, v
   }
 
 template <typename T>
-ADVFLOW_INLINE void stats_any(const AdvflowResidualInputs& in, int64_t begin, int64_t end, double* partial) {
-  ADVFLOW_FOR_PRESENT(stats_chunk, in, begin, end, partial);
+ADVFLOW_INLINE void stats_any(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,
+                              double* partial) {
+  ADVFLOW_FOR_PRESENT(stats_chunk, in, row, begin, end, partial);
 }
 
 template <typename T>
-ADVFLOW_INLINE void grad_any(const AdvflowResidualInputs& all, const T* coef, void* grad, int64_t begin, int64_t end) {
+ADVFLOW_INLINE void grad_any(const AdvflowResidualInputs& all, const T* coef, void* grad, int64_t row, int64_t begin,
+                             int64_t end) {
   // A tensor whose coefficient is zero is not even read: it may hold anything.
   AdvflowResidualInputs in = all;
   if (coef[1] == T(0)) in.v_old.data = nullptr;
   if (coef[2] == T(0)) in.v_ref.data = nullptr;
   if (coef[0] == T(0) && !in.v_old.data && !in.v_ref.data) {
     const int64_t size = advflow_item_size(in.v.dtype);
-    std::memset(static_cast<char*>(grad) + begin * size, 0, size_t((end - begin) * size));
+    std::memset(static_cast<char*>(grad) + (row * in.elements + begin) * size, 0, size_t((end - begin) * size));
     return;
   }
-  ADVFLOW_FOR_PRESENT(grad_chunk, in, coef, grad, begin, end);
+  ADVFLOW_FOR_PRESENT(grad_chunk, in, coef, grad, row, begin, end);
 }
 
 template <typename T>
 struct Kernels {
-  void (*stats)(const AdvflowResidualInputs&, int64_t begin, int64_t end, double* partial);
-  void (*grad)(const AdvflowResidualInputs&, const T* coef, void* grad, int64_t begin, int64_t end);
+  void (*stats)(const AdvflowResidualInputs&, int64_t row, int64_t begin, int64_t end, double* partial);
+  void (*grad)(const AdvflowResidualInputs&, const T* coef, void* grad, int64_t row, int64_t begin, int64_t end);
 };
 
-#define ADVFLOW_KERNELS_FOR(suffix, T, target)                                                                        \
-  target void stats_##suffix(const AdvflowResidualInputs& in, int64_t begin, int64_t end, double* partial) {          \
-    stats_any<T>(in, begin, end, partial);                                                                            \
-  }                                                                                                                   \
-  target void grad_##suffix(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t begin, int64_t end) { \
-    grad_any<T>(in, coef, grad, begin, end);                                                                          \
+#define ADVFLOW_KERNELS_FOR(suffix, T, target)                                                                      \
+  target void stats_##suffix(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,              \
+                             double* partial) {                                                                     \
+    stats_any<T>(in, row, begin, end, partial);                                                                     \
+  }                                                                                                                 \
+  target void grad_##suffix(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t row, int64_t begin, \
+                            int64_t end) {                                                                          \
+    grad_any<T>(in, coef, grad, row, begin, end);                                                                   \
   }
 
 ADVFLOW_KERNELS_FOR(baseline, float, )
@@ -182,8 +190,8 @@ bool any_double(const AdvflowResidualInputs& in) {
 template <typename T>
 int run_stats(const AdvflowResidualInputs& in, double* partials, T* stats, void* where) {
   const Kernels<T> kernel = kernels(T());
-  advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t, int64_t begin, int64_t end) {
-    kernel.stats(in, begin, end, partials + chunk * ADVFLOW_RESIDUAL_STATS);
+  advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t row, int64_t begin, int64_t end) {
+    kernel.stats(in, row, begin, end, partials + chunk * ADVFLOW_RESIDUAL_STATS);
   });
   advflow_finish_means<ADVFLOW_RESIDUAL_STATS>(partials, in.batch, in.elements, stats);
   return ADVFLOW_OK;
@@ -197,7 +205,7 @@ int run_grad(const AdvflowResidualInputs& in, const T* coef, const AdvflowColumn
     const T* given = coef + row * 3;
     const T scaled[3] = {advflow_scaled(given[0], weight), advflow_scaled(given[1], weight),
                          advflow_scaled(given[2], weight)};
-    kernel.grad(in, scaled, grad, begin, end);
+    kernel.grad(in, scaled, grad, row, begin, end);
   });
   return ADVFLOW_OK;
 }

@@ -49,10 +49,11 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
   const T c_x = coef[0], c_v = coef[1], sigma = coef[2];
   const T inverse_sigma = T(1) / sigma;
   AdvflowLanes<T> sums = {};
-  for (int64_t index = begin; index < end; index += kAdvflowTile) {
-    const int64_t count = end - index < kAdvflowTile ? end - index : kAdvflowTile;
-    const T* v = advflow_read_tile(in.v, index, count, scratch_v);
-    const T* x = advflow_read_tile(in.x, index, count, scratch_x);
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    const int64_t index = row * in.elements + first;
+    const T* v = advflow_read_tile(in.v, row, first, count, scratch_v);
+    const T* x = advflow_read_tile(in.x, row, first, count, scratch_x);
     for (int64_t i = 0; i < count; ++i) mean[i] = advflow_sde_mean(x[i], v[i], c_x, c_v);
     if (sigma == T(0)) {
       advflow_write_tile(mean, out.x_next, in.dtype, index, count);
@@ -62,13 +63,13 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
     }
     const T* noise = scratch_noise;
     if (in.seeds) {
-      draw_tile(in.seeds[row], index - row * in.elements, count, scratch_noise);
+      draw_tile(in.seeds[row], first, count, scratch_noise);
     } else {
-      noise = advflow_read_tile(in.noise, index, count, scratch_noise);
+      noise = advflow_read_tile(in.noise, row, first, count, scratch_noise);
     }
     for (int64_t i = 0; i < count; ++i) next[i] = advflow_sde_next(mean[i], sigma, noise[i]);
     advflow_write_tile(next, out.x_next, in.dtype, index, count);
-    const T* stored = advflow_read_tile({out.x_next, in.dtype}, index, count, next);
+    const T* stored = advflow_read_tile({out.x_next, in.elements, in.dtype}, row, first, count, next);
     for (int64_t i = 0; i < count; ++i) eps[i] = advflow_sde_eps(stored[i], mean[i], inverse_sigma);
     advflow_write_tile(eps, out.eps, in.dtype, index, count);
     for (int64_t i = count; i % kAdvflowLanes != 0; ++i) eps[i] = T(0);

@@ -51,13 +51,13 @@ struct Residuals8 {
 // Elements past `valid` read as zero in every tensor, which adds exactly
 // nothing to any sum.
 template <typename V, bool kLastUse>
-__device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t index, int valid) {
+__device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t row, int64_t i, int valid) {
   AdvflowRaw8 noise, old, ref;
-  const AdvflowRaw8 v = advflow_load8<V::vector, kLastUse>(in.v.data, in.v.dtype, index, valid);
-  const AdvflowRaw8 target = advflow_load8<V::vector, kLastUse>(in.target.data, in.target.dtype, index, valid);
-  if (V::noise) noise = advflow_load8<V::vector, kLastUse>(in.noise.data, in.noise.dtype, index, valid);
-  if (V::old) old = advflow_load8<V::vector, kLastUse>(in.v_old.data, in.v_old.dtype, index, valid);
-  if (V::ref) ref = advflow_load8<V::vector, kLastUse>(in.v_ref.data, in.v_ref.dtype, index, valid);
+  const AdvflowRaw8 v = advflow_load8<V::vector, kLastUse>(in.v, row, i, valid);
+  const AdvflowRaw8 target = advflow_load8<V::vector, kLastUse>(in.target, row, i, valid);
+  if (V::noise) noise = advflow_load8<V::vector, kLastUse>(in.noise, row, i, valid);
+  if (V::old) old = advflow_load8<V::vector, kLastUse>(in.v_old, row, i, valid);
+  if (V::ref) ref = advflow_load8<V::vector, kLastUse>(in.v_ref, row, i, valid);
 
   Residuals8 x = {};
   advflow_unpack8(v, in.v.dtype, x.v);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
   const float mix = float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
   for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
-    const Residuals8 x = load_residuals<V, false>(in, row * in.elements + i, advflow_valid_elements(i, end));
+    const Residuals8 x = load_residuals<V, false>(in, row, i, advflow_valid_elements(i, end));
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       advflow_residual_accumulate<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], mix, sums);
@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
   const int64_t tile = blockIdx.x % unsigned(plan.tiles);
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
   if (i >= in.elements) return;
-  const int64_t index = row * in.elements + i;
   const int valid = advflow_valid_elements(i, in.elements);
   const float weight = advflow_upstream<float>(upstream, row);
   const float a = advflow_scaled(coef[row * 3], weight);
@@ -116,14 +115,14 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
   // A dropped row is not even read: its inputs may be anything.
   float out[kAdvflowVec] = {};
   if (a != 0.0f || (V::old && b != 0.0f) || (V::ref && c != 0.0f)) {
-    const Residuals8 x = load_residuals<V, true>(in, index, valid);
+    const Residuals8 x = load_residuals<V, true>(in, row, i, valid);
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       out[k] = scale * advflow_residual_combine<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
     }
   }
   // Stored with the default policy: the next kernel of the backward reads it.
-  advflow_store8<V::vector>(grad, in.v.dtype, index, valid, advflow_pack8(out, in.v.dtype));
+  advflow_store8<V::vector>(grad, in.v.dtype, row * in.elements + i, valid, advflow_pack8(out, in.v.dtype));
 }
 
 // ---------------------------------------------------------------------------
@@ -134,11 +133,10 @@ bool are_supported(const AdvflowResidualInputs& in) {
          advflow_is_supported(in.v_old) && advflow_is_supported(in.v_ref);
 }
 
-// Null counts as aligned, so absent tensors do not decide.
 bool can_vectorize(const AdvflowResidualInputs& in, const void* grad) {
-  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v.data) && advflow_is_aligned16(in.target.data) &&
-         advflow_is_aligned16(in.noise.data) && advflow_is_aligned16(in.v_old.data) &&
-         advflow_is_aligned16(in.v_ref.data) && advflow_is_aligned16(grad);
+  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.target) &&
+         advflow_is_aligned16(in.noise) && advflow_is_aligned16(in.v_old) && advflow_is_aligned16(in.v_ref) &&
+         advflow_is_aligned16(grad);
 }
 
 template <typename F>

@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
     const int64_t index = row * in.elements + i;
     const int valid = advflow_valid_elements(i, end);
     AdvflowRaw8 given;
-    if (!kDrawn && noisy) given = advflow_load8<kVector, true>(in.noise.data, in.noise.dtype, index, valid);
-    const AdvflowRaw8 raw_v = advflow_load8<kVector, true>(in.v.data, in.v.dtype, index, valid);
-    const AdvflowRaw8 raw_x = advflow_load8<kVector, true>(in.x.data, in.x.dtype, index, valid);
+    if (!kDrawn && noisy) given = advflow_load8<kVector, true>(in.noise, row, i, valid);
+    const AdvflowRaw8 raw_v = advflow_load8<kVector, true>(in.v, row, i, valid);
+    const AdvflowRaw8 raw_x = advflow_load8<kVector, true>(in.x, row, i, valid);
 
     float v[kAdvflowVec], x[kAdvflowVec], mean[kAdvflowVec], next[kAdvflowVec];
     advflow_unpack8(raw_v, in.v.dtype, v);
@@ -82,10 +82,9 @@ bool are_supported(const AdvflowSdeStepInputs& in) {
          advflow_is_supported(in.dtype);
 }
 
-// Null counts as aligned, so absent noise does not decide.
 bool can_vectorize(const AdvflowSdeStepInputs& in, const void* x_next, const void* eps) {
-  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v.data) && advflow_is_aligned16(in.x.data) &&
-         advflow_is_aligned16(in.noise.data) && advflow_is_aligned16(x_next) && advflow_is_aligned16(eps);
+  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
+         advflow_is_aligned16(in.noise) && advflow_is_aligned16(x_next) && advflow_is_aligned16(eps);
 }
 
 }  // namespace

@@ -67,9 +67,9 @@ template <typename T>
 ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int64_t row, T* loss, T* coef,
                                          double* sums, double* extreme) {
   const bool finite = advflow_sample_is_finite<T>(in, row);
-  const bool usable = finite && in.valid[row];
+  const bool usable = finite && in.valid[row] != 0;
   sums[ADVFLOW_SUM_NONFINITE] += finite ? 0.0 : 1.0;
-  sums[ADVFLOW_SUM_INVALID] += in.valid[row] ? 0.0 : 1.0;
+  sums[ADVFLOW_SUM_INVALID] += in.valid[row] != 0 ? 0.0 : 1.0;
   if (in.per_sample) loss[row] = usable ? advflow_column_at<T>(in.means[0], row) : T(0);
   ADVFLOW_UNROLL
   for (int k = 0; k < 3; ++k) {
@@ -78,7 +78,7 @@ ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int
   if (!usable) return;
 
   sums[ADVFLOW_SUM_USABLE] += 1.0;
-  sums[ADVFLOW_SUM_FLAGGED] += in.flagged[row] ? 1.0 : 0.0;
+  sums[ADVFLOW_SUM_FLAGGED] += in.flagged[row] != 0 ? 1.0 : 0.0;
   ADVFLOW_UNROLL
   for (int k = 0; k < ADVFLOW_SUMMARY_MEANS; ++k) {
     if (k < in.mean_count) sums[ADVFLOW_SUM_MEANS + k] += double(advflow_column_at<T>(in.means[k], row));

@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <string>
 
 #include "launchers.h"
 #include "math/residual.h"
@@ -15,52 +16,78 @@
 namespace {
 
 using Summary = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Launcher = int (*)(const AdvflowLossSummaryInputs*, void*, void*, void*, void*);
+
+struct Device {
+  int (*summarise)(const AdvflowLossSummaryInputs*, void*, void*, void*, void*);
+  void* (*where)(const at::Tensor&);
+};
+
+const Device cpu = {advflow_loss_summary_cpu, advflow_torch_threads};
+#ifdef ADVFLOW_WITH_CUDA
+const Device cuda = {advflow_loss_summary_cuda, advflow_current_stream};
+#endif
+
+void check_stats(const at::Tensor& stats) {
+  advflow_check_given(stats, "stats");
+  TORCH_CHECK(stats.dim() == 2 && stats.size(1) == ADVFLOW_RESIDUAL_STATS, "stats has shape ", stats.sizes(),
+              "; accepted is [B, ", int(ADVFLOW_RESIDUAL_STATS), "].");
+  TORCH_CHECK(stats.scalar_type() == at::kFloat || stats.scalar_type() == at::kDouble, "stats has dtype ",
+              stats.scalar_type(), "; accepted are float32 and float64.");
+}
 
 void check_like(const at::Tensor& tensor, const char* name, at::IntArrayRef shape, at::ScalarType type,
                 at::Device device) {
+  advflow_check_given(tensor, name);
   TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; accepted is ", shape, ".");
   TORCH_CHECK(tensor.scalar_type() == type, name, " has dtype ", tensor.scalar_type(), "; accepted is ", type, ".");
-  TORCH_CHECK(tensor.device() == device, name, " is on ", tensor.device(), "; accepted is ", device, ".");
+  TORCH_CHECK(tensor.device() == device, name, " is on ", tensor.device(), "; accepted is the device of stats, ",
+              device, ".");
 }
 
-AdvflowColumn column(const at::Tensor& tensor, const char* name, const at::Tensor& stats) {
+void check_column(const at::Tensor& tensor, const char* name, const at::Tensor& stats) {
   check_like(tensor, name, {stats.size(0)}, stats.scalar_type(), stats.device());
-  return {tensor.const_data_ptr(), tensor.stride(0)};
 }
 
-int32_t columns(at::TensorList tensors, const char* name, int64_t most, const at::Tensor& stats, AdvflowColumn* out) {
+void check_columns(at::TensorList tensors, const char* name, int64_t most, const at::Tensor& stats) {
   TORCH_CHECK(int64_t(tensors.size()) <= most, name, " has ", tensors.size(), " columns; accepted are at most ", most,
               ".");
-  for (const at::Tensor& tensor : tensors) *out++ = column(tensor, name, stats);
-  return int32_t(tensors.size());
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    check_column(tensors[k], (std::string(name) + "[" + std::to_string(k) + "]").c_str(), stats);
+  }
 }
 
 Summary run(at::TensorList means, at::TensorList required, const at::Tensor& advantages, const at::Tensor& extreme,
             const at::Tensor& stats, const at::Tensor& coef, const at::Tensor& valid, const at::Tensor& flagged,
-            int64_t stat_means, bool largest, c10::string_view reduction, Launcher launch, void* where) {
-  TORCH_CHECK(stats.dim() == 2 && stats.size(1) == ADVFLOW_RESIDUAL_STATS, "stats has shape ", stats.sizes(),
-              "; accepted is [B, ", int(ADVFLOW_RESIDUAL_STATS), "].");
+            int64_t stat_means, bool largest, c10::string_view reduction, const Device& device) {
+  check_stats(stats);
+  const int64_t batch = stats.size(0);
   TORCH_CHECK(!means.empty(), "means is empty; accepted are the losses and what else to report.");
+  check_columns(means, "means", ADVFLOW_SUMMARY_MEANS, stats);
+  check_columns(required, "required", ADVFLOW_SUMMARY_REQUIRED, stats);
+  check_column(advantages, "advantages", stats);
+  check_column(extreme, "extreme", stats);
+  check_like(coef, "coef", {batch, 3}, stats.scalar_type(), stats.device());
+  check_like(valid, "valid", {batch}, at::kBool, stats.device());
+  check_like(flagged, "flagged", {batch}, at::kBool, stats.device());
   TORCH_CHECK(stat_means >= 0 && stat_means <= ADVFLOW_SUMMARY_STATS, "stat_means is ", stat_means,
               "; accepted are 0 to ", int(ADVFLOW_SUMMARY_STATS), ".");
   TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction is '", reduction,
               "'; accepted are 'mean', 'sum' and 'none'.");
-  const int64_t batch = stats.size(0);
-  check_like(coef, "coef", {batch, 3}, stats.scalar_type(), stats.device());
-  check_like(valid, "valid", {batch}, at::kBool, stats.device());
-  check_like(flagged, "flagged", {batch}, at::kBool, stats.device());
+  advflow_check_served(stats.scalar_type(), stats.device(), "loss_summary");
 
-  const at::Tensor rows[] = {stats.contiguous(), coef.contiguous(), valid.contiguous(), flagged.contiguous()};
+  const c10::OptionalDeviceGuard guard(stats.device());
+  AdvflowReader reader;
   AdvflowLossSummaryInputs in = {};
-  in.mean_count = columns(means, "means", ADVFLOW_SUMMARY_MEANS, stats, in.means);
-  in.required_count = columns(required, "required", ADVFLOW_SUMMARY_REQUIRED, stats, in.required);
-  in.advantages = column(advantages, "advantages", stats);
-  in.extreme = column(extreme, "extreme", stats);
-  in.stats = rows[0].const_data_ptr();
-  in.coef = rows[1].const_data_ptr();
-  in.valid = rows[2].const_data_ptr<bool>();
-  in.flagged = rows[3].const_data_ptr<bool>();
+  for (size_t k = 0; k < means.size(); ++k) in.means[k] = reader.column(means[k]);
+  for (size_t k = 0; k < required.size(); ++k) in.required[k] = reader.column(required[k]);
+  in.mean_count = int32_t(means.size());
+  in.required_count = int32_t(required.size());
+  in.advantages = reader.column(advantages);
+  in.extreme = reader.column(extreme);
+  in.stats = reader.contiguous(stats);
+  in.coef = reader.contiguous(coef);
+  in.valid = static_cast<const uint8_t*>(reader.contiguous(valid));
+  in.flagged = static_cast<const uint8_t*>(reader.contiguous(flagged));
   in.batch = batch;
   in.divisor = reduction == "mean" ? double(std::max<int64_t>(batch, 1)) : 1.0;
   in.stat_count = int32_t(stat_means);
@@ -72,9 +99,9 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   const at::Tensor masked = at::empty({batch, 3}, stats.options());
   const at::Tensor metrics = at::empty({in.mean_count + in.stat_count + 6}, stats.options());
   ++advflow_launches;
-  advflow_check_status(
-      launch(&in, loss.mutable_data_ptr(), masked.mutable_data_ptr(), metrics.mutable_data_ptr(), where),
-      "loss_summary");
+  advflow_check_status(device.summarise(&in, loss.mutable_data_ptr(), masked.mutable_data_ptr(),
+                                        metrics.mutable_data_ptr(), device.where(stats)),
+                       "loss_summary");
   return {loss, masked, metrics};
 }
 
@@ -84,8 +111,7 @@ Summary loss_summary_cpu(at::TensorList means, at::TensorList required, const at
                          const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                          const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
                          c10::string_view reduction) {
-  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
-             advflow_loss_summary_cpu, nullptr);
+  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -93,8 +119,6 @@ Summary loss_summary_cuda(at::TensorList means, at::TensorList required, const a
                           const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                           const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
                           c10::string_view reduction) {
-  const c10::DeviceGuard guard(stats.device());
-  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
-             advflow_loss_summary_cuda, advflow_current_stream(stats));
+  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction, cuda);
 }
 #endif

@@ -1,51 +1,85 @@
 // What the glue of every operator shares: checked operands, and the call of a
-// launcher.
+// launcher. An operator first checks all it was given and only then reads it, so
+// that a call that is refused has copied, allocated and launched nothing.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
 #include <optional>
+#include <vector>
 
 #include "common/dtype.h"
 
 // Calls that reached a launcher; tests assert how many a training step makes.
 extern std::atomic<int64_t> advflow_launches;
 
-// Refuses what no kernel reads; the sentence begins with `name` and `verb`.
+// ---------------------------------------------------------------------------
+// Checks. Each sentence begins with the argument's name.
+
+// Refuses what no kernel reads; `verb` stands between name and type.
 AdvflowDtype advflow_dtype_code(at::ScalarType type, const char* name, const char* verb = " has dtype ");
 
-// The tensors of one call: each has the shape and device of `v`, is kept
-// contiguous and alive, and widens the accumulate type where it is float64.
+// Refuses an argument that has to be there and is None.
+void advflow_check_given(const at::Tensor& tensor, const char* name);
+
+// CUDA has no float64 kernels.
+void advflow_check_served(at::ScalarType accumulate, at::Device device, const char* op);
+
+// The tensors of one call: each has the shape and device of `v`, and widens the
+// accumulate type where it is float64.
 class AdvflowOperands {
  public:
-  explicit AdvflowOperands(const at::Tensor& v);
+  explicit AdvflowOperands(const at::Tensor& v);  // checks v too
 
-  // An absent tensor gives null data.
-  AdvflowTensor hold(const std::optional<at::Tensor>& tensor, const char* name);
+  void check(const at::Tensor& tensor, const char* name);
+  void check_if_given(const std::optional<at::Tensor>& tensor, const char* name);
   void accumulate_in(AdvflowDtype dtype);
+
+  // These know the accumulate type once every tensor has been checked.
+  void check_served(const char* op) const;
+  void check_coef(const at::Tensor& coef) const;          // [batch, 3]
+  void check_upstream(const at::Tensor& upstream) const;  // one number or [batch]
+
+  void check_device(const at::Tensor& tensor, const char* name) const;
 
   int64_t batch() const { return batch_; }
   int64_t elements() const { return batch_ ? like_.numel() / batch_ : 0; }
   bool empty() const { return like_.numel() == 0; }
   at::TensorOptions accumulate_options() const { return like_.options().dtype(accumulate_); }
 
-  // coef is [batch, 3] in the accumulate type: call after the last hold().
-  void check_coef(const at::Tensor& coef) const;
-  // upstream is one number or [batch], in the accumulate type.
-  void check_upstream(const at::Tensor& upstream) const;
-  void check_device(const at::Tensor& tensor, const char* name) const;
+ private:
+  void check_accumulate(const at::Tensor& tensor, const char* name) const;
+
+  const at::Tensor& like_;
+  int64_t batch_ = 0;
+  at::ScalarType accumulate_ = at::kFloat;
+};
+
+// ---------------------------------------------------------------------------
+// Reading
+
+// Tensors as launchers take them. What a kernel cannot read as it lies is copied
+// and lives as long as this.
+class AdvflowReader {
+ public:
+  // Rows may lie anywhere; a copy is made where a row has gaps.
+  AdvflowTensor rows(const at::Tensor& tensor);
+  AdvflowTensor rows(const std::optional<at::Tensor>& tensor);  // absent: null data
+  AdvflowColumn column(const at::Tensor& tensor);               // [batch], or one number for all rows
+  const void* contiguous(const at::Tensor& tensor);
 
  private:
-  at::Tensor like_;
-  int64_t batch_;
-  at::ScalarType accumulate_ = at::kFloat;
-  at::Tensor held_[5];
-  int count_ = 0;
+  const at::Tensor& keep(at::Tensor tensor);
+
+  std::vector<at::Tensor> copies_;
 };
+
+// ---------------------------------------------------------------------------
+// Launching
 
 // Turns what a launcher returned into an error where it was not success.
 void advflow_check_status(int status, const char* op);
 
-// `where` of the CPU launchers: torch's own threads.
-void* advflow_torch_threads();
+// `where` of the CPU launchers: torch's own threads, whatever the tensor.
+void* advflow_torch_threads(const at::Tensor& tensor);

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "loss_summary.h"
+#include "refusal.h"
 #include "residual.h"
 #include "sde_step.h"
 
@@ -45,6 +46,19 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("sde_step", sde_step_cuda);
 }
 #endif
+
+// Every other backend and layout: a sentence instead of PyTorch's list of what
+// is registered. Nested tensors are not among the composite's.
+static void refuse_all(torch::Library& m) {
+  for (const char* op :
+       {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary", "sde_step"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&advflow_refuse>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(advflow, CompositeExplicitAutograd, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(advflow, NestedTensorCPU, m) { refuse_all(m); }
+TORCH_LIBRARY_IMPL(advflow, NestedTensorCUDA, m) { refuse_all(m); }
 
 // The gradient is attached in Python. Without this a raw op under grad, and a
 // second derivative, would be silently wrong instead of an error.

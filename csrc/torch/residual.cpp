@@ -14,134 +14,149 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The inputs as launchers take them, and the contiguous tensors behind them.
-struct Inputs {
-  Inputs(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise, const OptionalTensor& v_old,
-         const OptionalTensor& v_ref, double mix = 0.0)
-      : operands(v) {
-    raw.v = operands.hold(v, "v");
-    raw.target = operands.hold(target, "target");
-    raw.noise = operands.hold(noise, "noise");
-    raw.v_old = operands.hold(v_old, "v_old");
-    raw.v_ref = operands.hold(v_ref, "v_ref");
-    raw.batch = operands.batch();
-    raw.elements = operands.elements();
-    raw.mix = mix;
-    raw.target_is = raw.noise.data ? ADVFLOW_TARGET_X0 : ADVFLOW_TARGET_U;
+struct Device {
+  int64_t (*workspace)(int64_t, int64_t);
+  int (*stats)(const AdvflowResidualInputs*, void*, void*, void*);
+  int (*grad)(const AdvflowResidualInputs*, const void*, const AdvflowColumn*, void*, void*);
+  void* (*where)(const at::Tensor&);
+};
+
+const Device cpu = {advflow_residual_stats_workspace_cpu, advflow_residual_stats_cpu, advflow_residual_grad_cpu,
+                    advflow_torch_threads};
+#ifdef ADVFLOW_WITH_CUDA
+const Device cuda = {advflow_residual_stats_workspace_cuda, advflow_residual_stats_cuda, advflow_residual_grad_cuda,
+                     advflow_current_stream};
+#endif
+
+// The latents of one call, checked.
+struct Latents {
+  static Latents of_samples(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
+                            const OptionalTensor& v_old, const OptionalTensor& v_ref) {
+    Latents latents(v, target, noise, v_old, v_ref);
+    latents.operands.check(target, "target");
+    latents.operands.check_if_given(noise, "noise");
+    latents.operands.check_if_given(v_old, "v_old");
+    latents.operands.check_if_given(v_ref, "v_ref");
+    return latents;
   }
 
-  static Inputs of_transitions(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
-                               const OptionalTensor& v_ref) {
-    Inputs in(v, eps, {}, v_old, v_ref);
-    in.raw.target_is = ADVFLOW_TARGET_EPS;
+  static Latents of_transitions(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
+                                const OptionalTensor& v_ref) {
+    Latents latents(v, eps, std::nullopt, v_old, v_ref);
+    latents.are_transitions = true;
+    latents.operands.check(eps, "eps");
+    latents.operands.check(v_old, "v_old");
+    latents.operands.check_if_given(v_ref, "v_ref");
+    return latents;
+  }
+
+  AdvflowResidualInputs read(AdvflowReader& reader) const {
+    AdvflowResidualInputs in = {};
+    in.v = reader.rows(v);
+    in.target = reader.rows(target);
+    in.noise = reader.rows(noise);
+    in.v_old = reader.rows(v_old);
+    in.v_ref = reader.rows(v_ref);
+    in.batch = operands.batch();
+    in.elements = operands.elements();
+    in.target_is = are_transitions ? ADVFLOW_TARGET_EPS : in.noise.data ? ADVFLOW_TARGET_X0 : ADVFLOW_TARGET_U;
     return in;
   }
 
-  bool are_transitions() const { return raw.target_is == ADVFLOW_TARGET_EPS; }
-
+  const at::Tensor& v;
+  const at::Tensor& target;
+  OptionalTensor noise, v_old, v_ref;
   AdvflowOperands operands;
-  AdvflowResidualInputs raw;
+  bool are_transitions = false;
+
+ private:
+  Latents(const at::Tensor& v_, const at::Tensor& target_, const OptionalTensor& noise_, const OptionalTensor& v_old_,
+          const OptionalTensor& v_ref_)
+      : v(v_), target(target_), noise(noise_), v_old(v_old_), v_ref(v_ref_), operands(v_) {}
 };
 
-using WorkspaceSize = int64_t (*)(int64_t, int64_t);
-using StatsLauncher = int (*)(const AdvflowResidualInputs*, void*, void*, void*);
-using GradLauncher = int (*)(const AdvflowResidualInputs*, const void*, const AdvflowColumn*, void*, void*);
+at::Tensor run_stats(const Latents& latents, double mix, const Device& device) {
+  const char* op = latents.are_transitions ? "transition_stats" : "residual_stats";
+  const AdvflowOperands& operands = latents.operands;
+  operands.check_served(op);
 
-at::Tensor run_stats(const Inputs& in, WorkspaceSize size, StatsLauncher launch, void* where) {
-  const auto shape = {in.raw.batch, int64_t(ADVFLOW_RESIDUAL_STATS)};
-  if (in.operands.empty()) return at::zeros(shape, in.operands.accumulate_options());
-  const at::Tensor stats = at::empty(shape, in.operands.accumulate_options());
-  const at::Tensor workspace = at::empty({size(in.raw.batch, in.raw.elements)}, stats.options().dtype(at::kByte));
+  const c10::OptionalDeviceGuard guard(latents.v.device());
+  const auto shape = {operands.batch(), int64_t(ADVFLOW_RESIDUAL_STATS)};
+  if (operands.empty()) return at::zeros(shape, operands.accumulate_options());
+  AdvflowReader reader;
+  AdvflowResidualInputs in = latents.read(reader);
+  in.mix = mix;
+  const at::Tensor stats = at::empty(shape, operands.accumulate_options());
+  const at::Tensor workspace = at::empty({device.workspace(in.batch, in.elements)}, stats.options().dtype(at::kByte));
   ++advflow_launches;
-  advflow_check_status(launch(&in.raw, workspace.mutable_data_ptr(), stats.mutable_data_ptr(), where),
-                       in.are_transitions() ? "transition_stats" : "residual_stats");
+  advflow_check_status(
+      device.stats(&in, workspace.mutable_data_ptr(), stats.mutable_data_ptr(), device.where(latents.v)), op);
   return stats;
 }
 
-// One number for all rows, or one a row.
-AdvflowColumn upstream_column(const OptionalTensor& upstream, const AdvflowOperands& operands) {
-  if (!upstream.has_value()) return {nullptr, 0};
-  operands.check_upstream(*upstream);
-  return {upstream->const_data_ptr(), upstream->dim() ? upstream->stride(0) : 0};
-}
+at::Tensor run_grad(const Latents& latents, const at::Tensor& coef, const OptionalTensor& upstream,
+                    const Device& device) {
+  const char* op = latents.are_transitions ? "transition_grad" : "residual_grad";
+  const AdvflowOperands& operands = latents.operands;
+  const bool has_upstream = upstream.has_value() && upstream->defined();
+  operands.check_coef(coef);
+  if (has_upstream) operands.check_upstream(*upstream);
+  operands.check_served(op);
 
-at::Tensor run_grad(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream,
-                    GradLauncher launch, void* where) {
-  in.operands.check_coef(coef);
-  const AdvflowColumn weights = upstream_column(upstream, in.operands);
-  const at::Tensor grad = at::empty(v.sizes(), v.options());
-  if (in.operands.empty()) return grad;
-  const at::Tensor rows = coef.contiguous();
+  const c10::OptionalDeviceGuard guard(latents.v.device());
+  const at::Tensor grad = at::empty(latents.v.sizes(), latents.v.options());
+  if (operands.empty()) return grad;
+  AdvflowReader reader;
+  const AdvflowResidualInputs in = latents.read(reader);
+  const AdvflowColumn weights = has_upstream ? reader.column(*upstream) : AdvflowColumn{nullptr, 0};
   ++advflow_launches;
-  advflow_check_status(launch(&in.raw, rows.const_data_ptr(), &weights, grad.mutable_data_ptr(), where),
-                       in.are_transitions() ? "transition_grad" : "residual_grad");
+  advflow_check_status(
+      device.grad(&in, reader.contiguous(coef), &weights, grad.mutable_data_ptr(), device.where(latents.v)), op);
   return grad;
 }
-
-at::Tensor stats_cpu(const Inputs& in) {
-  return run_stats(in, advflow_residual_stats_workspace_cpu, advflow_residual_stats_cpu, advflow_torch_threads());
-}
-
-at::Tensor grad_cpu(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream) {
-  return run_grad(in, v, coef, upstream, advflow_residual_grad_cpu, advflow_torch_threads());
-}
-
-#ifdef ADVFLOW_WITH_CUDA
-at::Tensor stats_cuda(const Inputs& in, const at::Tensor& v) {
-  return run_stats(in, advflow_residual_stats_workspace_cuda, advflow_residual_stats_cuda, advflow_current_stream(v));
-}
-
-at::Tensor grad_cuda(const Inputs& in, const at::Tensor& v, const at::Tensor& coef, const OptionalTensor& upstream) {
-  return run_grad(in, v, coef, upstream, advflow_residual_grad_cuda, advflow_current_stream(v));
-}
-#endif
 
 }  // namespace
 
 at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                               const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
-  return stats_cpu(Inputs(v, target, noise, v_old, v_ref, mix));
+  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, cpu);
 }
 
 at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                              const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
                              const OptionalTensor& upstream) {
-  return grad_cpu(Inputs(v, target, noise, v_old, v_ref), v, coef, upstream);
+  return run_grad(Latents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cpu);
 }
 
 at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                 const OptionalTensor& v_ref) {
-  return stats_cpu(Inputs::of_transitions(v, eps, v_old, v_ref));
+  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, cpu);
 }
 
 at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
-  return grad_cpu(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef, upstream);
+  return run_grad(Latents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                                const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
-  const c10::DeviceGuard guard(v.device());
-  return stats_cuda(Inputs(v, target, noise, v_old, v_ref, mix), v);
+  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, cuda);
 }
 
 at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                               const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
                               const OptionalTensor& upstream) {
-  const c10::DeviceGuard guard(v.device());
-  return grad_cuda(Inputs(v, target, noise, v_old, v_ref), v, coef, upstream);
+  return run_grad(Latents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cuda);
 }
 
 at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                  const OptionalTensor& v_ref) {
-  const c10::DeviceGuard guard(v.device());
-  return stats_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v);
+  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, cuda);
 }
 
 at::Tensor transition_grad_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                 const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
-  const c10::DeviceGuard guard(v.device());
-  return grad_cuda(Inputs::of_transitions(v, eps, v_old, v_ref), v, coef, upstream);
+  return run_grad(Latents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cuda);
 }
 #endif

@@ -13,8 +13,17 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using WorkspaceSize = int64_t (*)(int64_t, int64_t);
-using Launcher = int (*)(const AdvflowSdeStepInputs*, void*, void*, void*, void*, void*);
+
+struct Device {
+  int64_t (*workspace)(int64_t, int64_t);
+  int (*step)(const AdvflowSdeStepInputs*, void*, void*, void*, void*, void*);
+  void* (*where)(const at::Tensor&);
+};
+
+const Device cpu = {advflow_sde_step_workspace_cpu, advflow_sde_step_cpu, advflow_torch_threads};
+#ifdef ADVFLOW_WITH_CUDA
+const Device cuda = {advflow_sde_step_workspace_cuda, advflow_sde_step_cuda, advflow_current_stream};
+#endif
 
 void check_seed(const at::Tensor& seed, const AdvflowOperands& operands) {
   TORCH_CHECK(seed.dim() == 1 && seed.size(0) == operands.batch(), "seed has shape ", seed.sizes(), "; accepted is [",
@@ -24,39 +33,39 @@ void check_seed(const at::Tensor& seed, const AdvflowOperands& operands) {
 }
 
 Step run(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const OptionalTensor& noise,
-         const OptionalTensor& seed, std::optional<at::ScalarType> dtype, WorkspaceSize size, Launcher launch,
-         void* where) {
-  TORCH_CHECK(noise.has_value() != seed.has_value(), noise.has_value() ? "Both" : "Neither",
-              " of noise and seed given; accepted is exactly one of them.");
+         const OptionalTensor& seed, std::optional<at::ScalarType> dtype, const Device& device) {
+  const bool drawn = seed.has_value() && seed->defined();
+  const bool given = noise.has_value() && noise->defined();
   AdvflowOperands operands(v);
-  AdvflowSdeStepInputs in;
-  in.v = operands.hold(v, "v");
-  in.x = operands.hold(x, "x");
-  in.noise = operands.hold(noise, "noise");
-  in.dtype = advflow_dtype_code(dtype.value_or(x.scalar_type()), "dtype", " is ");
-  operands.accumulate_in(in.dtype);
+  operands.check(x, "x");
+  TORCH_CHECK(given != drawn, given ? "Both" : "Neither", " of noise and seed given; accepted is exactly one of them.");
+  operands.check_if_given(noise, "noise");
+  if (drawn) check_seed(*seed, operands);
+  const at::ScalarType stored = dtype.value_or(x.scalar_type());
+  const AdvflowDtype stored_code = advflow_dtype_code(stored, "dtype", " is ");
+  operands.accumulate_in(stored_code);
   operands.check_coef(coef);
-  const at::Tensor rows = coef.contiguous();
-  in.coef = rows.const_data_ptr();
-  at::Tensor seeds;
-  in.seeds = nullptr;
-  if (seed.has_value()) {
-    check_seed(*seed, operands);
-    seeds = seed->contiguous();
-    in.seeds = seeds.const_data_ptr<int64_t>();
-  }
+  operands.check_served("sde_step");
+
+  const c10::OptionalDeviceGuard guard(v.device());
+  const at::Tensor x_next = at::empty(x.sizes(), x.options().dtype(stored));
+  const at::Tensor eps = at::empty(x.sizes(), x.options().dtype(stored));
+  if (operands.empty()) return {x_next, eps, at::zeros({operands.batch()}, operands.accumulate_options())};
+  const at::Tensor eps_sq = at::empty({operands.batch()}, operands.accumulate_options());
+  AdvflowReader reader;
+  AdvflowSdeStepInputs in = {};
+  in.v = reader.rows(v);
+  in.x = reader.rows(x);
+  in.noise = reader.rows(noise);
+  in.seeds = drawn ? static_cast<const int64_t*>(reader.contiguous(*seed)) : nullptr;
+  in.coef = reader.contiguous(coef);
   in.batch = operands.batch();
   in.elements = operands.elements();
-
-  const auto options = x.options().dtype(dtype.value_or(x.scalar_type()));
-  const at::Tensor x_next = at::empty(x.sizes(), options);
-  const at::Tensor eps = at::empty(x.sizes(), options);
-  if (operands.empty()) return {x_next, eps, at::zeros({in.batch}, operands.accumulate_options())};
-  const at::Tensor eps_sq = at::empty({in.batch}, operands.accumulate_options());
-  const at::Tensor workspace = at::empty({size(in.batch, in.elements)}, x.options().dtype(at::kByte));
+  in.dtype = stored_code;
+  const at::Tensor workspace = at::empty({device.workspace(in.batch, in.elements)}, x.options().dtype(at::kByte));
   ++advflow_launches;
-  advflow_check_status(launch(&in, workspace.mutable_data_ptr(), x_next.mutable_data_ptr(), eps.mutable_data_ptr(),
-                              eps_sq.mutable_data_ptr(), where),
+  advflow_check_status(device.step(&in, workspace.mutable_data_ptr(), x_next.mutable_data_ptr(), eps.mutable_data_ptr(),
+                                   eps_sq.mutable_data_ptr(), device.where(v)),
                        "sde_step");
   return {x_next, eps, eps_sq};
 }
@@ -65,15 +74,12 @@ Step run(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const
 
 Step sde_step_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const OptionalTensor& noise,
                   const OptionalTensor& seed, std::optional<at::ScalarType> dtype) {
-  return run(v, x, coef, noise, seed, dtype, advflow_sde_step_workspace_cpu, advflow_sde_step_cpu,
-             advflow_torch_threads());
+  return run(v, x, coef, noise, seed, dtype, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 Step sde_step_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const OptionalTensor& noise,
                    const OptionalTensor& seed, std::optional<at::ScalarType> dtype) {
-  const c10::DeviceGuard guard(v.device());
-  return run(v, x, coef, noise, seed, dtype, advflow_sde_step_workspace_cuda, advflow_sde_step_cuda,
-             advflow_current_stream(v));
+  return run(v, x, coef, noise, seed, dtype, cuda);
 }
 #endif

@@ -104,17 +104,23 @@ class AdvantageConfig:
 
     Args:
         norm: "batch_rms" (the paper's eq. 6), "group_std", "raw_global_std" (DiffusionNFT's code), or "softmax"
-            (FlowAWR; `advflow_ext.softmax_advantages`, which knows no clip).
-        clip: bound of an advantage, in units of the norm.
+            (FlowAWR; `advflow_ext.softmax_advantages`).
+        clip: bound of an advantage, in units of the norm; of the normalised rewards before the softmax (5 in FlowAWR's
+            code, which bounds what comes after it at 3).
         clip_mode: "clip" (the paper), "recentre", "scale" or "clip_divide" (DiffusionNFT's code: +-5, then / 5).
+            "softmax" knows "clip" alone.
+        scale_by_std: of "softmax" alone: FlowAWR's gate for rule-based rewards, on for its GenEval and OCR.
     """
 
     norm: Literal["batch_rms", "group_std", "raw_global_std", "softmax"] = "batch_rms"
     clip: float = 5.0
     clip_mode: Literal["clip", "recentre", "scale", "clip_divide"] = "clip_divide"
+    scale_by_std: bool = False
 
     def __post_init__(self) -> None:
         _require(self.clip > 0, "advantage.clip", self.clip, "a positive number")
+        gated = self.scale_by_std and self.norm != "softmax"
+        _require(not gated, "advantage.scale_by_std", self.scale_by_std, "False, or advantage.norm softmax")
 
 
 @dataclass
@@ -200,10 +206,12 @@ class FlowAWRConfig:
     """FlowAWR; see `advflow_ext.flow_awr_loss`.
 
     Args:
-        kl_weight: pull towards the reference.
+        kl_weight: pull towards the reference, in velocity space; 1e-4 in its code.
+        weighting: "adaptive" (t^2 over the detached prediction error: its code), "prediction" (t^2) or "velocity" (1).
     """
 
     kl_weight: float = 1e-4
+    weighting: Literal["adaptive", "prediction", "velocity"] = "adaptive"
 
     def __post_init__(self) -> None:
         _require(self.kl_weight >= 0, "flow_awr.kl_weight", self.kl_weight, "zero or a positive number")

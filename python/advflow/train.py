@@ -161,7 +161,7 @@ class Trainer:
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         group, choice = self.config.rollout.images_per_prompt, self.config.advantage
         if choice.norm == "softmax":
-            return af.softmax_advantages(rewards, group)
+            return af.softmax_advantages(rewards, group, clip_rewards=choice.clip, scale_by_std=choice.scale_by_std)
         return af.group_advantages(rewards, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
 
     def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:

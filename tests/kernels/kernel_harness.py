@@ -79,10 +79,14 @@ def poisoned(numel: int, dtype: torch.dtype, device: str, offset: int = 0) -> to
     return storage[_GUARD + offset : _GUARD + offset + numel]
 
 
-def placed(values: torch.Tensor, device: str, offset: int = 0) -> torch.Tensor:
-    """A copy of ``values`` surrounded by NaN, so that a read outside it shows in the result."""
-    where = poisoned(values.numel(), values.dtype, device, offset)
-    return where.copy_(values.reshape(-1)).view(values.shape)
+def placed(values: torch.Tensor, device: str, offset: int = 0, gap: int = 0) -> torch.Tensor:
+    """A copy of ``values`` ``[batch, elements]`` surrounded by NaN, so that a read outside it shows in the result.
+
+    ``gap`` NaNs lie between one row and the next.
+    """
+    batch, elements = values.shape
+    where = poisoned(batch * (elements + gap), values.dtype, device, offset)
+    return where.view(batch, elements + gap)[:, :elements].copy_(values)
 
 
 def guards_intact(tensor: torch.Tensor) -> bool:
@@ -147,7 +151,7 @@ class StepOutputs(NamedTuple):
 
 
 class _CTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
+    _fields_ = [("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("dtype", ctypes.c_int32)]
 
 
 class _CInputs(ctypes.Structure):
@@ -172,7 +176,10 @@ class _CStepInputs(ctypes.Structure):
 
 
 def _c_tensor(tensor: torch.Tensor | None) -> _CTensor:
-    return _CTensor(None, 0) if tensor is None else _CTensor(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype])
+    if tensor is None:
+        return _CTensor(None, 0, 0)
+    row_stride = tensor.stride(0) if len(tensor) > 1 else 0
+    return _CTensor(tensor.data_ptr(), row_stride, _DTYPE_CODES[tensor.dtype])
 
 
 def _c_inputs(inputs: Inputs) -> _CInputs:

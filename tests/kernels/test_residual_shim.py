@@ -98,6 +98,19 @@ def on(kernels: ResidualKernels, inputs: Inputs, offset: int = 0) -> Inputs:
     return inputs.map(lambda tensor: placed(tensor, kernels.device, offset))
 
 
+def apart(kernels: ResidualKernels, inputs: Inputs, places: list[tuple[int, int]]) -> Inputs:
+    """Each tensor at its own offset, its rows its own gap apart; a gap of -1 is one row for all."""
+    place = iter(places)
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        offset, gap = next(place)
+        if gap < 0:
+            return placed(tensor[:1], kernels.device, offset).expand_as(tensor)
+        return placed(tensor, kernels.device, offset, gap)
+
+    return inputs.map(of)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     integer = {4: torch.int32, 2: torch.int16}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
@@ -162,6 +175,39 @@ def test_vector_and_scalar_paths_agree_bitwise(
     assert same_bits(kernels.stats(aligned), kernels.stats(shifted))
     assert same_bits(kernels.grad(aligned, coef), kernels.grad(shifted, coef, offset))
     assert same_bits(kernels.grad(aligned, coef), kernels.grad(aligned, coef, offset))
+
+
+where_rows_lie = st.lists(
+    st.tuples(st.sampled_from([0, 0, 1, 4, 8]), st.sampled_from([-1, 0, 1, 3, 4, 8, 64, 4096])), min_size=5, max_size=5
+)
+
+
+@property_test
+@given(case=cases(), places=where_rows_lie)
+@example(  # rows of a multiple of eight elements that begin on odd addresses, behind a first row that is aligned
+    case=(Inputs(*torch.arange(5 * 3 * 16.0).view(5, 3, 16).bfloat16().unbind()), torch.ones(3, 3)),
+    places=[(0, 1), (0, 4), (0, 8), (0, -1), (0, 0)],
+)
+def test_where_the_rows_lie_does_not_change_a_bit(
+    kernels: ResidualKernels, case: tuple[Inputs, torch.Tensor], places: list[tuple[int, int]]
+) -> None:
+    inputs, coef = case[0], case[1].to(kernels.device)
+    strided = apart(kernels, inputs, places)
+    dense = on(kernels, strided.map(lambda tensor: tensor.cpu()))
+    assert same_bits(kernels.stats(strided), kernels.stats(dense))
+    assert same_bits(kernels.grad(strided, coef), kernels.grad(dense, coef))
+
+
+@pytest.mark.parametrize("gap", [8, 9], ids=["vector", "scalar"])
+def test_rows_may_be_far_apart(kernels: ResidualKernels, gap: int) -> None:
+    """Farther than 32 bits count elements; nothing but the two rows is ever touched."""
+    values = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    storage = torch.empty(2**31 + 32, dtype=values.dtype, device=kernels.device)
+    far = storage.as_strided((2, 16), (2**31 + gap, 1)).copy_(values)
+    coef = torch.ones(2, 3, device=kernels.device)
+    strided, dense = Inputs(*[far] * 5), on(kernels, Inputs(*[values] * 5))
+    assert same_bits(kernels.stats(strided), kernels.stats(dense))
+    assert same_bits(kernels.grad(strided, coef), kernels.grad(dense, coef))
 
 
 @property_test

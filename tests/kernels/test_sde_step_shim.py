@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import UNSUPPORTED_DTYPE, SdeStepKernels, StepInputs, StepOutputs
+from kernel_harness import UNSUPPORTED_DTYPE, SdeStepKernels, StepInputs, StepOutputs, placed
 
 from advflow_ext.ops._sde_step_native import sde_step_op
 from advflow_ext.testing import UNIT_ROUNDOFF
@@ -147,6 +147,34 @@ def test_vector_and_scalar_paths_agree_bitwise(sde_kernels: SdeStepKernels, inpu
     longer = {name: t.repeat(1, 8)[:, :whole].contiguous() for name, t in latents.items() if t is not None}
     inputs = replace(inputs, **longer)
     assert same_step(run(sde_kernels, inputs), run(sde_kernels, inputs, offset))
+
+
+@property_test
+@given(
+    inputs=cases(),
+    places=st.lists(
+        st.tuples(st.sampled_from([0, 0, 1, 4, 8]), st.sampled_from([-1, 0, 1, 3, 4, 8, 64, 4096])),
+        min_size=3,
+        max_size=3,
+    ),
+)
+def test_where_the_rows_lie_does_not_change_a_bit(
+    sde_kernels: SdeStepKernels, inputs: StepInputs, places: list[tuple[int, int]]
+) -> None:
+    strided: dict[str, Any] = {}
+    for name, (offset, gap) in zip(("v", "x", "noise"), places, strict=True):
+        tensor = getattr(inputs, name)
+        if tensor is None:
+            continue
+        one_row = gap < 0  # for all
+        tensor = placed(tensor[:1] if one_row else tensor, sde_kernels.device, offset, max(gap, 0)).expand_as(tensor)
+        strided[name] = tensor
+    dense: dict[str, Any] = {name: tensor.cpu() for name, tensor in strided.items()}
+    on_device = {"coef": inputs.coef.to(sde_kernels.device)}
+    if inputs.seeds is not None:
+        on_device["seeds"] = inputs.seeds.to(sde_kernels.device)
+    out = StepOutputs(*(part.cpu() for part in sde_kernels.step(replace(inputs, **strided, **on_device))))
+    assert same_step(out, run(sde_kernels, replace(inputs, **dense)))
 
 
 @property_test

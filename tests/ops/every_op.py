@@ -29,6 +29,7 @@ LATENTS: dict[str, tuple[str, ...]] = {
     **FORWARD,
     "awm_log_prob": ("v", "x0", "noise"),
     **{name: ("v", "v_old", "eps", "v_ref") for name in REVERSE},
+    "distillation_loss": ("v", "v_teacher"),
     "sde_step": ("v", "x", "noise"),
     "gaussian_kl": ("mean1", "mean2"),
     "gaussian_kl_from_velocity": ("v", "v_old"),
@@ -78,7 +79,7 @@ class Drawing:
         if name == "awm_loss":
             log_prob = af.awm_log_prob(*(given[key] for key in ("v", "x0", "noise", "t")))
             given["log_prob_old"] = log_prob + uniform(-0.5, 0.5)
-        if name in (*REVERSE, "sde_step", "gaussian_kl_from_velocity"):
+        if name in (*REVERSE, "distillation_loss", "sde_step", "gaussian_kl_from_velocity"):
             given["table"] = TABLES[0]
             steps = torch.tensor(TABLES[0].stochastic_steps, device=self.device)
             given["index"] = steps[torch.randint(len(steps), (batch,), generator=random, device=self.device)]

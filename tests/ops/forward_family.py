@@ -31,6 +31,7 @@ VARIANTS = [
     ("awm_loss", {"off_policy": True, "clip": 0.2, "kl_weight": 0.5}),
     ("awm_loss", {"off_policy": True, "weighting": "uniform"}),
     ("flow_awr_loss", {"kl_weight": 0.5}),
+    *[("flow_awr_loss", {"weighting": weighting}) for weighting in ("prediction", "velocity")],
     ("reward_weighted_loss", {}),
     ("reward_weighted_loss", {"method": "linear"}),
     ("reward_weighted_loss", {"method": "best", "group_size": 2}),
@@ -94,7 +95,10 @@ def closed_form(name: str, batch: Batch) -> ClosedForm:
         b, c, z = options.get("ema_weight", 1.0), options.get("kl_weight", 0.0), 0.0
         b = 0.0 if old is None else b
     elif name == "flow_awr_loss":
-        a, b, c, z = A, 1 - A, options.get("kl_weight", 0.0), -A * (1 - A)
+        weighting = options.get("weighting", "adaptive")
+        m = torch.ones_like(t) if weighting == "velocity" else t**2
+        m = m / (t * mean(residuals[0].abs())).clamp(min=1e-5) if weighting == "adaptive" else m
+        a, b, c, z = m * A, m * (1 - A), options.get("kl_weight", 0.0), -m * A * (1 - A)
     else:
         a, b, c, z = reward_weight(A, options), 0.0, options.get("kl_weight", 1.0), 0.0
     c = 0.0 if ref is None else c

@@ -245,7 +245,11 @@ def test_zero_advantages_leave_the_anchors(name, options, device):
     batch = draw(name, options, 4, (3, 5), device=device, reduction="none")
     batch.advantages.zero_()
     assert_matches_truth(name, batch)
-    if name != "diffusion_nft_loss" or options.get("adaptive", True) is False:  # w+ and w- hold the target
+    scaled = {
+        "diffusion_nft_loss": options.get("adaptive", True),
+        "flow_awr_loss": options.get("weighting", "adaptive") == "adaptive",
+    }
+    if not scaled.get(name, False):  # the scales are distances from the target
         other = select(batch, slice(None))
         other.x0.normal_()
         assert torch.equal(value_and_grad(batch, NATIVE[name])[1], value_and_grad(other, NATIVE[name])[1])
@@ -337,7 +341,7 @@ def test_empty_batch_and_empty_samples(losses, name, options, shape, device):
         ("diffusion_nft_loss", {"adaptive": False, "beta": 0.3}),  # the adaptive scales are constants by definition
         # On-policy the value is -A whatever v is; off-policy it is the integral of the gradient.
         *[("awm_loss", {"off_policy": True, "weighting": w}) for w in ("uniform", "t", "t2", "huber", "ghuber")],
-        ("flow_awr_loss", {"kl_weight": 0.5}),
+        *[("flow_awr_loss", {"kl_weight": 0.5, "weighting": w}) for w in ("prediction", "velocity")],
         ("reward_weighted_loss", {}),
     ],
 )
@@ -508,6 +512,7 @@ MISUSE = [
         "flow_awr_loss",
         ({"v_old": None}, r"v_old is a NoneType"),
         ({"kl_weight": None}, rf"kl_weight is None; {AT_LEAST_0}"),
+        ({"weighting": "t2"}, r"weighting is 't2'; accepted are 'prediction', 'velocity', 'adaptive'"),
     ),
     *cases(
         "reward_weighted_loss",

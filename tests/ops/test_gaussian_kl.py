@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transitions import SPACES, draw_transitions
 
 import advflow_ext as af
@@ -78,6 +81,145 @@ def test_nearly_equal_spreads_keep_their_digits():
     for gap in (1e-3, 1e-5):
         kl = float(af.gaussian_kl(mean, mean, 0.7, 0.7 * (1 + gap)))
         assert kl == pytest.approx(math.log1p(gap) + 0.5 / (1 + gap) ** 2 - 0.5, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Standard deviations of any size
+
+STDS = [5e-324, 1e-300, 1e-160, 1e-45, 1e-38, 1e-20, 3e-13, 1e-12, 1.0, 1e12, 3e12, 1e20, 1e38, 1e160, 1e300]
+
+
+@both
+@pytest.mark.parametrize("std", STDS)
+@pytest.mark.parametrize("dtype", [*HALVES_AND_FLOAT, torch.float64])
+@pytest.mark.parametrize("kind", [float, lambda std: torch.full((3,), std, dtype=torch.float64)], ids=["float", "[N]"])
+def test_equal_means_of_equal_spread_are_at_0_whatever_the_spread(space, std, dtype, kind):
+    mean1, mean2 = means((3, 5), dtype)
+    mean2 = mean1.detach().clone().requires_grad_()
+    kl = space.gaussian_kl(mean1, mean2, kind(std))
+    assert kl.tolist() == [0, 0, 0]
+    for grad in torch.autograd.grad(kl.sum(), (mean1, mean2)):
+        assert not grad.any()
+
+
+@both
+@pytest.mark.parametrize(
+    ("dtype", "std"),
+    [
+        *((torch.float32, std) for std in STDS if 1e-32 < std < 1e30),
+        *((torch.float64, std) for std in STDS if 1e-290 < std < 1e290),
+    ],
+)
+def test_means_apart_by_spreads_of_any_size(space, std, dtype):
+    """In units of the spread it is always the same divergence; the gradient is that over the spread."""
+    scale = Decimal(std)
+    z = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean1 = (z * std).to(dtype).requires_grad_()
+    mean2 = torch.zeros(3, 64, dtype=dtype, requires_grad=True)
+    kl = space.gaussian_kl(mean1, mean2, std)
+    with localcontext(prec=50):
+        exact = [[Decimal(x) / scale for x in row] for row in mean1.tolist()]
+        expected = torch.tensor([float(sum(x * x for x in row) / 128) for row in exact], dtype=torch.float64)
+        slope = torch.tensor([[float(x / scale / 64) for x in row] for row in exact], dtype=torch.float64)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(kl.double(), expected, rtol=tolerance, atol=0)
+    for grad, sign in zip(torch.autograd.grad(kl.sum(), (mean1, mean2)), (1, -1), strict=True):
+        representable = slope.abs() > 1.2e-38 if dtype == torch.float32 else slope.abs() > 0
+        torch.testing.assert_close(grad.double()[representable], sign * slope[representable], rtol=tolerance, atol=0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("std1", "std2"),
+    [
+        (1e-20, 1.0),
+        (1.0, 1e-15),
+        (1e-300, 1e300),
+        (1e-30, 3e-30),
+        (1e18, 1e2),
+        (5e-324, 1.0),
+        (0.7, 0.7 * (1 + 1e-7)),
+        (0.7 * (1 + 1e-6), 0.7),
+        (2e-40, 2e-40 * (1 + 1e-5)),
+        (1.1, 1.0),
+        (1.0, 1.12),
+    ],
+)
+def test_ratios_of_spreads_of_any_size(space, std1, std2):
+    with localcontext(prec=60):
+        ratio = Decimal(std1) / Decimal(std2)
+        expected = float(-ratio.ln() + ratio * ratio / 2 - Decimal("0.5"))
+    mean = torch.zeros(2, 4, requires_grad=True)
+    kl = space.gaussian_kl(mean, mean.detach(), std1, std2)
+    assert kl.tolist() == pytest.approx([expected, expected], rel=2e-7)
+    wide = space.gaussian_kl(
+        mean.detach().double(), mean.detach().double(), std1, torch.tensor(std2, dtype=torch.float64)
+    )
+    assert wide.tolist() == pytest.approx([expected, expected], rel=1e-9)
+    assert not torch.autograd.grad(kl.sum(), mean)[0].any()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_spreads_in_any_dtype(space, dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    std = torch.tensor([1.3, tiny, tiny / 8], dtype=dtype)  # the last is subnormal
+    mean1 = torch.zeros(3, 4, dtype=torch.float64)
+    mean2 = mean1 + 2 * std.double()[:, None]
+    assert space.gaussian_kl(mean1, mean2, std).tolist() == pytest.approx([2.0] * 3, rel=1e-12)
+    one = torch.tensor(0.3, dtype=dtype)
+    pair = means((3, 5))
+    assert torch.equal(space.gaussian_kl(*pair, one), space.gaussian_kl(*pair, float(one)))
+    assert torch.equal(space.gaussian_kl(*pair, 0.4, one), space.gaussian_kl(*pair, 0.4, float(one)))
+
+
+def test_an_extreme_spread_touches_no_other_sample():
+    pair = means((4, 33))
+    ordinary = torch.tensor([0.3, 0.4, 0.5, 0.6], dtype=torch.float64)
+    extreme = torch.tensor([0.3, 1e-13, 0.5, 1e13], dtype=torch.float64)
+    kl, clean = (af.gaussian_kl(*pair, std) for std in (extreme, ordinary))
+    assert torch.equal(kl[::2], clean[::2])
+    for grad, expected in zip(*(torch.autograd.grad(x.sum(), pair) for x in (kl, clean)), strict=True):
+        assert torch.equal(grad[::2], expected[::2]) and grad[1].all() and grad[3].all()
+
+
+@both
+def test_a_gradient_that_overflows_where_its_divergence_does_not_is_zero(space):
+    mean1 = torch.tensor([[1e-6, 0.0], [1e-6, 0.0]], requires_grad=True)
+    std = torch.tensor([1e-25, 1.0], dtype=torch.float64)
+    kl = space.gaussian_kl(mean1, torch.zeros(2, 2), std)
+    assert kl[0].item() == pytest.approx(float(mean1.detach()[0, 0].double() ** 2 / 4e-50), rel=1e-6)
+    (grad,) = torch.autograd.grad(kl.sum(), mean1)
+    assert not grad[0].any() and grad[1, 0].item() == pytest.approx(5e-7)
+
+
+@both
+def test_velocities_of_a_step_with_next_to_no_noise(space):
+    for level in (1e-17, 1e-20, 1e-30):
+        table = af.StepTable(shifted(10), noise_level=level)
+        index = torch.tensor([0, 3, 8])
+        kappa = table.rows(index).kappa.double()
+        v = torch.zeros(3, 64).requires_grad_()
+        assert space.gaussian_kl_from_velocity(v, v.detach(), table, index).tolist() == [0, 0, 0]
+        z = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v_old = (z / kappa[:, None]).float()
+        kl = space.gaussian_kl_from_velocity(v, v_old, table, index)
+        expected = (v_old.double() * kappa[:, None]).square().mean(1) / 2
+        torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(kl.sum(), v)
+        truth = -kappa.square()[:, None] * v_old.double() / 64
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_where_an_extreme_spread_cannot_be_read_equal_means_are_at_0_and_others_are_no_number():
+    mean1, mean2 = means((2, 5))
+    mean2 = torch.where(torch.tensor([[True], [False]]), mean1.detach(), mean2.detach())
+    torch._dynamo.reset()
+    compiled = torch.compile(af.gaussian_kl, fullgraph=True, backend="aot_eager")
+    for std in (torch.tensor([1e-20, 1e-20]), torch.tensor([1e20, 1e20])):
+        kl = compiled(mean1, mean2, std)
+        assert kl[0] == 0 and kl[1].isnan()
+        assert not torch.autograd.grad(kl.sum(), mean1)[0].any()
 
 
 @both
@@ -256,6 +398,41 @@ def test_compiles_without_graph_breaks(space, device):
 
 
 @both
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_spread_that_changes_is_compiled_for_once(space, dynamic):
+    mean1, mean2 = (mean.detach() for mean in means((3, 5)))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda std1, std2: space.gaussian_kl(mean1, mean2, std1, std2),
+        fullgraph=True, backend=counter, dynamic=dynamic,
+    )  # fmt: skip
+    for step in range(5):
+        std1, std2 = 0.3 + 0.1 * step, 0.5 + 0.01 * step
+        torch.testing.assert_close(compiled(std1, std2), space.gaussian_kl(mean1, mean2, std1, std2))
+    # With dynamic=None the first change of a number is one more compilation.
+    assert counter.frame_count <= 2
+
+
+@both
+def test_inference_and_fake_tensors_are_taken(space):
+    with torch.inference_mode():
+        mean2 = means((3, 5))[1]
+    mean1 = means((3, 5))[0]
+    for std in (0.3, 1e-13):
+        kl = space.gaussian_kl(mean1, mean2, std)
+        copied = space.gaussian_kl(mean1, mean2.clone().detach(), std)
+        assert torch.equal(kl, copied)
+        grads = (torch.autograd.grad(x.sum(), mean1)[0] for x in (kl, copied))
+        assert torch.equal(*grads)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(mean1)
+        for std in (0.3, 1e-20, torch.rand(3), torch.rand(())):
+            kl = space.gaussian_kl(fake, fake, std, 0.4)
+            assert isinstance(kl, FakeTensor) and kl.shape == (3,) and kl.dtype == torch.float32
+
+
+@both
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_empty_batch_and_empty_samples(space, shape, device):
     mean1, mean2 = means(shape, device=device)
@@ -286,6 +463,18 @@ def test_empty_batch_and_empty_samples(space, shape, device):
             (torch.randn(2, 2), torch.randn(2, 2), torch.tensor([1.0, 0.0])),
             r"std1\[1\] is 0; accepted are numbers abov",
         ),
+        *(
+            (
+                (torch.randn(2, 2), torch.randn(2, 2), 1.0, torch.tensor([1.0, wrong])),
+                rf"std2\[1\] is {wrong}; accepted",
+            )
+            for wrong in (math.nan, math.inf, -1)
+        ),
+        (
+            (torch.randn(2, 2), torch.randn(2, 2), torch.tensor(math.inf)),
+            r"std1\[0\] is inf; accepted are numbers above",
+        ),
+        ((torch.randn(2, 2), torch.randn(2, 2), torch.ones(2, 1)), r"std1 is torch.float32 \[2, 1\] on cpu; accepted"),
     ],
 )
 def test_misuse_is_said_in_a_sentence(space, arguments, sentence):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transitions import SPACES
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import UNIT_ROUNDOFF
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
-from advflow_ext.testing.transition_strategies import TABLES, TransitionBatch, shifted
+from advflow_ext.testing.transition_strategies import FLASH, SCATTERED, TABLES, TransitionBatch, shifted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -65,7 +67,7 @@ def test_any_step_is_the_formula(space, data, shape, seed):
         arrange(tensor.to(data.draw(dtypes)), data.draw(st.sampled_from(LAYOUTS)))
         for tensor in draw(shape, torch.float64, seed=seed)
     )
-    table = data.draw(st.sampled_from([*TABLES, WINDOW]))
+    table = data.draw(st.sampled_from([*TABLES, FLASH, SCATTERED, WINDOW]))
     one = st.integers(0, table.steps - 1)
     index = data.draw(st.one_of(one, st.lists(one, min_size=shape[0], max_size=shape[0]).map(torch.tensor)))
     dtype = data.draw(st.one_of(st.none(), dtypes))
@@ -262,6 +264,79 @@ def test_compiles_without_graph_breaks(space, given, device):
         for a, b in zip(out, space.sde_step(v, x, WINDOW, index, noise), strict=True):
             torch.testing.assert_close(a, b)
     assert torch.isfinite(out.x_next).all() and not out.eps[2].any() and out.eps[0].all()
+
+
+@both
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_integer_that_changes_is_compiled_for_once(space, dynamic):
+    v, x, noise = draw()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda v, x, index: space.sde_step(v, x, WINDOW, index, noise), fullgraph=True, backend=counter, dynamic=dynamic
+    )
+    for index in (4, 0, 1, 9, 3, 2):
+        for a, b in zip(step(v, x, index), space.sde_step(v, x, WINDOW, index, noise), strict=True):
+            assert torch.equal(a, b)
+    # With dynamic=None the first change of a number is one more compilation, and 0 and 1 are their own.
+    assert counter.frame_count <= 4
+    with pytest.raises(Exception, match=r"index is 10; accepted are the steps 0 to 9 and an int64 tensor \[N\]"):
+        step(v, x, 10)
+
+
+@both
+def test_a_new_window_is_no_new_program(space):
+    """MixGRPO's window moves, and a trainer with one noise level a sample makes a table for every batch."""
+    v, x, noise = draw()
+    index = torch.tensor([0, 3, 2, 1])
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(lambda v, x, table: space.sde_step(v, x, table, index, noise), fullgraph=True, backend=counter)
+    sigmas = shifted(4)
+    levels = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    tables = [af.StepTable(sigmas, stochastic_steps=[k]) for k in range(3)]
+    tables += [af.StepTable.from_steps(sigmas[:-1], sigmas[1:], noise_level=a, sigma_1=sigmas[1]) for a in levels]
+    for table in tables:
+        for a, b in zip(step(v, x, table), space.sde_step(v, x, table, index, noise), strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+@both
+def test_rollouts_in_inference_mode_are_steps_like_others(space):
+    with torch.inference_mode():
+        v, x, noise = draw()
+        table = af.StepTable(shifted(10))
+        inside = space.sde_step(v, x, table, 3, noise)
+    outside = space.sde_step(v.clone(), x.clone(), table, 3, noise.clone())
+    mixed = space.sde_step(v, x, table, torch.full((4,), 3), noise)
+    for a, b, c in zip(inside, outside, mixed, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and not b.is_inference()
+
+
+@both
+def test_fake_tensors_are_stepped(space):
+    table = af.StepTable(shifted(10))
+    with FakeTensorMode():
+        v, x, noise = draw()
+        for index in (3, torch.tensor([0, 3, 9, 4])):
+            for given in (noise, None):
+                out = space.sde_step(v, x, table, index, given, dtype=torch.bfloat16)
+                assert all(isinstance(tensor, FakeTensor) for tensor in out)
+                assert (out.x_next.shape, out.x_next.dtype, out.log_prob.shape) == (v.shape, torch.bfloat16, (4,))
+    v, x, noise = draw()
+    assert_is_the_step(space.sde_step(v, x, table, 3, noise), v, x, table, 3, noise, torch.float32)
+
+
+@both
+def test_a_latent_that_does_not_fit_shows_itself(space, device):
+    """fp16 ends at 65504: x_next is infinite, its noise and its log-probability are no numbers to train on."""
+    v, x, noise = draw(device=device)
+    x[1] = 1e5
+    out = space.sde_step(v, x, TABLES[0], 3, noise, dtype=torch.float16)
+    others = torch.tensor([0, 2, 3], device=device)
+    assert out.x_next[1].isinf().all() and not torch.isfinite(out.eps[1]).any() and not torch.isfinite(out.log_prob[1])
+    assert torch.isfinite(out.x_next[others]).all() and torch.isfinite(out.log_prob[others]).all()
 
 
 def test_where_values_cannot_be_read_an_unknown_step_is_no_number(device):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
+import re
+from itertools import product
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import advflow_ext as af
 from advflow_ext.testing.transition_strategies import shifted
+
+COLUMNS = ("s", "s_end", "c_x", "c_v", "sigma", "kappa", "dt")
 
 
 def twice_shifted(steps: int, shift: float = 3.0) -> torch.Tensor:
@@ -19,7 +28,7 @@ def twice_shifted(steps: int, shift: float = 3.0) -> torch.Tensor:
 
 
 SCHEDULES = {"once": shifted, "twice": twice_shifted}
-SAMPLERS = [("flow_sde", 0.7), ("flow_sde", 0.8), ("dance_sde", 0.3), ("cps", 0.7), ("cps", 0.8)]
+SAMPLERS = [("flow_sde", 0.7), ("flow_sde", 0.8), ("dance_sde", 0.3), ("cps", 0.7), ("cps", 0.8), ("flash_sde", 0.9)]
 
 
 def published_step(sampler, level, sigmas, k, x, v):
@@ -34,6 +43,11 @@ def published_step(sampler, level, sigmas, k, x, v):
         pred_original = x - s * v
         score = -(x - pred_original * (1 - s)) / s**2
         return x + dt * v - 0.5 * level**2 * score * dt, level * math.sqrt(-dt)
+    if sampler == "flash_sde":  # Shredded-Pork/Flash-GRPO, wan2_1_pipeline_with_logprob2.py; UniRL's eta in front
+        sigma_max, sigma_min = float(sigmas[1]), float(sigmas[-1])
+        std_dev_t = (sigma_min + (sigma_max - sigma_min) * s) * level
+        mean = x * (1 + std_dev_t**2 / (2 * s) * dt) + v * (1 + std_dev_t**2 * (1 - s) / (2 * s)) * dt
+        return mean, std_dev_t * math.sqrt(-dt)
     # IamCreateAI/FlowCPS, sd3_sde_with_logprob.py
     std_dev_t = following * math.sin(level * math.pi / 2)
     pred_original, pred_noise = x - s * v, x + (1 - s) * v
@@ -98,7 +112,8 @@ def test_the_other_convention_at_the_singular_end():
     assert float(ours.kappa[0] ** 2 / clamped.kappa[0] ** 2) == pytest.approx(3.57, abs=0.01)
     assert torch.equal(ours.sigma[1:], clamped.sigma[1:]) and torch.equal(ours.c_v[1:], clamped.c_v[1:])
     near = torch.tensor([0.995, 0.5, 0.0], dtype=torch.float64)
-    assert af.StepTable(near, convention="clamp_0.99").sigma[0] < af.StepTable(near).sigma[0]
+    clamped, ours = (af.StepTable(near, noise_level=0.1, convention=name) for name in ("clamp_0.99", "next_sigma"))
+    assert clamped.sigma[0] < ours.sigma[0]
 
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
@@ -132,7 +147,7 @@ def test_rows_are_rounded_once_and_the_copy_is_kept(device):
         for name, column in zip(rows._fields, rows, strict=True):
             assert column.device.type == device and column.dtype == dtype
             assert torch.equal(column.cpu(), getattr(table, name)[index.cpu()].to(dtype))
-    assert len(table._copies) == 2
+    assert [copied.type for copied, _ in table._copies].count(device) == 2
     first = table._copies[index.device, torch.float32].data_ptr()
     table.rows(index)
     assert table._copies[index.device, torch.float32].data_ptr() == first
@@ -168,9 +183,420 @@ def test_sigmas_may_come_as_anything_that_holds_numbers():
     assert table.sigmas.tolist() == numbers
 
 
+def same_rows(table, expected):
+    return all(torch.equal(getattr(table, name), getattr(expected, name)) for name in COLUMNS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ends of a schedule
+
+
+@pytest.mark.parametrize(("sampler", "level"), SAMPLERS)
+@pytest.mark.parametrize("first", [0.9999998807907104, 1.0000001192092896, 0.999999, 0.9999989867210388, 1.000001])
+def test_a_first_sigma_of_1_up_to_rounding_is_1(sampler, level, first):
+    rest = shifted(10)[1:].tolist()
+    table = af.StepTable([first, *rest], sampler=sampler, noise_level=level)
+    assert same_rows(table, af.StepTable([1.0, *rest], sampler=sampler, noise_level=level))
+    assert same_rows(
+        af.StepTable.from_steps([0.5, first], [0.2, rest[0]], sampler=sampler, noise_level=level, sigma_1=rest[0]),
+        af.StepTable.from_steps([0.5, 1.0], [0.2, rest[0]], sampler=sampler, noise_level=level, sigma_1=rest[0]),
+    )
+    if sampler == "flow_sde":
+        assert float(table.sigma[0]) == pytest.approx(level, rel=1e-15)
+        assert float(table.c_x[0]) == pytest.approx(1 - level**2 / 2, rel=1e-15)
+
+
+@pytest.mark.parametrize(("sampler", "level"), SAMPLERS)
+@pytest.mark.parametrize("last", [1e-9, -1e-9, -0.0, 1e-6, 5e-324])
+def test_a_last_sigma_of_0_up_to_rounding_is_0(sampler, level, last):
+    first = shifted(10)[:-1].tolist()
+    table = af.StepTable([*first, last], sampler=sampler, noise_level=level)
+    expected = af.StepTable([*first, 0.0], sampler=sampler, noise_level=level)
+    assert same_rows(table, expected) and table.stochastic_steps == expected.stochastic_steps
+    assert (9 in table.stochastic_steps) == (sampler != "cps")
+    scattered = af.StepTable.from_steps([0.5, 0.2], [0.2, last], sampler=sampler, noise_level=level, sigma_1=0.9)
+    assert scattered.s_end.tolist() == [0.2, 0.0] and scattered.stochastic_steps[-1] == (sampler != "cps")
+
+
+def test_what_is_farther_than_rounding_from_the_ends_is_itself():
+    table = af.StepTable([0.99967, 0.5, 1.2e-6], sampler="cps")
+    assert table.s.tolist() == [0.99967, 0.5] and table.s_end.tolist() == [0.5, 1.2e-6]
+    # Only the ends of a schedule stand for 1 and 0.
+    inner = af.StepTable([1.0, 1 - 5e-7, 0.5, 5e-7, 0.0], sampler="ode")
+    assert inner.dt.tolist() == torch.tensor([1.0, 1 - 5e-7, 0.5, 5e-7, 0.0], dtype=torch.float64).diff().tolist()
+    for sigmas in ([1.000002, 0.5, 0.0], [1.0, 0.5, -2e-6], [1.0000001, 1.0, 0.0]):
+        with pytest.raises(ValueError, match="accepted are numbers within"):
+            af.StepTable(sigmas)
+
+
+def diffusers_schedule(kind, shift, steps=10):
+    diffusers = pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
+    if kind in ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"):
+        scheduler = getattr(diffusers, f"{kind}Scheduler")(shift=shift)
+    else:
+        options = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+        scheduler = getattr(diffusers, f"{kind}Scheduler")(**options)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+@pytest.mark.parametrize(
+    ("kind", "every"), [("FlowMatchEulerDiscrete", 1), ("FlowMatchHeunDiscrete", 18), ("UniPCMultistep", 18)]
+)
+def test_every_shift_of_a_real_scheduler_gives_the_formula(kind, every):
+    a = 0.7
+    schedules = [diffusers_schedule(kind, shift / 100) for shift in range(100, 1201, every)]
+    if kind == "FlowMatchHeunDiscrete":  # holds every sigma but the ends twice
+        schedules = [sigmas.unique().flip(0) for sigmas in schedules]
+    exact = torch.stack(schedules).double()
+    exact[:, 0] = 1
+    s, h = exact[:, :-1], -exact.diff()
+    std = a * (s / (1 - torch.where(s == 1, exact[:, 1:2], s))).sqrt()
+    tables = [af.StepTable(sigmas, noise_level=a) for sigmas in schedules]
+    for name, expected in (
+        ("sigma", std * h.sqrt()),
+        ("c_x", 1 - std**2 / (2 * s) * h),
+        ("c_v", -h * (1 + std**2 * (1 - s) / (2 * s))),
+    ):
+        ours = torch.stack([getattr(table, name) for table in tables])
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
+    assert all(float(table.sigma[0]) == pytest.approx(a, rel=1e-14) for table in tables)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.18, 3.0, 7.0, 12.0])
+def test_a_schedule_that_starts_just_below_1_is_refused_where_its_noise_is_too_much(shift):
+    """DPM++ starts at 0.9990 to 0.9999, and flow_grpo's 1 - s is what it says there."""
+    sigmas = diffusers_schedule("DPMSolverMultistep", shift)
+    first, following = sigmas[:2].tolist()
+    c_x = 1 - 0.49 / (1 - first) * (first - following) / 2
+    sentence = f"noise_level is 0.7, which gives step 0, from s = {first!r} to {following!r}, a sigma of "
+    with pytest.raises(ValueError, match=re.escape(sentence)) as refusal:
+        af.StepTable(sigmas)
+    assert f"a c_x of {c_x:.6g}, below 0" in str(refusal.value) and c_x < -1
+    clamped = 0.49 / 0.01 * (first - following) / 2 < 1
+    assert ("convention 'clamp_0.99'" in str(refusal.value)) == clamped
+    # Each way out that the sentence names is one.
+    limit = float(re.search(r"noise_level of at most ([\d.e-]+)", str(refusal.value))[1])
+    assert float(af.StepTable(sigmas, noise_level=0.999 * limit).c_x[0]) == pytest.approx(0.002, abs=1e-4)
+    assert af.StepTable(sigmas, stochastic_steps=range(1, 9)).stochastic_steps == tuple(range(1, 9))
+    if clamped:
+        af.StepTable(sigmas, convention="clamp_0.99")
+    for sampler in ("dance_sde", "cps", "flash_sde", "ode"):
+        assert af.StepTable(sigmas, sampler=sampler).s[0] == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise that a step cannot carry
+
+
+@pytest.mark.parametrize("level", [50, 1.5, 1e8, 1e300])
+@pytest.mark.parametrize("convention", ["next_sigma", "clamp_0.99"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "flash_sde"])
+def test_more_noise_than_x_can_carry_is_refused(sampler, convention, level):
+    if level == 1.5 and sampler == "flash_sde":
+        level = 9.0
+    # At s = 1 "clamp_0.99" is a convention of a KL alone: what it refuses there is what every convention does.
+    window = [0] if sampler == "flow_sde" else None
+    with pytest.raises(ValueError, match=r"more noise than x can carry; accepted are a noise_level of at most") as said:
+        af.StepTable(shifted(10), sampler=sampler, noise_level=level, convention=convention, stochastic_steps=window)
+    assert str(said.value).startswith(f"noise_level is {float(level)!r}, which gives step ")
+    limit = float(re.search(r"noise_level of at most ([\d.]+)", str(said.value))[1])
+    table = af.StepTable(shifted(10), sampler=sampler, noise_level=0.999 * limit, stochastic_steps=window)
+    assert float(table.c_x.min()) == pytest.approx(0.002, abs=1e-4)
+    if sampler != "flash_sde":
+        assert limit == pytest.approx(math.sqrt(2), rel=1e-5)
+    assert af.StepTable(shifted(10), sampler="ode", noise_level=level).stochastic_steps == ()
+
+
+def test_a_level_may_carry_all_of_x_away():
+    assert float(af.StepTable(shifted(10), noise_level=math.sqrt(2), stochastic_steps=[0]).c_x[0]) == pytest.approx(0)
+    last = af.StepTable(shifted(10), sampler="dance_sde", noise_level=math.sqrt(2))
+    assert float(last.c_x[9]) == pytest.approx(0, abs=1e-15)
+
+
+def test_what_trainers_run_is_carried():
+    """flow_grpo, Flow-CPS and DanceGRPO with every shift and number of steps their recipes have, and more noise."""
+    levels = {
+        "flow_sde": [0.1, 0.7, 0.8, 1.0, 1.2],
+        "dance_sde": [0.3, 0.7, 1.2],
+        "cps": [0.7, 1.0],
+        "flash_sde": [1.0],
+    }
+    for steps, shift, schedule in product([10, 16, 20, 25, 28, 40, 50], [1.0, 1.5, 3.0, 5.0, 7.0, 12.0], [0, 1]):
+        sigmas = (shifted, twice_shifted)[schedule](steps, shift)
+        for sampler, noise_levels in levels.items():
+            for level in noise_levels:
+                assert not (af.StepTable(sigmas, sampler=sampler, noise_level=level).c_x < 0).any()
+    # UniRL's KL at s = 1 is made with numbers that no sampler could use.
+    assert float(af.StepTable(shifted(10), noise_level=1.2, convention="clamp_0.99").c_x[0]) == pytest.approx(-1.571429)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flash-SDE
+
+
+def test_flash_grpos_weight_is_one_over_kappa():
+    sigmas = twice_shifted(20)
+    table = af.StepTable(sigmas, sampler="flash_sde", noise_level=1.0)
+    s, h = sigmas[:-1], -sigmas.diff()
+    std = sigmas[-1] + (sigmas[1] - sigmas[-1]) * s
+    weight = 1 / (h.sqrt() / std + std * h.sqrt() * (1 - s) / (2 * s))
+    torch.testing.assert_close(1 / table.kappa.abs(), weight, rtol=1e-13, atol=0)
+
+
+def test_flash_sde_of_a_schedule_that_ends_above_0():
+    sigmas = torch.tensor([1.0, 0.8, 0.4, 0.1], dtype=torch.float64)
+    table = af.StepTable(sigmas, sampler="flash_sde", noise_level=0.5)
+    std = torch.tensor([0.8, 0.1 + 0.7 * 0.8, 0.1 + 0.7 * 0.4], dtype=torch.float64) / 2
+    torch.testing.assert_close(table.sigma, std * (-sigmas.diff()).sqrt())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps that need not follow one another
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("convention", ["next_sigma", "clamp_0.99"])
+@pytest.mark.parametrize(("sampler", "level"), [*SAMPLERS, ("ode", 0.7), ("flow_sde", 0.0)])
+def test_a_schedule_is_a_table_of_its_steps(schedule, convention, sampler, level):
+    sigmas = schedule(10)
+    options = {"sampler": sampler, "noise_level": level, "convention": convention, "stochastic_steps": (0, 3, 4, 8)}
+    ends = {"sigma_1": sigmas[1], "sigma_min": float(sigmas[-1])}
+    whole = af.StepTable(sigmas, **options)
+    assert same_rows(af.StepTable.from_steps(sigmas[:-1], sigmas[1:], **ends, **options), whole)
+    # In any order, any number of times.
+    order = torch.tensor([7, 0, 0, 9, 3, 1, 4, 8, 3])
+    options["stochastic_steps"] = [k for k, step in enumerate(order.tolist()) if step in (0, 3, 4, 8)]
+    some = af.StepTable.from_steps(sigmas[:-1][order], sigmas[1:][order], **ends, **options)
+    for name in COLUMNS:
+        assert torch.equal(getattr(some, name), getattr(whole, name)[order])
+    assert some.steps == 9 and torch.equal(some.rows(torch.arange(9)).kappa, whole.rows(order).kappa)
+
+
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps", "flash_sde"])
+@pytest.mark.parametrize("kind", [list, torch.tensor, lambda levels: torch.tensor(levels, dtype=torch.float64)])
+def test_every_sample_may_have_its_own_noise_level(sampler, kind):
+    """verl-omni: a level a sample, 0 outside its window."""
+    sigmas, index, levels = shifted(10), [0, 3, 3, 7, 5], [0.75, 0.125, 0.0, 1.0, 0.5]
+    table = af.StepTable.from_steps(
+        sigmas[index], sigmas[1:][index], sampler=sampler, noise_level=kind(levels), sigma_1=float(sigmas[1])
+    )
+    assert table.stochastic_steps == (0, 1, 3, 4) and table.noise_level.tolist() == levels
+    for row, (step, level) in enumerate(zip(index, levels, strict=True)):
+        one = af.StepTable(sigmas, sampler=sampler, noise_level=level)
+        for name in COLUMNS:
+            assert getattr(table, name)[row] == getattr(one, name)[step]
+
+
+def test_levels_of_a_schedule_may_be_a_schedule():
+    levels = [1.0, 0.5, 0.0, 0.25]
+    table = af.StepTable(shifted(4), noise_level=levels)
+    for step, level in enumerate(levels):
+        assert table.sigma[step] == af.StepTable(shifted(4), noise_level=level).sigma[step]
+    for level in (torch.tensor(0.5), torch.full((4,), 0.5), [0.5] * 4):
+        same = af.StepTable(shifted(4), noise_level=level)
+        assert same_rows(same, af.StepTable(shifted(4), noise_level=0.5)) and same.noise_level == 0.5
+
+
+def test_steps_that_skip_and_overlap_are_the_published_step():
+    """A coarse step, and the finer ones within it (Pave-GRPO)."""
+    s, s_end = [1.0, 1.0, 0.96, 0.9], [0.9, 0.96, 0.9, 0.7]
+    x, v = torch.randn(2, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    for sampler, level in SAMPLERS:
+        table = af.StepTable.from_steps(s, s_end, sampler=sampler, noise_level=level, sigma_1=0.9)
+        for k in range(4):
+            # The published step reads the second sigma of its schedule, its own, the following and the last one.
+            sigmas = torch.tensor([s[k], 0.9, s[k], s_end[k], 0.0], dtype=torch.float64)
+            mean, sigma = published_step(sampler, level, sigmas, 2, x, v)
+            torch.testing.assert_close(table.c_x[k] * x + table.c_v[k] * v, mean, rtol=1e-13, atol=1e-13)
+            assert float(table.sigma[k]) == pytest.approx(sigma, rel=1e-13)
+
+
+def test_sigma_1_is_asked_for_where_it_is_needed():
+    needed = r"sigma_1 is None; accepted for sampler '{}' and step {}, which starts at s = {}, is the second sigma"
+    steps = ([0.5, 1.0], [0.2, 0.9])
+    with pytest.raises(ValueError, match=needed.format("flow_sde", 1, 1)):
+        af.StepTable.from_steps(*steps)
+    with pytest.raises(ValueError, match=needed.format("flash_sde", 0, 0.5)):
+        af.StepTable.from_steps(*steps, sampler="flash_sde")
+    for options in (
+        {"sampler": "cps"},
+        {"sampler": "dance_sde"},
+        {"sampler": "ode"},
+        {"convention": "clamp_0.99"},
+        {"stochastic_steps": [0]},
+        {"noise_level": [0.7, 0.0]},
+    ):
+        assert af.StepTable.from_steps(*steps, **options).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"s": 0.5}, r"s has shape \[\]; accepted are \[T\] numbers, T of at least 1"),
+        ({"s": []}, r"s has shape \[0\]"),
+        ({"s": None}, r"s is None; accepted are \[T\] numbers"),
+        ({"s_end": [0.5]}, r"s_end has shape \[1\]; accepted is that of s, \[2\]"),
+        ({"s_end": [0.9, 0.5]}, r"s\[1\] is 0.5 and s_end\[1\] is 0.5; accepted are 0 <= s_end < s <= 1"),
+        ({"s": [1.1, 0.5]}, r"s\[0\] is 1.1 and s_end\[0\] is 0.9; accepted are"),
+        ({"s_end": [0.9, -0.1]}, r"s_end\[1\] is -0.1"),
+        ({"s": [1.0, math.nan]}, r"s\[1\] is nan"),
+        ({"noise_level": [0.7]}, r"noise_level has shape \[1\]; accepted are a number and \[2\] numbers"),
+        ({"noise_level": [0.7, -0.1]}, r"noise_level\[1\] is -0.1; accepted are finite numbers of at least 0"),
+        ({"noise_level": [math.inf, 0.1]}, r"noise_level\[0\] is inf; accepted are finite numbers"),
+        ({"noise_level": [0.7, 50.0]}, r"noise_level is 50.0, which gives step 1, from s = 0.5 to 0.2, a sigma of"),
+        ({"noise_level": [0.5, 1.1], "sampler": "cps"}, r"noise_level is 1.1; accepted for sampler 'cps'"),
+        ({"noise_level": "high"}, r"noise_level is 'high'; accepted are a number and \[2\] numbers"),
+        ({"sigma_1": [0.9]}, r"sigma_1 has shape \[1\]; accepted are a number and \[2\] numbers"),
+        ({"sigma_1": 1.0}, r"sigma_1\[0\] is 1.0; accepted are numbers of at least 0 and below 1"),
+        ({"sigma_min": -0.1}, r"sigma_min is -0.1; accepted is a finite number of at least 0"),
+        ({"stochastic_steps": [2]}, r"stochastic_steps has 2; accepted are the steps 0 to 1, or None"),
+        ({"convention": "0.99"}, r"convention is '0.99'; accepted are"),
+        ({"sampler": "ddpm"}, r"sampler is 'ddpm'; accepted are"),
+    ],
+)
+def test_misuse_of_steps_is_said_in_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        af.StepTable.from_steps(**{"s": [1.0, 0.5], "s_end": [0.9, 0.2], "sigma_1": 0.9, **change})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A table outlives the mode it was made in
+
+
+def assert_is_plain(table):
+    tensors = [table.sigmas, table._rows, *table._copies.values(), *(getattr(table, name) for name in COLUMNS)]
+    for tensor in tensors:
+        assert type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.is_inference()
+    assert all(tensor.dtype == torch.float64 for tensor in [table.sigmas, table._rows])
+    assert same_rows(table, af.StepTable(shifted(10)))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_defaults_and_modes_of_the_caller_do_not_reach_it(as_tensor):
+    second, sigmas = float(shifted(10)[1]), shifted(10) if as_tensor else shifted(10).tolist()
+    modes = [torch.device("meta"), torch.inference_mode(), torch.no_grad()]
+    if not as_tensor:
+        modes.append(FakeTensorMode())
+    for mode in modes:
+        with mode:
+            table = af.StepTable(sigmas)
+            steps = af.StepTable.from_steps(sigmas[:-1], sigmas[1:], sigma_1=second)
+            pickled = pickle.loads(pickle.dumps(table)) if isinstance(mode, torch.device) else table
+        assert_is_plain(table)
+        assert_is_plain(pickled)
+        assert same_rows(steps, table)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert_is_plain(af.StepTable(sigmas))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
+    try:
+        assert_is_plain(af.StepTable(sigmas, stochastic_steps=range(10)))
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("sigmas", [torch.ones(3, device="meta"), FakeTensorMode().from_tensor(torch.ones(3))])
+def test_sigmas_without_numbers_are_refused(sigmas):
+    with pytest.raises(ValueError, match=r"^sigmas is .*accepted are \[T \+ 1\] numbers"):
+        af.StepTable(sigmas)
+
+
+def trains(table):
+    """An eager training step finds what it needs, whatever used the table before."""
+    assert_is_plain(table)
+    v = torch.randn(4, 6, requires_grad=True)
+    af.gaussian_kl_from_velocity(v, v.detach() + 0.1, table, torch.tensor([0, 1, 2, 3])).sum().backward()
+    (v * table.kappa[:4, None]).sum().backward()
+    assert torch.isfinite(v.grad).all() and v.grad.all()
+    for column in table.rows(torch.tensor([1, 2])):
+        assert type(column) is torch.Tensor and not column.is_inference()
+
+
+def test_first_used_in_inference_mode():
+    with torch.inference_mode():
+        table = af.StepTable(shifted(10))
+        table.rows(torch.tensor([0, 3]))
+    trains(table)
+
+
+def test_first_used_by_fake_tensors():
+    table = af.StepTable(shifted(10))
+    with FakeTensorMode() as mode:
+        rows = table.rows(torch.tensor([0, 3]))
+    assert all(isinstance(column, FakeTensor) and column.shape == (2,) for column in rows)
+    outside = table.rows(mode.from_tensor(torch.tensor([0, 3])), torch.float64)
+    assert outside.kappa.dtype == torch.float64 and isinstance(outside.kappa, FakeTensor)
+    trains(table)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_first_used_by_make_fx(tracing_mode):
+    table = af.StepTable(shifted(10))
+    traced = make_fx(lambda index: table.columns(index), tracing_mode=tracing_mode)(torch.tensor([0, 3, 12]))
+    trains(table)
+    index = torch.tensor([2, -1, 9])
+    torch.testing.assert_close(traced(index), table.columns(index), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_first_used_by_export(strict):
+    class Rows(torch.nn.Module):
+        def forward(self, index):
+            return table.columns(index)
+
+    table = af.StepTable(shifted(10))
+    exported = torch.export.export(Rows(), (torch.tensor([0, 3, 12]),), strict=strict)
+    trains(table)
+    index = torch.tensor([2, -1, 9])
+    torch.testing.assert_close(exported.module()(index), table.columns(index), rtol=0, atol=0, equal_nan=True)
+
+
+def test_first_used_by_compiled_code():
+    table = af.StepTable(shifted(10))
+    torch._dynamo.reset()
+    compiled = torch.compile(table.columns, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        compiled(torch.tensor([0, 3]))
+    assert torch.equal(compiled(torch.tensor([0, 3])), table.columns(torch.tensor([0, 3])))
+    trains(table)
+
+
+def test_a_copy_of_a_table_is_the_table():
+    table = af.StepTable(shifted(10))
+    table.rows(torch.tensor([1], device="meta"))  # a device that the reader may not have
+    buffer = io.BytesIO()
+    torch.save(table, buffer)
+    buffer.seek(0)
+    copies = copy.deepcopy(table), pickle.loads(pickle.dumps(table)), torch.load(buffer, weights_only=False)
+    for again in copies:
+        trains(again)
+        assert repr(again) == repr(table) and again.stochastic_steps == table.stochastic_steps
+
+
+@pytest.mark.gpu
+def test_a_copy_leaves_its_device_behind():
+    table = af.StepTable(shifted(10))
+    index = torch.tensor([0, 3], device="cuda")
+    torch._dynamo.reset()
+    compiled = torch.compile(table.columns, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        assert torch.equal(compiled(index).cpu(), table.columns(index.cpu()))
+    with torch.inference_mode():
+        table.rows(index)
+    assert {where.type for where, _ in pickle.loads(pickle.dumps(table))._copies} == {"cpu"}
+    assert not table._copies[index.device, torch.float32].is_inference()
+
+
 def test_repr():
     table = af.StepTable(shifted(4), sampler="cps", noise_level=0.8, stochastic_steps=(1, 3))
     assert repr(table) == "StepTable(sampler='cps', noise_level=0.8, steps=4, stochastic_steps=[1])"
+    levels = af.StepTable.from_steps([0.5, 0.4, 0.3], [0.2, 0.1, 0.2], noise_level=[0.7, 0.0, 0.25])
+    assert repr(levels) == "StepTable(sampler='flow_sde', noise_level=0 to 0.7, steps=3, stochastic_steps=[0, 2])"
+    assert repr(af.StepTable(shifted(40))).endswith("noise_level=0.7, steps=40, stochastic_steps=[0 to 39])")
 
 
 GOOD = [1.0, 0.5, 0.0]
@@ -185,9 +611,13 @@ GOOD = [1.0, 0.5, 0.0]
         ({"sigmas": [1.0, 0.5, 0.5]}, r"sigmas is \[1.0, 0.5, 0.5\]; accepted are numbers within \[0, 1\], strictly"),
         ({"sigmas": [0.0, 0.5, 1.0]}, r"sigmas is \[0.0, 0.5, 1.0\]"),
         ({"sigmas": [1000.0, 500.0, 0.0]}, r"sigmas is \[1000.0, 500.0, 0.0\]; accepted are numbers within"),
+        ({"sigmas": [1.0000051, 0.5, 0.0]}, r"sigmas is \[1.0000051, 0.5, 0.0\]"),
+        ({"sigmas": [1.0, 0.5, 0.5]}, r"strictly decreasing \(sigmas\[2\] is not below sigmas\[1\]\)"),
+        ({"sigmas": torch.linspace(1, 0, 1001).bfloat16()}, r", \.\.\. of 1001\]; .* \(sigmas\[1\] is not below"),
+        ({"sigmas": [1.0, 0.9, 10**400]}, r"accepted are \[T \+ 1\] numbers"),
         ({"sigmas": [1.0, math.nan, 0.0]}, r"sigmas is \[1.0, nan, 0.0\]"),
         ({"sigmas": [0.5, 0.2, -0.1]}, r"sigmas is \[0.5, 0.2, -0.1\]"),
-        ({"sampler": "ddpm"}, r"sampler is 'ddpm'; accepted are 'flow_sde', 'dance_sde', 'cps', 'ode'"),
+        ({"sampler": "ddpm"}, r"sampler is 'ddpm'; accepted are 'flow_sde', 'dance_sde', 'cps', 'ode', 'flash_sde'"),
         ({"noise_level": -0.1}, r"noise_level is -0.1; accepted is a finite number of at least 0"),
         ({"noise_level": 1.1, "sampler": "cps"}, r"noise_level is 1.1; accepted for sampler 'cps'"),
         ({"convention": "0.99"}, r"convention is '0.99'; accepted are 'next_sigma', 'clamp_0.99'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,45 @@ def test_every_trainer_of_the_page_is_compared(compared):
         "flow_grpo", "FlowCPS", "DanceGRPO", "MixGRPO", "GRPO-Guard (flow_grpo)", "GRPO-Guard (Flow-Factory)",
         "UniRL Flow-DPPO", "verl-omni", "DiffusionNFT", "AWM", "FlowAWR", "ORW-CFM", "AdvantageFlow",
     }  # fmt: skip
+    assert {each.trainer for each in compared} == set(conformance.SOURCES)
+
+
+def test_every_row_carries_its_commit(compared, capsys):
+    dated = re.compile(r"[\w.-]+/[\w.-]+ @[0-9a-f]{7}|arXiv \d{4}\.\d{5}")
+    assert [each for each in compared if not dated.fullmatch(each.commit)] == []
+    assert conformance.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {source}\n" in printed for source in conformance.SOURCES.values())
+
+
+# What a schedule alone decides, and counts, may be the same for other inputs.
+FIXED = ("sigma at s = 1", "KL of <dv^2> = 1", "clipped", "masked")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rows_are_computed(compared, seed):
+    """With other inputs every number is another one and every verdict the same."""
+    others = conformance.rows(seed)
+    assert [(each.trainer, each.quantity, each.call, each.agrees) for each in others] == [
+        (each.trainer, each.quantity, each.call, each.agrees) for each in compared
+    ]
+    for each, other in zip(compared, others, strict=True):
+        if not each.quantity.startswith(FIXED):
+            assert not torch.equal(each.ours[0], other.ours[0]) and not torch.equal(each.theirs[0], other.theirs[0])
+
+
+def test_guard_of_flow_grpo_averages_its_drift_over_the_batch():
+    """Its line takes the mean over ``range(1, 1)``, no dimension, which PyTorch reads as all of them."""
+    assert torch.arange(6.0).view(2, 3).mean(dim=()) == 2.5
+    inputs = conformance.Inputs()
+    at = conformance.Rollout("", inputs, "flow_sde", 0.7, conformance.shifted_twice(10), torch.full((TRANSITIONS,), 3))
+    sigma = (at.std / at.h.sqrt()).mean() * at.h.sqrt().mean()
+    mu, mu_old = at.step(inputs.v)[0], at.step(inputs.v_old)[0]
+    bias = (mu - mu_old).pow(2).mean(dim=()) / (2 * sigma**2)
+    ratio = ((at.log_ratio(inputs.v) + bias) * sigma).exp()
+    worse = torch.maximum(-inputs.A * ratio, -inputs.A * ratio.clamp(1 - 2e-6, 1 + 2e-6))
+    expected = worse.mean() / at.h.sqrt().mean() ** 2
+    torch.testing.assert_close(conformance.guard_of_means(at, True, inputs.v), expected, rtol=1e-14, atol=0)
 
 
 def test_the_page_has_the_rows_of_the_table(compared):
@@ -56,6 +96,12 @@ def test_the_page_has_the_rows_of_the_table(compared):
         for each in compared
     ]
     assert written == computed
+
+
+def test_the_page_dates_every_trainer(compared):
+    sections = {part.partition("\n")[0]: part for part in CONVENTIONS.read_text().split("\n### ")[1:]}
+    undated = [name for name, source in conformance.SOURCES.items() if source not in " ".join(sections[name].split())]
+    assert undated == []
 
 
 def test_digits_count_what_agrees():

@@ -51,6 +51,11 @@ def test_dotted_overrides_win_over_the_file(tmp_path: Path) -> None:
     [
         (["--advantage_flow.gama", "1"], "advantage_flow.gama"),
         (["--advantage_flow.weighting", "cubic"], "advantage_flow.weighting"),
+        (["--flow_awr.weighting", "t2"], "flow_awr.weighting"),
+        (
+            ["--advantage.scale_by_std", "true"],
+            "advantage.scale_by_std is True; accepted: False, or advantage.norm softmax",
+        ),
         (["--advantage_flow.gamma", "-1"], "advantage_flow.gamma is -1"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--optim.lr", "0"], "optim.lr is 0"),

@@ -13,7 +13,9 @@ from advflow.algorithms import FORWARD
 from advflow.batch import ForwardBatch
 from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from advflow.config import (
+    AdvantageConfig,
     DiffusionNFTConfig,
+    FlowAWRConfig,
     ModelConfig,
     OptimConfig,
     ReferenceConfig,
@@ -210,6 +212,29 @@ def test_the_scale_multiplies_every_method_s_weight_of_the_reference(name: str) 
     loss = FORWARD[name].loss
     assert loss(replace(batch, reference_scale=2.0), plain).loss == loss(batch, doubled).loss
     assert loss(batch, plain).loss != loss(batch, doubled).loss
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_softmax_advantages_are_those_of_flow_awr(small_config: Make, gate: bool) -> None:
+    advantage = AdvantageConfig(norm="softmax", clip=2.0, clip_mode="clip", scale_by_std=gate)
+    config = small_config(algorithm="flow_awr", advantage=advantage)
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    expected = af.softmax_advantages(
+        rewards, config.rollout.images_per_prompt, clip_rewards=2.0, clip=3.0, scale_by_std=gate
+    )
+    assert torch.equal(Trainer(config)._advantages(rewards), expected)
+
+
+def test_flow_awr_trains_with_its_weighting() -> None:
+    rng = torch.Generator().manual_seed(0)
+    v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
+    t, A = torch.linspace(0.1, 0.9, 6), torch.linspace(-1, 2, 6)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 1.0)
+    for weighting in ("adaptive", "prediction", "velocity"):
+        config = TrainConfig(flow_awr=FlowAWRConfig(kl_weight=0.5, weighting=weighting))
+        expected = af.flow_awr_loss(v, x0, noise, t, A, v_old=v_old, v_ref=v_ref, kl_weight=0.5, weighting=weighting)
+        assert FORWARD["flow_awr"].loss(batch, config).loss == expected.loss
+    assert TrainConfig().flow_awr.weighting == "adaptive"
 
 
 def test_a_reference_without_weight_is_not_asked(small_config: Make) -> None:

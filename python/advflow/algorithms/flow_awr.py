@@ -1,4 +1,4 @@
-"""FlowAWR (arXiv 2606.30376): matching a target moved from the rollout policy's velocity by the advantage."""
+"""FlowAWR (arXiv 2606.30376): matching a target moved from the rollout policy's prediction by the advantage."""
 
 from __future__ import annotations
 
@@ -22,4 +22,5 @@ def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
         v_old=batch.v_old,
         v_ref=batch.v_ref,
         kl_weight=config.flow_awr.kl_weight * batch.reference_scale,
+        weighting=config.flow_awr.weighting,
     )

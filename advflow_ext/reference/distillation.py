@@ -1,0 +1,38 @@
+"""The on-policy distillation loss of DiffusionOPD (arXiv 2605.15055) in plain differentiable PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from advflow_ext.ops._numbers import Number
+from advflow_ext.ops._outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
+from advflow_ext.ops._transition_checks import distillation_arguments
+from advflow_ext.ops.step_table import StepTable
+from advflow_ext.reference._forward import mean
+from advflow_ext.reference._summary import reduce_losses
+
+
+def distillation_loss(
+    v: Tensor,
+    v_teacher: Tensor,
+    table: StepTable,
+    index: Tensor,
+    *,
+    form: str = "sde",
+    policy_weight: Number = 1.0,
+    reduction: str = "mean",
+) -> LossOutput:
+    """Same arguments, result and errors as :func:`advflow_ext.distillation_loss`, by PyTorch autograd."""
+    factor, valid = distillation_arguments(v, v_teacher, table, index, form, policy_weight, reduction)
+    difference = v.flatten(1).to(factor.dtype) - v_teacher.detach().flatten(1).to(factor.dtype)
+    with torch.no_grad():
+        finite = torch.isfinite(factor * mean(difference.square())) & torch.isfinite(factor)
+    usable = finite & valid
+    # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
+    distance = mean(torch.where(usable[:, None], difference, 0).square())
+    losses = torch.where(usable, factor, 0) * distance
+    totals = torch.stack([losses, distance]).detach().sum(1) / usable.sum().clamp(min=1)
+    counts = torch.stack([~finite, ~valid]).sum(1, dtype=totals.dtype)
+    metrics = LossMetrics(torch.cat([totals, counts]), DISTILLATION_METRICS)
+    return LossOutput(reduce_losses(losses, reduction), metrics)
