@@ -1,4 +1,6 @@
-# make demo: post-train the embedded world; make test: everything CI checks. Each sets up .venv by itself.
+# make demo: post-train the embedded world; make test: what CI checks. Each sets up .venv by itself.
+# make test-newest: the package installed for the newest torch and diffusers (requirements-newest.txt), in .venv-newest, and
+# part of the tests against it; CI runs it too. Its torch is one with CUDA, of several GB, where no other is offered.
 # make sanitize: the operators' tests with the compiled module under AddressSanitizer and UBSan.
 # make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
 PYTHON ?= python3
@@ -9,9 +11,14 @@ SEED ?= 0
 OUT ?= runs/demo-seed$(SEED)
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
+# An op of each kind, what hooks into diffusers, and the trainer: what a new release of either can break, in minutes.
+NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
+	tests/ops/test_loss_summary.py tests/ops/test_sde_step_op.py tests/nn/test_qk_norm.py tests/nn/test_sd3.py \
+	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test sanitize setup lint bench gpu-check clean
+.PHONY: demo test test-newest sanitize setup lint bench gpu-check clean
 
 demo: setup
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
@@ -21,6 +28,17 @@ test: setup lint
 
 sanitize: setup
 	$(BIN)/python -m pytest -q -m sanitizer
+
+# Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NEWEST_TESTS)
+
+$(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt
+	ADVFLOW_CUDA=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation --force-reinstall --no-deps .
+	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt ./python
+	touch $@
 
 setup: $(VENV)/.installed
 
@@ -47,4 +65,4 @@ gpu-check:
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so

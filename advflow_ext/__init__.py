@@ -1,8 +1,6 @@
 """Exact, fused losses for reinforcement learning of rectified-flow models. Needs torch alone."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-from advflow_ext import nn, reference
+from advflow_ext import _native, nn, reference
 from advflow_ext.integrations.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.ops._outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
@@ -21,10 +19,7 @@ from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.step_table import StepTable
 from advflow_ext.policy_set import Mismatch, PolicySet
 
-try:
-    __version__ = version("advflow-ext")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+source"
+__version__ = "0.1.0" + _native.LABEL
 
 __all__ = [
     "LossMetrics",

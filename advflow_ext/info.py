@@ -13,6 +13,8 @@ from advflow_ext import _native
 def report() -> str:
     lines = [
         f"advflow_ext {advflow_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"imported from {_native.PACKAGE}",
+        *([] if _native.module is None else [f"compiled module {_native.module.__file__}"]),
         "",
         "built",
     ]
@@ -29,12 +31,15 @@ def report() -> str:
 
 
 def _cuda() -> str:
+    if "cuda" in _native.DEVICES:
+        kernels = "native kernels"
+    else:
+        kernels = "PyTorch reference (no CUDA kernels were built; ADVFLOW_CUDA=1 at a reinstall insists on them)"
     if torch.version.cuda is None:
-        return "not usable: this torch has no CUDA" + (" (the kernels are built)" if "cuda" in _native.DEVICES else "")
+        return f"{kernels}; not usable: this torch has no CUDA"
     if not torch.cuda.is_available():
-        return "not usable: torch sees no CUDA device"
-    kind = "native kernels" if "cuda" in _native.DEVICES else "PyTorch reference"
-    return f"{kind} on {torch.cuda.get_device_name()}"
+        return f"{kernels}; not usable: torch sees no CUDA device"
+    return f"{kernels} on {torch.cuda.get_device_name()}"
 
 
 if __name__ == "__main__":

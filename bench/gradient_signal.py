@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from advflow.cli import resolve_configs, to_config, train_parser
 from advflow.config import TrainConfig
+from advflow.progress import show_progress
 from advflow.train import Trainer
 from torch import Tensor
-from tqdm import tqdm
 
 from bench import report
 
@@ -75,7 +75,7 @@ def gradients(trainer: Trainer, rollouts: int, label: str) -> tuple[dict[str, Te
     parameters = dict(trainer.policies.transformer("learner").named_parameters())
     found: dict[str, list[Tensor]] = {name: [] for name in names if parameters[name].requires_grad}
     rewards = []
-    for i in tqdm(range(FIRST_ROLLOUT, FIRST_ROLLOUT + rollouts), desc=label, leave=False):
+    for i in show_progress(range(FIRST_ROLLOUT, FIRST_ROLLOUT + rollouts), desc=label):
         rollout, row = trainer.roll_out(i)
         rewards.append(row["reward"])
         for losses in trainer.process.steps(i, rollout):

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import advflow_ext as af
 from advflow.algorithms import REVERSE
@@ -29,6 +28,7 @@ from advflow.evaluate import Evaluation, evaluate
 from advflow.forward_process import Draws, ForwardProcess
 from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, load_pipeline, pick_device
 from advflow.policies import follow, make_policies
+from advflow.progress import show_progress
 from advflow.prompts import load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl, reference_target
@@ -243,7 +243,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     images = config.rollout.prompts * config.rollout.images_per_prompt
     earlier = max((row["seconds"] for row in read_rows(folder / EVALS)), default=0.0)
     started = time.monotonic() - earlier
-    progress = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc="train", unit="it")
+    progress = show_progress(range(first, config.iterations), initial=first, desc="train")
 
     def assess(iteration: int) -> Evaluation:
         result = trainer.evaluate()

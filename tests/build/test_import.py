@@ -96,6 +96,37 @@ def test_info_tells_what_was_built_and_what_is_usable():
     assert "nothing usable" in hidden.stdout and "cpu   PyTorch reference" in hidden.stdout
 
 
+WITHOUT_CUDA = "from advflow_ext import _native; _native.DEVICES = frozenset({'cpu'})\n"
+
+
+def test_info_says_that_only_cpu_kernels_were_built_whatever_the_torch():
+    for torch_cuda in ("None", "'13.0'"):
+        line = python(
+            f"import torch; torch.version.cuda = {torch_cuda}\n{WITHOUT_CUDA}"
+            "from advflow_ext import info; print(info.report())"
+        ).stdout.splitlines()[-1]
+        assert line.startswith("  cuda  PyTorch reference (no CUDA kernels were built; ADVFLOW_CUDA=1")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_cuda_tensor_says_that_only_cpu_kernels_were_built(compiled):
+    # A CPU tensor in the part of the CUDA one, which no GPU is needed for.
+    step = "af.advantage_flow_loss(v, x, x, torch.tensor([0.5, 1.0]), torch.ones(2), v_old=x).loss"
+    said = python(
+        "import torch, advflow_ext as af\nfrom advflow_ext import _native\n"
+        "_native.DEVICES = frozenset({'cuda'})\n"
+        f"v, x = torch.randn(2, 3), torch.randn(2, 3)\nstep = lambda v: {step}\n"
+        + ("step = torch.compile(step, backend='eager', fullgraph=True)\n" if compiled else "")
+        + "step(v), step(v)"
+    ).stderr
+    assert said.count("advflow_ext was built without cpu kernels: the slower PyTorch reference serves") == 1
+    with torch._subclasses.FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "DEVICES", frozenset({"cpu"}))
+        patch.setattr(_native, "_devices_warned_of", set())
+        with pytest.warns(RuntimeWarning, match=r"without cuda kernels: .*; reinstall it where nvcc is found"):
+            assert not _native.serves(torch.empty(2, device="cuda"))
+
+
 def test_public_names():
     assert af.__all__ == sorted(af.__all__)
     assert {"advantage_flow_loss", "group_advantages", "reference"} <= set(af.__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,24 +12,45 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def setup():
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("advflow_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "advflow_setup", module)  # where dataclasses look their module up
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "USUAL_TOOLKIT", str(tmp_path / "usual"))  # this machine's toolkit is not the question
     return module
 
 
-def executable(path: Path) -> Path:
+def executable(path: Path, script: str = "") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/bin/sh\n")
+    path.write_text(f"#!/bin/sh\n{script}")
     path.chmod(0o755)
     return path
+
+
+def fake_nvcc(toolkit: Path, version: str, architectures: str = "") -> Path:
+    return executable(
+        toolkit / "bin" / "nvcc",
+        f"case $1 in --version) echo 'Cuda compilation tools, release {version[:4]}, V{version}';;\n"
+        f"--list-gpu-arch) printf '%s\\n' {architectures};; *) touch {toolkit}/compiled; exit 1;; esac\n",
+    )
+
+
+def fake_torch(folder: Path, version: str, cuda: str | None = None, stream: str = "native_handle") -> Path:
+    """A package that answers what setup.py asks before it compiles; asked for anything else, it is not there."""
+    (folder / "torch" / "include" / "c10" / "core").mkdir(parents=True)
+    (folder / "torch" / "include" / "c10" / "core" / "Stream.h").write_text(stream)
+    (folder / "torch" / "__init__.py").write_text(
+        f"from types import SimpleNamespace\n__version__ = {version!r}\nversion = SimpleNamespace(cuda={cuda!r})\n"
+    )
+    return folder
 
 
 def test_auto_builds_cuda_exactly_when_nvcc_is_found(setup, tmp_path, capsys):
@@ -42,17 +64,45 @@ def test_auto_builds_cuda_exactly_when_nvcc_is_found(setup, tmp_path, capsys):
     assert "only CPU kernels are built" in capsys.readouterr().out
 
 
+def test_nvcc_is_looked_for_in_every_usual_place(setup, tmp_path, capsys):
+    places = [fake_nvcc(tmp_path / name, "13.0.88") for name in ("home", "path-variable", "on-path", "usual")]
+    folders = [str(nvcc.parent.parent) for nvcc in places]
+    environment = {"CUDA_HOME": folders[0], "CUDA_PATH": folders[1], "PATH": str(places[2].parent)}
+    for nvcc, folder in zip(places, folders, strict=True):
+        assert setup.choose_nvcc(environment) == str(nvcc)
+        shutil.rmtree(folder)  # a variable that is set but holds no nvcc hides none further on
+    said = capsys.readouterr().out.splitlines()
+    assert said[
+        -1
+    ] == f"advflow-ext: there is no bin/nvcc in CUDA_HOME ({folders[0]}) nor in CUDA_PATH ({folders[1]}); " + (
+        f"{places[3]} is used."
+    )
+    assert setup.choose_nvcc(environment) is None
+
+
+def test_what_is_no_program_is_no_nvcc(setup, tmp_path):
+    (tmp_path / "bin" / "nvcc").mkdir(parents=True)
+    assert setup.choose_nvcc({"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path / "bin")}) is None
+    (tmp_path / "bin" / "nvcc").rmdir()
+    (tmp_path / "bin" / "nvcc").write_text("not executable")
+    assert setup.choose_nvcc({"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path / "bin")}) is None
+
+
 def test_refusals_are_sentences(setup, tmp_path):
-    with pytest.raises(SystemExit, match=r"ADVFLOW_CUDA=1 but there is no nvcc in CUDA_HOME/bin or on PATH"):
-        setup.choose_nvcc({"ADVFLOW_CUDA": "1", "PATH": str(tmp_path)})
+    with pytest.raises(
+        SystemExit, match=r"ADVFLOW_CUDA=1 but there is no nvcc in the bin folders of CUDA_HOME"
+    ) as said:
+        setup.choose_nvcc({"ADVFLOW_CUDA": "1", "PATH": str(tmp_path), "CUDA_PATH": "/opt/none"})
+    for tried in ("CUDA_HOME (not set)", "CUDA_PATH (/opt/none)", setup.USUAL_TOOLKIT, "on PATH"):
+        assert tried in str(said.value)
     with pytest.raises(SystemExit, match=r"ADVFLOW_CUDA is 'yes'; accepted are auto, 1 and 0"):
         setup.choose_nvcc({"ADVFLOW_CUDA": "yes"})
     with pytest.raises(SystemExit, match=r"ADVFLOW_SANITIZE is 'yes'; accepted are 1 and 0"):
         setup.sanitizer_flags({"ADVFLOW_SANITIZE": "yes"})
     with pytest.raises(SystemExit, match=r"there is no C\+\+ compiler \(c\+\+ is not on PATH\)"):
         setup.choose_compiler({"PATH": str(tmp_path)})
-    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has 'Hopper'; accepted are versions such as"):
-        setup.architecture_flags({"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"})
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has 'Hoper'; accepted are versions such as .* Hopper"):
+        setup.architecture_flags({"TORCH_CUDA_ARCH_LIST": "8.0;Hoper"})
 
 
 def test_architectures(setup):
@@ -70,18 +120,42 @@ def test_architectures(setup):
     ]
 
 
+@pytest.mark.parametrize(
+    "wanted", ["Ampere", "Hopper", "Ampere;Hopper", "Turing Ada", "Volta+Tegra;8.0", "9.0a", "8.0;9.0+PTX", "Blackwell"]
+)
+def test_architectures_are_those_torch_reads(setup, wanted, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    flags = setup.architecture_flags({"TORCH_CUDA_ARCH_LIST": wanted})
+    assert sorted(flags) == cpp_extension._get_cuda_arch_flags()
+
+
+@pytest.mark.parametrize("wanted", ["8.0;9.0+PTX;", ";8.0;9.0+PTX", "8.0 ; 9.0+PTX", "8.0,9.0+PTX,", "8.0;;Hopper;9.0"])
+def test_separators_around_and_between_architectures_do_not_matter(setup, wanted):
+    assert setup.architecture_flags({"TORCH_CUDA_ARCH_LIST": wanted}) == setup.architecture_flags({})
+
+
 def test_no_fast_math(setup):
     assert not any("fast" in flag for flag in setup.CXX_FLAGS + setup.NVCC_FLAGS)
 
 
+# This machine's own toolkit must not be found where a test says that there is none.
+DRIVER = "import sys, setup; sys.argv[0] = 'setup.py'; setup.USUAL_TOOLKIT = '/nowhere'; setup.main()"
+
+
 def run_setup(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    unset = ("CUDA_HOME", "CUDA_PATH", "CXX", "ADVFLOW_CUDA", "TORCH_CUDA_ARCH_LIST")
     return subprocess.run(
-        [sys.executable, "setup.py", *arguments],
+        [sys.executable, "-c", DRIVER, *arguments],
         cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CXX")}, **environment},
+        env={**{k: v for k, v in os.environ.items() if k not in unset}, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
 
 
 def build_into(folder: Path) -> list[str]:
@@ -101,6 +175,102 @@ def test_a_build_without_compiler_ends_in_one_sentence(tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("advflow-ext: there is no C++ compiler")
 
 
+def test_nvcc_of_another_cuda_than_torchs_is_refused_before_compiling(tmp_path):
+    fake_torch(tmp_path, "2.13.0+cu130", cuda="13.0")
+    nvcc = fake_nvcc(tmp_path / "toolkit", "12.8.93")
+    result = run_setup(build_into(tmp_path), PYTHONPATH=str(tmp_path), CUDA_HOME=str(tmp_path / "toolkit"))
+    assert refusal(result) == (
+        f"advflow-ext: {nvcc} is of CUDA 12.8.93 but torch 2.13.0+cu130 is built for CUDA 13.0; set CUDA_HOME to a "
+        "toolkit of CUDA 13, or ADVFLOW_CUDA=0 for CPU kernels alone."
+    )
+    assert not (tmp_path / "temp").exists() and not (tmp_path / "toolkit" / "compiled").exists()
+
+
+@pytest.mark.parametrize(("torch_cuda", "fits"), [(None, True), ("13.2", True), ("12.8", False), ("1.3", False)])
+def test_one_major_version_of_cuda_in_a_process(setup, torch_cuda, fits):
+    if fits:
+        setup.require_one_cuda("nvcc", "13.0.88", "2.13.0", torch_cuda)
+    else:
+        with pytest.raises(SystemExit, match="nvcc is of CUDA 13.0.88 but torch 2.13.0 is built for CUDA"):
+            setup.require_one_cuda("nvcc", "13.0.88", "2.13.0", torch_cuda)
+
+
+@pytest.mark.parametrize("version", ["2.10.0+cu128", "2.9.1", "1.13.1", "2.10.0a0+git12"])
+def test_an_older_torch_is_refused_before_compiling(tmp_path, version):
+    fake_torch(tmp_path, version)
+    result = run_setup(build_into(tmp_path), PYTHONPATH=str(tmp_path))
+    assert refusal(result).startswith(f"advflow-ext: torch is {version}; accepted is 2.11 or newer")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.15.0a0+git12", "3.0.0"])
+def test_newer_torches_are_taken(setup, version):
+    setup.require_torch_release(version)
+
+
+def test_an_nvcc_that_does_not_answer_is_refused(setup, tmp_path):
+    with pytest.raises(SystemExit, match=r"nvcc cannot be run .*; set CUDA_HOME to a toolkit that works"):
+        setup.cuda_version(str(executable(tmp_path / "broken" / "nvcc", "exit 3")))
+    with pytest.raises(SystemExit, match=r"nvcc --version names no CUDA version"):
+        setup.cuda_version(str(executable(tmp_path / "silent" / "nvcc")))
+    assert setup.cuda_version(str(fake_nvcc(tmp_path / "good", "12.8.93"))) == "12.8.93"
+
+
+def test_architectures_nvcc_does_not_know_are_refused_before_compiling(tmp_path):
+    fake_torch(tmp_path, "2.13.0+cu130", cuda="13.0")
+    fake_nvcc(tmp_path / "toolkit", "13.0.88", "compute_80 compute_90")
+    result = run_setup(
+        build_into(tmp_path),
+        PYTHONPATH=str(tmp_path), CUDA_HOME=str(tmp_path / "toolkit"), TORCH_CUDA_ARCH_LIST="Volta;9.0a",
+    )  # fmt: skip
+    assert "TORCH_CUDA_ARCH_LIST asks for compute_70, which" in refusal(result)
+    assert "it knows compute_80, compute_90." in refusal(result)
+    assert not (tmp_path / "toolkit" / "compiled").exists()
+
+
+def test_what_is_built_is_named_by_its_torch_and_cuda(setup, tmp_path):
+    nvcc = fake_nvcc(tmp_path / "toolkit", "13.0.88", "compute_80 compute_90")
+    environment = {"CUDA_HOME": str(tmp_path / "toolkit"), "PATH": os.environ["PATH"]}
+    fake_torch(tmp_path, "2.15.0+cu132", cuda="13.2")
+    torch = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location("fake_torch", tmp_path / "torch" / "__init__.py")
+    )
+    torch.__spec__.loader.exec_module(torch)
+    plan = setup.make_plan(environment, torch)
+    assert plan.nvcc == str(nvcc) and plan.label == "+torch2.15.0.cu130"
+    assert setup.make_plan({**environment, "ADVFLOW_CUDA": "0"}, torch).label == "+torch2.15.0.cpu"
+
+
+def test_the_metadata_that_pip_prepares_carry_the_label(tmp_path):
+    import torch
+
+    result = run_setup(["-q", "dist_info", "--output-dir", str(tmp_path)], ADVFLOW_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("*.dist-info")
+    metadata = (folder / "METADATA").read_text()
+    assert f"\nVersion: 0.1.0+torch{torch.__version__.split('+')[0]}.cpu\n" in metadata
+    assert "\nProject-URL: " in metadata and "\nClassifier: " in metadata
+
+
+def test_a_build_that_hides_torch_finds_it_where_it_is_installed(setup, monkeypatch, tmp_path):
+    """pip's isolated build runs this interpreter with its site-packages taken off sys.path."""
+    fake_torch(tmp_path, "2.13.0")
+    monkeypatch.setattr(setup.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "torch").is_dir()])
+    for name in [name for name in sys.modules if name == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert setup.import_torch().__file__ == str(tmp_path / "torch" / "__init__.py")
+
+
+def test_what_is_compiled_for_one_torch_is_compiled_again_for_another(setup, tmp_path):
+    header = tmp_path / "generated" / "info.h"
+    setup.write_if_changed(header, "torch 2.13.0")
+    os.utime(header, (1, 1))
+    setup.write_if_changed(header, "torch 2.13.0")
+    assert header.stat().st_mtime == 1
+    setup.write_if_changed(header, "torch 2.15.0")
+    assert header.stat().st_mtime > 1 and header.read_text() == "torch 2.15.0"
+
+
 def test_a_build_without_torch_ends_in_one_sentence(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')\n")
     result = run_setup(["--version"], PYTHONPATH=str(tmp_path))
@@ -108,18 +278,38 @@ def test_a_build_without_torch_ends_in_one_sentence(tmp_path):
     assert "torch cannot be imported here" in result.stderr and "--no-build-isolation" in result.stderr
 
 
-def test_the_source_archive_holds_what_a_build_needs(tmp_path):
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+
+
+def test_the_source_archive_holds_what_a_build_needs_and_what_the_readme_names(tmp_path):
     # From a copy: the archive's by-products must not land in the tree.
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "python"))
+    ignore = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "runs", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    # No torch is asked for: whoever makes the archive may have none.
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')\n")
     result = subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=tree, capture_output=True, text=True
-    )
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=tree, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
     needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "advflow_ext/__init__.py", "advflow_ext/py.typed"}
-    assert needed <= names
-    assert not any(name.endswith((".so", "_build.json")) for name in names)
+    needed |= {
+        ".ci/run",
+        "Makefile",
+        "requirements-newest.txt",
+        ".clang-format",
+        "python/pyproject.toml",
+        "python/advflow/configs/tiny.yaml",
+    }
+    named = LINK.findall((ROOT / "README.md").read_text())
+    assert len(named) > 10
+    needed |= {link.rstrip("/") for link in named}
+    for page in (ROOT / "docs").glob("*.md"):
+        needed |= {os.path.normpath(f"docs/{link}") for link in LINK.findall(page.read_text())}
+    assert not needed - names
+    assert not any(name.endswith((".so", "_build.json", ".pyc")) for name in names)

@@ -19,7 +19,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -29,6 +28,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from advflow.progress import show_progress
 from advflow.world.prompts import training_prompts
 from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Prompt, all_prompts, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings
@@ -64,7 +64,7 @@ def render_scenes(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, l
     pool = {c: [p for p in training_prompts() if p.category == c] for c in CATEGORIES}
     prompts: list[Prompt] = []
     images = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    for i in tqdm(range(count), desc="rendering scenes", unit="image"):
+    for i in show_progress(range(count), desc="rendering scenes", unit="image"):
         choices = pool[CATEGORIES[i % len(CATEGORIES)]]
         prompts.append(choices[rng.integers(len(choices))])
         images[i] = render(sample_scene(prompts[-1], rng))
@@ -86,7 +86,7 @@ def train_vae(images: torch.Tensor, settings: PretrainSettings) -> AutoencoderKL
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.vae_lr, settings.vae_steps, pct_start=0.1)
-    progress = tqdm(range(settings.vae_steps), desc="autoencoder", unit="step")
+    progress = show_progress(range(settings.vae_steps), desc="autoencoder", unit="step")
     for _ in progress:
         batch = images[torch.randint(len(images), (settings.batch,))]
         posterior = vae.encode(batch).latent_dist
@@ -222,7 +222,7 @@ def train_flow(
     parameters = [p for module in modules for p in module.train().requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.lr, stage.steps, pct_start=0.1)
-    progress = tqdm(range(stage.steps), desc="flow matching", unit="step")
+    progress = show_progress(range(stage.steps), desc="flow matching", unit="step")
     average = float("nan")
     for step in progress:
         index = torch.randint(len(latents), (batch,))
