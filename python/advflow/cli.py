@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from advflow.config import TrainConfig
 from advflow.cpu_memory import keep_freed_memory
+from advflow.run_folder import CONFIG, MAY_CHANGE
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -28,14 +30,40 @@ examples:
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
 
+_RESUME = f"""go on with the run in --out, where there is one, with its own settings; {", ".join(MAY_CHANGE)} may be
+given anew (a learning rate that depends on iterations then follows the new number), any other change is refused"""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(resolve_configs(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parse(words)
     command: str = arguments.subcommand
     try:
         _COMMANDS[command](arguments[command])
     except (ValueError, FileNotFoundError) as error:
+        if not _is_refusal(error):
+            raise
         raise SystemExit(f"advflow {command}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"advflow {command}: interrupted") from None
+
+
+def _parse(words: list[str]) -> Namespace:
+    """Parses a command line. A run that goes on has its own settings as the base instead of a config's."""
+    arguments = _parser().parse_args(resolve_configs(words))
+    if arguments.subcommand == "train" and arguments.train.resume:
+        own = Path(arguments.train.out) / CONFIG
+        if own.is_file():
+            words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
+            arguments = _parser().parse_args(words)
+    return arguments
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether our own code raised it. What a user's reward or a library raises keeps its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__package__")).partition(".")[0] == __package__
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -50,10 +78,11 @@ def algorithm_settings(config: str, algorithm: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def resolve_configs(argv: list[str]) -> list[str]:
+def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
     """Puts configs first, built-in ones by their paths and followed by --algorithm's settings, then everything else.
 
-    So the command line has the last word whatever its order.
+    So the command line has the last word whatever its order. What it does not say comes from the file `base`; without
+    one from the built-in "tiny" where no config is named.
     """
     if argv[:1] != ["train"]:
         return argv
@@ -61,8 +90,9 @@ def resolve_configs(argv: list[str]) -> list[str]:
     following = list(zip(words, words[1:], strict=False))
     algorithm = dict(following).get("--algorithm")
     known = packaged_configs()
-    files: list[str] = []
-    for name in [value for word, value in following if word == "--config"] or ["tiny"]:
+    files: list[str] = [] if base is None else [str(base)]
+    named = [value for word, value in following if word == "--config"]
+    for name in named if named or base is not None else ["tiny"]:
         files.append(str(known.get(name, name)))
         if name in known and algorithm and (settings := algorithm_settings(name, algorithm)):
             files.append(str(settings))
@@ -90,7 +120,7 @@ def train_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Post-train a pipeline by reinforcement learning.")
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
-    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="go on with the run in --out")
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=_RESUME)
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -112,6 +142,7 @@ def load_run_config(run: str) -> TrainConfig:
 def _run_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--base", type=bool, nargs="?", const=True, default=False, help="the model before training")
+    parser.add_argument("--checkpoint", type=str, default="last", help='"last", "best" or after how many iterations')
 
 
 def _eval_parser() -> ArgumentParser:
@@ -129,6 +160,9 @@ def _sample_parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
     parser.add_argument("--out", type=str, default="samples.png", help="where the picture goes")
     return parser
+
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def _report_parser() -> ArgumentParser:
@@ -151,44 +185,61 @@ def _train(arguments: Namespace) -> None:
     resume = arguments.pop("resume")
     arguments.pop("config")
     config = to_config(parser, arguments)
-    folder = Path(config.out)
-    if not resume and (folder / "config.yaml").exists():
-        raise ValueError(f"out is {config.out!r}, where a run already is; give --resume or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     _quiet_libraries()
     keep_freed_memory()
     from advflow.report import write_report
     from advflow.train import train
 
     summary = train(config, resume)
-    report = write_report(folder)
+    report = write_report(Path(config.out))
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
-        print(f"  {category:<18} {summary['base_categories'][category]:.3f} -> {score:.3f}")
+        print(f"  {category:<18} {_score(summary['base_categories'][category])} -> {_score(score)}")
+    if summary["best_iteration"] != summary["iterations"]:
+        print(f"best: {summary['best_score']:.3f} after iteration {summary['best_iteration']}, kept as a checkpoint")
     print(f"report: {report}")
 
 
+def _score(value: float | None) -> str:
+    """A category's score; a dash where none of its images got a finite one."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
 def _eval(arguments: Namespace) -> None:
+    config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.inference import evaluate_run, load_run
 
-    config = load_run_config(arguments.run)
-    result = evaluate_run(load_run(Path(arguments.run), config, base=arguments.base))
+    result = evaluate_run(load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint))
     print(f"overall {result.overall:.4f}")
     for category, score in result.categories.items():
         print(f"  {category:<18} {score:.4f}")
+    if result.unscored:
+        print(f"{result.unscored} images got no finite score and count in no mean")
 
 
 def _sample(arguments: Namespace) -> None:
+    _check_sample(arguments)
+    config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.inference import draw_images, load_run
     from advflow.run_log import image_grid
 
-    run = load_run(Path(arguments.run), load_run_config(arguments.run), base=arguments.base)
+    run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
     images = draw_images(run, arguments.prompt, arguments.count, arguments.steps, arguments.seed)
     image_grid(images, columns=min(8, arguments.count)).save(arguments.out)
     print(f"wrote {arguments.out}")
+
+
+def _check_sample(arguments: Namespace) -> None:
+    for name in ("count", "steps"):
+        if arguments[name] < 1:
+            raise ValueError(f"--{name} is {arguments[name]}; accepted: 1 or more")
+    out = Path(arguments.out)
+    if out.suffix.lower() not in _PICTURES:
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a file ending in {', '.join(_PICTURES)}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a file in a folder that exists")
 
 
 def _report(arguments: Namespace) -> None:
@@ -198,13 +249,15 @@ def _report(arguments: Namespace) -> None:
 
 
 def _pretrain(arguments: Namespace) -> None:
-    _quiet_libraries()
-    keep_freed_memory()
-    from advflow.world.pretrain import pretrain
     from advflow.world.settings import PretrainSettings
 
     out = Path(arguments.pop("out"))
-    pretrain(out, PretrainSettings(**arguments.as_dict()))
+    settings: PretrainSettings = PretrainSettings(**_pretrain_parser().instantiate(arguments).as_dict())
+    _quiet_libraries()
+    keep_freed_memory()
+    from advflow.world.pretrain import pretrain
+
+    pretrain(out, settings)
 
 
 def _quiet_libraries() -> None:
@@ -219,3 +272,7 @@ def _quiet_libraries() -> None:
 
 
 _COMMANDS = {"train": _train, "eval": _eval, "sample": _sample, "report": _report, "pretrain": _pretrain}
+
+
+if __name__ == "__main__":
+    main()

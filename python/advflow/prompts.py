@@ -18,9 +18,12 @@ class PromptSource:
     texts: list[str]
     weights: torch.Tensor
 
-    def draw(self, count: int, rng: torch.Generator) -> list[int]:
+    def require(self, count: int) -> None:
+        """Refuses to draw more prompts in an iteration than there are."""
         if count > len(self.texts):
             raise ValueError(f"rollout.prompts is {count}; data.prompts has only {len(self.texts)} different prompts")
+
+    def draw(self, count: int, rng: torch.Generator) -> list[int]:
         return torch.multinomial(self.weights, count, generator=rng).tolist()
 
 

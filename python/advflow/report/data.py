@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from PIL import Image
 
-from advflow.config import TrainConfig
+from advflow.config import TrainConfig, flatten
 from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
 
 _MOST_GRIDS = 12
@@ -139,17 +139,6 @@ def load_run(folder: Path) -> Run:
 def default_config() -> dict[str, Any]:
     """What every setting is when nobody sets it, by dotted name."""
     return flatten(asdict(TrainConfig()))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; tuples become lists, as they do in YAML."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def number(value: object) -> float | None:

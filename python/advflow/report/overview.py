@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from advflow.report.data import Run, default_config, flatten, number
+from advflow.config import flatten
+from advflow.report.data import Run, default_config, number
 from advflow.report.panels import column, grouped_panels
 from advflow.report.text import DASH, direction, duration_text, gain_text, plain, score_text
 
@@ -97,6 +98,12 @@ def _remarks(run: Run) -> str:
             remarks.append(
                 f"The held-out score fell by {best - last:.3f} after its best, {best:.3f} at iteration {iteration:,}."
             )
+    unscored = [row["iteration"] for row in run.evals if number(row.get("unscored"))]
+    if unscored:
+        remarks.append(
+            f"Held-out images without a finite score, left out of the means, in {len(unscored):,} of {len(run.evals):,} "
+            f"evaluations, first in that of iteration {unscored[0]:,}."
+        )
     for panel in grouped_panels(run.metrics).get("Faults", []):
         hit = [row["iteration"] for row in run.metrics if number(row.get(panel.key))]
         if hit:
