@@ -98,6 +98,10 @@ def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optim
     state, stored = _read(path)
     if optimizer is not None:
         _materialise_optimizer_state(optimizer)
+        stepped = {name.split(".")[1] for name in stored if name.startswith("optimizer.")}
+        for index, parameter in enumerate(policies.learner):
+            if f"{index:04d}" not in stepped:  # every step so far was skipped
+                del optimizer.state[parameter]
     expected = _flatten(policies, optimizer)
     missing = sorted(expected.keys() - stored.keys())
     if missing:

@@ -61,9 +61,14 @@ def _parse(words: list[str]) -> Namespace:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether our own code raised it. What a user's reward or a library raises keeps its traceback."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__package__")).partition(".")[0] == __package__
+    """Whether our own code raised it, with nobody else's in between.
+
+    What a user's reward or a library raises keeps its traceback.
+    """
+    packages = [str(frame.f_globals.get("__package__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    roots = [package.partition(".")[0] for package in packages]
+    ours = ("advflow", "advflow_ext")
+    return roots[-1] in ours and set(roots) <= {*ours, "jsonargparse", "torch"}  # these two call ours back
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -195,7 +200,7 @@ def _train(arguments: Namespace) -> None:
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
         print(f"  {category:<18} {_score(summary['base_categories'][category])} -> {_score(score)}")
-    if summary["best_iteration"] != summary["iterations"]:
+    if summary["best_score"] > summary["final_score"]:
         print(f"best: {summary['best_score']:.3f} after iteration {summary['best_iteration']}, kept as a checkpoint")
     print(f"report: {report}")
 

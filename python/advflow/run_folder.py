@@ -6,8 +6,7 @@ import fcntl
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,35 +80,43 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps every other process of this kind out of an existing `folder`; a killed process locks nothing.
+class FolderLock:
+    """Keeps other training processes out of a folder, until its `with` block ends or the process is killed."""
 
-    Raises ValueError, naming the other process.
-    """
-    path = folder / _LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _LOCK
+        self._handle: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._handle)
+
+    def take(self) -> None:
+        """Locks the folder, which must exist. Raises ValueError, naming the other process, where one has it."""
+        while self._handle is None:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+                os.close(handle)
+                raise ValueError(
+                    f"out is {str(self._path.parent)!r}, where {holder} is training; accepted is one at a time"
+                ) from None
+            except OSError as error:
+                warnings.warn(f"{self._path} cannot be locked ({error}): no other process may train here", stacklevel=2)
+            # It may have been removed between opening and locking, and a lock on what nobody finds keeps nobody out.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self._path)):
+                    self._handle = handle
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    return
             os.close(handle)
-            raise ValueError(f"out is {str(folder)!r}, where {holder} is training; accepted is one at a time") from None
-        except OSError as error:
-            warnings.warn(f"{folder} cannot be locked ({error}): no other process may train there", stacklevel=3)
-        # The file may have been removed between opening and locking it, and a lock on nothing keeps nobody out.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                break
-        os.close(handle)
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _refuse_changes(config: TrainConfig) -> None:

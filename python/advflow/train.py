@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from advflow.reference_control import ReferenceControl, reference_target
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
 from advflow.run import CHECKPOINTS, Run
-from advflow.run_folder import check_folder, locked, make_folder, write_config
+from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
 
 WeightedMetrics = tuple[af.LossMetrics, float]
@@ -243,18 +242,17 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     Nothing is written before settings, prompts, reward, model and checkpoint have proved usable. Raises ValueError
     where they are not, and SystemExit where a signal has ended the run early.
     """
-    folder = Path(config.out)
-    with ExitStack() as held:
-        check_folder(config, resume)
-        new = not folder.exists()
+    folder, stop = Path(config.out), StopRequest()
+    check_folder(config, resume)
+    new = not folder.exists()
+    with FolderLock(folder) as lock:
         if not new:
-            held.enter_context(locked(folder))
-        stop = StopRequest()
+            lock.take()
         trainer = Trainer(config, stop.check)
         state = _saved_state(trainer, folder) if resume else RunState(0)
         if new:
             make_folder(config)
-            held.enter_context(locked(folder))
+            lock.take()
             check_folder(config, resume=False)  # another process may have been faster, and done already
         write_config(config)
         return Run(trainer, state, stop).finish()

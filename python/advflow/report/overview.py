@@ -101,8 +101,8 @@ def _remarks(run: Run) -> str:
     unscored = [row["iteration"] for row in run.evals if number(row.get("unscored"))]
     if unscored:
         remarks.append(
-            f"Held-out images without a finite score, left out of the means, in {len(unscored):,} of {len(run.evals):,} "
-            f"evaluations, first in that of iteration {unscored[0]:,}."
+            f"Held-out images without a finite score, left out of the means, in {len(unscored):,} of "
+            f"{len(run.evals):,} evaluations, first in that of iteration {unscored[0]:,}."
         )
     for panel in grouped_panels(run.metrics).get("Faults", []):
         hit = [row["iteration"] for row in run.metrics if number(row.get(panel.key))]

@@ -7,6 +7,7 @@ an `AutoencoderKL`, two CLIP text encoders and a T5 encoder with word-level toke
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
