@@ -68,9 +68,16 @@ def _require_multiple(resolution: int, multiple: int) -> None:
 
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:
-    """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs."""
+    """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs.
+
+    Raises ValueError where a part is missing.
+    """
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.pipeline is {config.pipeline!r}, of which a part cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

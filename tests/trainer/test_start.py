@@ -221,6 +221,14 @@ def test_a_pipeline_of_another_kind_is_named(tmp_path: Path) -> None:
     assert "a FluxPipeline; accepted: a StableDiffusion3Pipeline" in _refused(words)
 
 
+def test_a_pipeline_without_its_weights_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline_folder("embedded"), tmp_path / "pipeline")
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    words = ["train", "--out", str(tmp_path / "run"), "--model.pipeline", str(folder)]
+    assert "of which a part cannot be loaded" in _refused(words)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("module", ["advflow", "advflow.cli"])
 def test_the_module_is_the_command(module: str, tmp_path: Path) -> None:
     done = subprocess.run(
