@@ -77,7 +77,7 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3
         pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"model.pipeline is {config.pipeline!r}, of which a part cannot be loaded: {reason}") from error
+        raise ValueError(f"model.pipeline is {config.pipeline!r}, which cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
