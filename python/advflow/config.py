@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 _LORA_TARGETS = (
     "attn.to_q",
@@ -63,11 +63,13 @@ class DataConfig:
         prompts: "embedded" (training prompts of the embedded world) or a text file with one prompt a line.
         eval_prompts: "embedded" (its held-out prompts) or a text file with one prompt a line.
         reward: "embedded", "pickscore", or a dotted path "package.module:Class"; see advflow.rewards.
+        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`.
     """
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
     reward: str = "embedded"
+    reward_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

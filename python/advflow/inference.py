@@ -48,13 +48,14 @@ def load_run(folder: Path, config: TrainConfig, base: bool) -> LoadedRun:
 def evaluate_run(run: LoadedRun) -> Evaluation:
     """Scores the learner on the run's held-out prompts, as training does."""
     config = run.config
+    reward = load_reward(config.data.reward, config.data.reward_args)
     prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
     return evaluate(
         run.policies.transformer("learner", for_images=True),
         run.sampler,
         prompts,
         encode_prompts(run.pipeline, prompts, config.model.max_sequence_length),
-        load_reward(config.data.reward),
+        reward,
         sigma_grid(run.pipeline.scheduler, config.evaluation.steps),
         config.rollout.batch,
     )

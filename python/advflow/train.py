@@ -28,7 +28,7 @@ from advflow.evaluate import Evaluation, evaluate
 from advflow.forward_process import Draws, ForwardProcess
 from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, load_pipeline, pick_device
 from advflow.policies import follow, make_policies
-from advflow.prompts import load_eval_prompts, load_training_prompts
+from advflow.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl, reference_target
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
@@ -49,7 +49,9 @@ class Trainer:
         self.device = pick_device(config.device)
         pipeline = load_pipeline(config.model, self.device)
         self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
-        self.reward = load_reward(config.data.reward)
+        self.reward = load_reward(config.data.reward, config.data.reward_args)
+        for remark in check_prompts(config.data, self.reward):
+            print(remark)
         self.prompts = load_training_prompts(config.data.prompts)
         self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
         length = config.model.max_sequence_length
