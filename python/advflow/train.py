@@ -240,6 +240,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
         trainer.reference_control.restore(state.reference_scale)
     log = RunLog(folder, first)
     grid = _grid_indices(trainer)
+    log.sample_prompts([trainer.eval_prompts[index] for index in grid])
     images = config.rollout.prompts * config.rollout.images_per_prompt
     earlier = max((row["seconds"] for row in read_rows(folder / EVALS)), default=0.0)
     started = time.monotonic() - earlier
