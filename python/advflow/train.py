@@ -290,6 +290,7 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
         "images": final["images"],
         "seconds": round(seconds, 1),
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": _commit(),
     }

@@ -201,6 +201,15 @@ def test_times_add_up(tmp_path: Path) -> None:
     assert "Per iteration – Best held-out" in read(folder).text
 
 
+def test_threads_are_told_where_the_run_noted_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "torch 2.13.0 Seed" in read(folder).text
+    for threads, text in ((1, "torch 2.13.0, 1 CPU thread Seed"), (2, "torch 2.13.0, 2 CPU threads Seed")):
+        summary = json.loads((folder / "summary.json").read_text()) | {"threads": threads}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        assert text in read(folder).text
+
+
 @pytest.mark.parametrize(
     ("rollout", "update"), [(0.0, 0.0), (1.005, 2.005), (0.0149, 0.0149), (33.35, 66.55), (250.5, 3.5)]
 )

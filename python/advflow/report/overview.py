@@ -49,8 +49,6 @@ def head_section(run: Run) -> str:
 
 def _stats(run: Run) -> str:
     config, summary = run.config, run.summary
-    known_versions = summary.get("versions")
-    torch = known_versions.get("torch") if isinstance(known_versions, dict) else None
     best = run.best
     rollout, update, both = times_text(*run.iteration_seconds) if run.iteration_seconds else (DASH, DASH, DASH)
     images = run.images
@@ -60,7 +58,7 @@ def _stats(run: Run) -> str:
         ("Per iteration", both, f"{rollout} rollout + {update} update" if run.iteration_seconds else ""),
         ("Best held-out", score_text(best and best[0]), f"at iteration {best[1]:,}" if best else ""),
         ("Model", plain(config.get("model.pipeline")), f"{plain(config.get('model.trainable'))} training"),
-        ("Device", plain(summary.get("device", config.get("device"))), f"torch {torch}" if torch else ""),
+        ("Device", plain(summary.get("device", config.get("device"))), _software_text(run)),
         ("Seed", plain(config.get("seed")), ""),
         ("Algorithm", plain(config.get("algorithm")), _coefficients_text(run)),
     ]
@@ -69,6 +67,14 @@ def _stats(run: Run) -> str:
         for title, value, note in cells
     )
     return f'<dl class="stats">{"".join(rows)}</dl>'
+
+
+def _software_text(run: Run) -> str:
+    """Version and threads of torch, on which the bits of a run depend; known once it has finished."""
+    versions, threads = run.summary.get("versions"), number(run.summary.get("threads"))
+    torch = versions.get("torch") if isinstance(versions, dict) else None
+    counted = f"{threads:.0f} CPU thread{'' if threads == 1 else 's'}" if threads else ""
+    return ", ".join(filter(None, [f"torch {torch}" if torch else "", counted]))
 
 
 def _time_text(run: Run) -> str:
