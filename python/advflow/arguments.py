@@ -48,7 +48,7 @@ class Parser(ArgumentParser):  # type: ignore[misc]
             raise ValueError(sentence) from ex
         program = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"{program}: {sentence}\nAll options: {program} --help\n")
-        self.exit(2)
+        raise SystemExit(2)
 
     def _settings(self) -> list[str]:
         """Dotted names of all settings."""
@@ -106,13 +106,8 @@ class Parser(ArgumentParser):  # type: ignore[misc]
         if message.startswith('expected "subcommand"'):
             return f"no command is given{_listed(list(self._subcommands_action.choices))}"
         if found := re.match(r"the following arguments are required: (?P<names>.*)", message):
-            commands, names = zip(
-                *(name.strip().rpartition(".")[::2] for name in found["names"].split(",")), strict=True
-            )
-            missing = " and ".join(f"--{name}" for name in names)
-            return (
-                f"{commands[0] and commands[0] + ' is given without '}{missing}{'' if commands[0] else ' is missing'}"
-            )
+            names = [name.strip().rpartition(".") for name in found["names"].split(",")]  # command, dot, option
+            return f"{names[0][0]} is given without {' and '.join(f'--{option}' for *_, option in names)}"
         if found := re.match(r"argument (?P<option>\S+): expected one argument", message):
             hint = _hint_of(self._action(found["option"].removeprefix("--")))
             return f"{found['option']} is given without a value{f'; accepted: {accepted(hint)}' if hint else ''}"
@@ -122,14 +117,18 @@ class Parser(ArgumentParser):  # type: ignore[misc]
         return " ".join(message.split())
 
     def _unknown_option(self, words: list[str]) -> str:
+        words = [word for word in words if word != "--"]
         options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not words:
+            return "-- is no option; settings are given as --name value"
         if not options:
             return f"{words[0]!r} stands alone; settings are given as --name value"
         return f"there is no option {options[0]}{self._hint(options[0])}"
 
     def _wrong_value(self, key: str, message: str) -> str:
         """One sentence about a value that its setting does not take."""
-        given = re.split(r"(?:Got|Given) value: |Unable to load config ", message)[-1].strip().strip("'\"")
+        _, *values = re.split(r"(?:Got|Given) value: |Unable to load config ", message)
+        given = values[-1].strip().strip("'\"") if values else "something else"
         if section := self._section(key):
             return f"{key} is {given!r}; accepted: a mapping of {_names(section)}"
         hint = _hint_of(self._action(key))

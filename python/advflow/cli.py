@@ -80,8 +80,8 @@ def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
         return argv
     known = packaged_configs()
     named, rest = _take_option("--config", argv[1:])
-    own = [Path(name) for name in named if name not in known]
-    algorithm = ([_algorithm_of(path) for path in own], _take_option("--algorithm", rest)[0])
+    own = [name for name in named if name not in known]
+    algorithm = ([_algorithm_of(name) for name in own], _take_option("--algorithm", rest)[0])
     chosen = next((name for names in reversed(algorithm) for name in reversed(names) if name), "")
     files = [] if base is None else [base]
     for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
@@ -102,15 +102,15 @@ def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def _algorithm_of(path: Path) -> str | None:
+def _algorithm_of(name: str) -> str | None:
     """The algorithm that a user's file names. A file that cannot be read is an error of the command line."""
     known = packaged_configs()
-    if not path.exists():
-        near = did_you_mean(str(path), known)
+    if not name or not Path(name).exists():
+        near = did_you_mean(name, known)
         accepted = f"accepted: a YAML file, or one that is built in: {', '.join(known)}"
-        train_parser().error(f"--config is {str(path)!r}, where there is no file{near or '; '}{near and ' '}{accepted}")
+        train_parser().error(f"--config is {name!r}, where there is no file{near or '; '}{near and ' '}{accepted}")
     try:
-        algorithm = read_yaml(path, "--config").get("algorithm")
+        algorithm = read_yaml(Path(name), "--config").get("algorithm")
     except ValueError as error:
         train_parser().error(str(error))
     return algorithm if isinstance(algorithm, str) else None
