@@ -113,9 +113,12 @@ def _remarks(run: Run) -> str:
             f"The held-out score is not a number in {len(unknown):,} of {len(run.evals):,} evaluations, "
             f"first at iteration {unknown[0]:,}."
         )
-    for row in run.evals:
-        if unscored := number(row.get("unscored")):
-            remarks.append(f"{unscored:,.0f} images of the evaluation at iteration {row['iteration']:,} have no score.")
+    unscored = [row["iteration"] for row in run.evals if number(row.get("unscored"))]
+    if unscored:
+        remarks.append(
+            f"Held-out images without a finite score, left out of the means, in {len(unscored):,} of "
+            f"{len(run.evals):,} evaluations, first in that of iteration {unscored[0]:,}."
+        )
     gaps = {
         key: [row["iteration"] for row in run.metrics if key in row and number(row[key]) is None]
         for key in _columns(run)
