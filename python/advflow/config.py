@@ -541,8 +541,8 @@ class TrainConfig:
     """Everything `advflow train` needs. The defaults post-train the embedded world with AdvantageFlow.
 
     Args:
-        algorithm: which policy-improvement method. On the command line the name also brings in that method's own
-            settings, where the chosen --config has some for it.
+        algorithm: which policy-improvement method. Named on the command line or in a file of yours, it also brings in
+            that method's own settings, where the built-in config has some for it; what you set yourself wins.
         iterations: rollout-and-update rounds.
         seed: seed of all randomness of the run.
         out: folder of the run.

@@ -97,8 +97,9 @@ def _as_tensor(values: object) -> torch.Tensor | None:
             values = torch.tensor(np.copy(values) if isinstance(values, np.ndarray) else values)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             return None
-    dense = isinstance(values, torch.Tensor) and values.layout == torch.strided and not values.is_meta
-    return values if dense and not (values.is_complex() or values.is_quantized) else None
+    if not isinstance(values, torch.Tensor) or values.layout != torch.strided:
+        return None
+    return None if values.is_meta or values.is_quantized or values.is_complex() else values
 
 
 def _described(value: object) -> str:
