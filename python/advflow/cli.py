@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+import platform
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
+from typing import get_args
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 
-from advflow.config import TrainConfig
+from advflow.arguments import Parser
+from advflow.config import Algorithm, TrainConfig
 from advflow.cpu_memory import keep_freed_memory
 from advflow.run_folder import CONFIG, MAY_CHANGE
+from advflow.suggest import did_you_mean
+from advflow.yaml_files import read_yaml
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -80,33 +85,58 @@ def packaged_configs() -> dict[str, Path]:
 def algorithm_settings(config: str, algorithm: str) -> Path | None:
     """What the built-in `config` changes for `algorithm`; None where that is nothing."""
     path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
-    return path if path.is_file() else None
+    return path if algorithm in get_args(Algorithm) and path.is_file() else None
 
 
 def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
-    """Puts configs first, built-in ones by their paths and followed by --algorithm's settings, then everything else.
+    """Puts the settings of `advflow train` in the order in which the later ones win.
 
-    So the command line has the last word whatever its order. What it does not say comes from the file `base`; without
-    one from the built-in "tiny" where no config is named.
+    Built-in configs, each followed by what it changes for the algorithm; then the user's files; then the command line,
+    whatever its order. The algorithm is that of the command line, else of the last of the user's files to name one.
+    The file `base`, where there is one, stands in for the built-in "tiny", which is the base where none is named.
     """
     if argv[:1] != ["train"]:
         return argv
-    words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    following = list(zip(words, words[1:], strict=False))
-    algorithm = dict(following).get("--algorithm")
     known = packaged_configs()
-    files: list[str] = [] if base is None else [str(base)]
-    named = [value for word, value in following if word == "--config"]
-    for name in named if named or base is not None else ["tiny"]:
-        files.append(str(known.get(name, name)))
-        if name in known and algorithm and (settings := algorithm_settings(name, algorithm)):
-            files.append(str(settings))
-    rest = [word for before, word in zip([""] + words, words, strict=False) if "--config" not in (before, word)]
-    return ["train", *(word for file in files for word in ("--config", file)), *rest]
+    named, rest = _take_option("--config", argv[1:])
+    own = [name for name in named if name not in known]
+    algorithm = ([_algorithm_of(name) for name in own], _take_option("--algorithm", rest)[0])
+    chosen = next((name for names in reversed(algorithm) for name in reversed(names) if name), "")
+    files = [] if base is None else [base]
+    for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
+        files += [known[name], *filter(None, [algorithm_settings(name, chosen)])]
+    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *rest]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter)
+def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """The values that `option` is given in `words`, and the other words."""
+    values, rest, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name != option or not (equals or left):
+            rest.append(word)
+        else:
+            values.append(value if equals else left.pop(0))
+    return values, rest
+
+
+def _algorithm_of(name: str) -> str | None:
+    """The algorithm that a user's file names. A file that cannot be read is an error of the command line."""
+    known = packaged_configs()
+    if not name or not Path(name).exists():
+        near = did_you_mean(name, known)
+        accepted = f"accepted: a YAML file, or one that is built in: {', '.join(known)}"
+        train_parser().error(f"--config is {name!r}, where there is no file{near or '; '}{near and ' '}{accepted}")
+    try:
+        algorithm = read_yaml(Path(name), "--config").get("algorithm")
+    except ValueError as error:
+        train_parser().error(str(error))
+    return algorithm if isinstance(algorithm, str) else None
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter, version=_versions())
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", train_parser(), help="post-train a pipeline")
     commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
@@ -116,13 +146,19 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _versions() -> str:
+    """The version, and those of what decides how a run goes."""
+    others = [f"{name} {metadata.version(name)}" for name in ("advflow-ext", "torch")]
+    return f"{metadata.version('advflow')} ({', '.join(others)}, Python {platform.python_version()})"
+
+
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
     """Keeps the line breaks of the examples."""
 
 
-def train_parser() -> ArgumentParser:
+def train_parser() -> Parser:
     """The parser of `advflow train`; also what checks the config.yaml of a finished run."""
-    parser = ArgumentParser(description="Post-train a pipeline by reinforcement learning.")
+    parser = Parser(prog="advflow train", description="Post-train a pipeline by reinforcement learning.")
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=_RESUME)
@@ -130,7 +166,7 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
-def to_config(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
+def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
     values = parser.instantiate(parsed)
     return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
 
@@ -141,23 +177,24 @@ def load_run_config(run: str) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
     parser = train_parser()
-    return to_config(parser, parser.parse_path(str(path)))
+    parser.exit_on_error = False
+    return to_config(parser, parser.parse_path(path, field="--run"))
 
 
-def _run_argument(parser: ArgumentParser) -> None:
+def _run_argument(parser: Parser) -> None:
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--base", type=bool, nargs="?", const=True, default=False, help="the model before training")
     parser.add_argument("--checkpoint", type=str, default="last", help='"last", "best" or after how many iterations')
 
 
-def _eval_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Score a run's last checkpoint on the held-out prompts.")
+def _eval_parser() -> Parser:
+    parser = Parser(description="Score a run's last checkpoint on the held-out prompts.")
     _run_argument(parser)
     return parser
 
 
-def _sample_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Draw images from a run's last checkpoint.")
+def _sample_parser() -> Parser:
+    parser = Parser(description="Draw images from a run's last checkpoint.")
     _run_argument(parser)
     parser.add_argument("--prompt", type=str, required=True, help="what to draw")
     parser.add_argument("--count", type=int, default=8, help="how many images")
@@ -170,16 +207,16 @@ def _sample_parser() -> ArgumentParser:
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def _report_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write report.html of a run, finished or not.")
+def _report_parser() -> Parser:
+    parser = Parser(description="Write report.html of a run, finished or not.")
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     return parser
 
 
-def _pretrain_parser() -> ArgumentParser:
+def _pretrain_parser() -> Parser:
     from advflow.world.settings import PretrainSettings
 
-    parser = ArgumentParser(description="Pretrain the embedded world's pipeline from nothing.")
+    parser = Parser(description="Pretrain the embedded world's pipeline from nothing.")
     parser.add_argument("--out", type=str, required=True, help="folder of the pipeline")
     parser.add_class_arguments(PretrainSettings)
     return parser

@@ -108,11 +108,13 @@ class DataConfig:
         prompts: "embedded" (training prompts of the embedded world) or a text file with one prompt a line.
         eval_prompts: "embedded" (its held-out prompts) or a text file with one prompt a line.
         reward: "embedded", "pickscore", or a dotted path "package.module:Class"; see advflow.rewards.
+        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`.
     """
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
     reward: str = "embedded"
+    reward_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -601,8 +603,8 @@ class TrainConfig:
     """Everything `advflow train` needs. The defaults post-train the embedded world with AdvantageFlow.
 
     Args:
-        algorithm: which policy-improvement method. On the command line the name also brings in that method's own
-            settings, where the chosen --config has some for it.
+        algorithm: which policy-improvement method. Named on the command line or in a file of yours, it also brings in
+            that method's own settings, where the built-in config has some for it; what you set yourself wins.
         iterations: rollout-and-update rounds.
         seed: seed of all randomness of the run.
         out: folder of the run.

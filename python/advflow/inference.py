@@ -71,7 +71,7 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     Raises ValueError where no score is finite.
     """
     config = run.config
-    reward = load_reward(config.data.reward)
+    reward = load_reward(config.data.reward, config.data.reward_args)
     prompts = evaluation_prompts(config, reward)
     result = evaluate(
         run.policies.transformer("learner", for_images=True),

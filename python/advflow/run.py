@@ -36,6 +36,7 @@ class Run:
         self._done = self._saved = state.iteration
         self._log = RunLog(self._folder, self._done)
         self._grid = _grid_indices(trainer)
+        self._log.sample_prompts([trainer.eval_prompts[index] for index in self._grid])
         earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
         self._started = time.monotonic() - earlier
         self._fruitless = 0
@@ -151,6 +152,7 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
         "images": final["images"],
         "seconds": round(seconds, 1),
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the report reads these files without loading any model code
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 SAMPLES = "samples"
+SAMPLE_PROMPTS = "prompts.json"  # beside the sample grids
 _CELL = 96  # pixels; small images are enlarged to this by whole factors
 
 
@@ -63,6 +64,10 @@ class RunLog:
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
         self._tensorboard.flush()
 
+    def sample_prompts(self, prompts: list[str]) -> None:
+        """Notes the prompts of the sample grids, in the order of their images."""
+        (self._folder / SAMPLES / SAMPLE_PROMPTS).write_text(json.dumps(prompts), encoding="utf-8")
+
     def close(self) -> None:
         self._tensorboard.close()
 
@@ -94,7 +99,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -28,7 +28,7 @@ from advflow.model import (
     pick_device,
 )
 from advflow.policies import follow, make_policies
-from advflow.prompts import load_training_prompts
+from advflow.prompts import check_prompts, load_training_prompts
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl, reference_target
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
@@ -53,7 +53,9 @@ class Trainer:
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require(config.rollout.prompts)
         check_pipeline(config.model)
-        self.reward = load_reward(config.data.reward)
+        self.reward = load_reward(config.data.reward, config.data.reward_args)
+        for remark in check_prompts(config.data, self.reward):
+            print(remark)
         self.eval_prompts = evaluation_prompts(config, self.reward)
         pipeline = load_pipeline(config.model, self.device)
         self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
