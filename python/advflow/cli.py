@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import platform
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, fields
-from importlib import resources
+from dataclasses import fields
+from importlib import metadata, resources
 from pathlib import Path
+from typing import get_args
 
-import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 
-from advflow.config import TrainConfig
+from advflow.arguments import Parser
+from advflow.config import Algorithm, TrainConfig
 from advflow.cpu_memory import keep_freed_memory
+from advflow.run_folder import CONFIG, MAY_CHANGE
+from advflow.suggest import did_you_mean
+from advflow.yaml_files import read_yaml
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -28,14 +35,45 @@ examples:
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
 
+_RESUME = f"""go on with the run in --out, where there is one, with its own settings; {", ".join(MAY_CHANGE)} may be
+given anew (a learning rate that depends on iterations then follows the new number), any other change is refused"""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(resolve_configs(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parse(words)
     command: str = arguments.subcommand
     try:
         _COMMANDS[command](arguments[command])
     except (ValueError, FileNotFoundError) as error:
+        if not _is_refusal(error):
+            raise
         raise SystemExit(f"advflow {command}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"advflow {command}: interrupted") from None
+
+
+def _parse(words: list[str]) -> Namespace:
+    """Parses a command line. A run that goes on has its own settings as the base instead of a config's."""
+    arguments = _parser().parse_args(resolve_configs(words))
+    if arguments.subcommand == "train" and arguments.train.resume:
+        own = Path(arguments.train.out) / CONFIG
+        if own.is_file():
+            words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
+            arguments = _parser().parse_args(words)
+    return arguments
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether our own code raised it, with nobody else's in between.
+
+    What a user's reward or a library raises keeps its traceback.
+    """
+    packages = [str(frame.f_globals.get("__package__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    roots = [package.partition(".")[0] for package in packages]
+    ours = ("advflow", "advflow_ext")
+    return roots[-1] in ours and set(roots) <= {*ours, "jsonargparse", "torch"}  # these two call ours back
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -47,31 +85,58 @@ def packaged_configs() -> dict[str, Path]:
 def algorithm_settings(config: str, algorithm: str) -> Path | None:
     """What the built-in `config` changes for `algorithm`; None where that is nothing."""
     path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
-    return path if path.is_file() else None
+    return path if algorithm in get_args(Algorithm) and path.is_file() else None
 
 
-def resolve_configs(argv: list[str]) -> list[str]:
-    """Puts configs first, built-in ones by their paths and followed by --algorithm's settings, then everything else.
+def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
+    """Puts the settings of `advflow train` in the order in which the later ones win.
 
-    So the command line has the last word whatever its order.
+    Built-in configs, each followed by what it changes for the algorithm; then the user's files; then the command line,
+    whatever its order. The algorithm is that of the command line, else of the last of the user's files to name one.
+    The file `base`, where there is one, stands in for the built-in "tiny", which is the base where none is named.
     """
     if argv[:1] != ["train"]:
         return argv
-    words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    following = list(zip(words, words[1:], strict=False))
-    algorithm = dict(following).get("--algorithm")
     known = packaged_configs()
-    files: list[str] = []
-    for name in [value for word, value in following if word == "--config"] or ["tiny"]:
-        files.append(str(known.get(name, name)))
-        if name in known and algorithm and (settings := algorithm_settings(name, algorithm)):
-            files.append(str(settings))
-    rest = [word for before, word in zip([""] + words, words, strict=False) if "--config" not in (before, word)]
-    return ["train", *(word for file in files for word in ("--config", file)), *rest]
+    named, rest = _take_option("--config", argv[1:])
+    own = [name for name in named if name not in known]
+    algorithm = ([_algorithm_of(name) for name in own], _take_option("--algorithm", rest)[0])
+    chosen = next((name for names in reversed(algorithm) for name in reversed(names) if name), "")
+    files = [] if base is None else [base]
+    for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
+        files += [known[name], *filter(None, [algorithm_settings(name, chosen)])]
+    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *rest]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter)
+def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """The values that `option` is given in `words`, and the other words."""
+    values, rest, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name != option or not (equals or left):
+            rest.append(word)
+        else:
+            values.append(value if equals else left.pop(0))
+    return values, rest
+
+
+def _algorithm_of(name: str) -> str | None:
+    """The algorithm that a user's file names. A file that cannot be read is an error of the command line."""
+    known = packaged_configs()
+    if not name or not Path(name).exists():
+        near = did_you_mean(name, known)
+        accepted = f"accepted: a YAML file, or one that is built in: {', '.join(known)}"
+        train_parser().error(f"--config is {name!r}, where there is no file{near or '; '}{near and ' '}{accepted}")
+    try:
+        algorithm = read_yaml(Path(name), "--config").get("algorithm")
+    except ValueError as error:
+        train_parser().error(str(error))
+    return algorithm if isinstance(algorithm, str) else None
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter, version=_versions())
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("train", train_parser(), help="post-train a pipeline")
     commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
@@ -81,21 +146,27 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _versions() -> str:
+    """The version, and those of what decides how a run goes."""
+    others = [f"{name} {metadata.version(name)}" for name in ("advflow-ext", "torch")]
+    return f"{metadata.version('advflow')} ({', '.join(others)}, Python {platform.python_version()})"
+
+
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
     """Keeps the line breaks of the examples."""
 
 
-def train_parser() -> ArgumentParser:
+def train_parser() -> Parser:
     """The parser of `advflow train`; also what checks the config.yaml of a finished run."""
-    parser = ArgumentParser(description="Post-train a pipeline by reinforcement learning.")
+    parser = Parser(prog="advflow train", description="Post-train a pipeline by reinforcement learning.")
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
-    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help="go on with the run in --out")
+    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=_RESUME)
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
-def to_config(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
+def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
     values = parser.instantiate(parsed)
     return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
 
@@ -106,22 +177,24 @@ def load_run_config(run: str) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
     parser = train_parser()
-    return to_config(parser, parser.parse_path(str(path)))
+    parser.exit_on_error = False
+    return to_config(parser, parser.parse_path(path, field="--run"))
 
 
-def _run_argument(parser: ArgumentParser) -> None:
+def _run_argument(parser: Parser) -> None:
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     parser.add_argument("--base", type=bool, nargs="?", const=True, default=False, help="the model before training")
+    parser.add_argument("--checkpoint", type=str, default="last", help='"last", "best" or after how many iterations')
 
 
-def _eval_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Score a run's last checkpoint on the held-out prompts.")
+def _eval_parser() -> Parser:
+    parser = Parser(description="Score a run's last checkpoint on the held-out prompts.")
     _run_argument(parser)
     return parser
 
 
-def _sample_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Draw images from a run's last checkpoint.")
+def _sample_parser() -> Parser:
+    parser = Parser(description="Draw images from a run's last checkpoint.")
     _run_argument(parser)
     parser.add_argument("--prompt", type=str, required=True, help="what to draw")
     parser.add_argument("--count", type=int, default=8, help="how many images")
@@ -131,16 +204,19 @@ def _sample_parser() -> ArgumentParser:
     return parser
 
 
-def _report_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write report.html of a run, finished or not.")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def _report_parser() -> Parser:
+    parser = Parser(description="Write report.html of a run, finished or not.")
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
     return parser
 
 
-def _pretrain_parser() -> ArgumentParser:
+def _pretrain_parser() -> Parser:
     from advflow.world.settings import PretrainSettings
 
-    parser = ArgumentParser(description="Pretrain the embedded world's pipeline from nothing.")
+    parser = Parser(description="Pretrain the embedded world's pipeline from nothing.")
     parser.add_argument("--out", type=str, required=True, help="folder of the pipeline")
     parser.add_class_arguments(PretrainSettings)
     return parser
@@ -151,44 +227,61 @@ def _train(arguments: Namespace) -> None:
     resume = arguments.pop("resume")
     arguments.pop("config")
     config = to_config(parser, arguments)
-    folder = Path(config.out)
-    if not resume and (folder / "config.yaml").exists():
-        raise ValueError(f"out is {config.out!r}, where a run already is; give --resume or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     _quiet_libraries()
     keep_freed_memory()
     from advflow.report import write_report
     from advflow.train import train
 
     summary = train(config, resume)
-    report = write_report(folder)
+    report = write_report(Path(config.out))
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
-        print(f"  {category:<18} {summary['base_categories'][category]:.3f} -> {score:.3f}")
+        print(f"  {category:<18} {_score(summary['base_categories'][category])} -> {_score(score)}")
+    if summary["best_score"] > summary["final_score"]:
+        print(f"best: {summary['best_score']:.3f} after iteration {summary['best_iteration']}, kept as a checkpoint")
     print(f"report: {report}")
 
 
+def _score(value: float | None) -> str:
+    """A category's score; a dash where none of its images got a finite one."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
 def _eval(arguments: Namespace) -> None:
+    config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.inference import evaluate_run, load_run
 
-    config = load_run_config(arguments.run)
-    result = evaluate_run(load_run(Path(arguments.run), config, base=arguments.base))
+    result = evaluate_run(load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint))
     print(f"overall {result.overall:.4f}")
     for category, score in result.categories.items():
         print(f"  {category:<18} {score:.4f}")
+    if result.unscored:
+        print(f"{result.unscored} images got no finite score and count in no mean")
 
 
 def _sample(arguments: Namespace) -> None:
+    _check_sample(arguments)
+    config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.inference import draw_images, load_run
     from advflow.run_log import image_grid
 
-    run = load_run(Path(arguments.run), load_run_config(arguments.run), base=arguments.base)
+    run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
     images = draw_images(run, arguments.prompt, arguments.count, arguments.steps, arguments.seed)
     image_grid(images, columns=min(8, arguments.count)).save(arguments.out)
     print(f"wrote {arguments.out}")
+
+
+def _check_sample(arguments: Namespace) -> None:
+    for name in ("count", "steps"):
+        if arguments[name] < 1:
+            raise ValueError(f"--{name} is {arguments[name]}; accepted: 1 or more")
+    out = Path(arguments.out)
+    if out.suffix.lower() not in _PICTURES:
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a file ending in {', '.join(_PICTURES)}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a file in a folder that exists")
 
 
 def _report(arguments: Namespace) -> None:
@@ -198,13 +291,15 @@ def _report(arguments: Namespace) -> None:
 
 
 def _pretrain(arguments: Namespace) -> None:
-    _quiet_libraries()
-    keep_freed_memory()
-    from advflow.world.pretrain import pretrain
     from advflow.world.settings import PretrainSettings
 
     out = Path(arguments.pop("out"))
-    pretrain(out, PretrainSettings(**arguments.as_dict()))
+    settings: PretrainSettings = PretrainSettings(**_pretrain_parser().instantiate(arguments).as_dict())
+    _quiet_libraries()
+    keep_freed_memory()
+    from advflow.world.pretrain import pretrain
+
+    pretrain(out, settings)
 
 
 def _quiet_libraries() -> None:
@@ -219,3 +314,7 @@ def _quiet_libraries() -> None:
 
 
 _COMMANDS = {"train": _train, "eval": _eval, "sample": _sample, "report": _report, "pretrain": _pretrain}
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _LORA_TARGETS = (
     "attn.to_q",
@@ -16,6 +17,49 @@ _LORA_TARGETS = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
+
+
+_LARGEST = {float: 3.4028234e38, int: 2**63 - 1}  # what fp32 and a 64-bit integer hold
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; tuples become lists, as they do in YAML."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def require_numbers(config: object, prefix: str = "") -> None:
+    """Refuses a number that its field's type does not hold, in `config` and the dataclasses in it.
+
+    That is a bool, a fraction where an integer belongs, NaN, an infinity, and what fp32 or 64 bits cannot hold. Which
+    of the others are accepted is said by each class.
+    """
+    for name, value, types in _leaves(config, prefix):
+        if isinstance(value, str) or value is None:
+            continue
+        kind = float if float in types else int
+        fits = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= _LARGEST[kind]
+        accepted = f"an integer of at most {2**63 - 1}" if kind is int else "a finite number of at most 3.4e38"
+        _require(fits, name, value, accepted)
+
+
+def _leaves(config: object, prefix: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """(dotted name, value, accepted types) of every setting that may be a number."""
+    hints = get_type_hints(type(config))
+    for each in fields(config):  # type: ignore[arg-type]
+        name, value, hint = prefix + each.name, getattr(config, each.name), hints[each.name]
+        if is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+            continue
+        types = (hint,) if isinstance(hint, type) and get_origin(hint) is None else get_args(hint)
+        if bool not in types and {int, float} & set(types):
+            values = value if get_origin(hint) is tuple else [value]
+            yield from ((name, number, types) for number in values)
 
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
@@ -51,6 +95,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, "1 or more")
+        _require(self.lora_alpha >= 1, "model.lora_alpha", self.lora_alpha, "1 or more")
         _require(self.resolution >= 8, "model.resolution", self.resolution, "8 or more pixels")
         _require(self.max_sequence_length >= 1, "model.max_sequence_length", self.max_sequence_length, "1 or more")
 
@@ -63,11 +108,13 @@ class DataConfig:
         prompts: "embedded" (training prompts of the embedded world) or a text file with one prompt a line.
         eval_prompts: "embedded" (its held-out prompts) or a text file with one prompt a line.
         reward: "embedded", "pickscore", or a dotted path "package.module:Class"; see advflow.rewards.
+        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`.
     """
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
     reward: str = "embedded"
+    reward_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -317,6 +364,9 @@ class FlowDPPOConfig:
             self.step_size,
             "a number for mask predictive, null otherwise",
         )
+        _require(
+            self.step_size is None or self.step_size > 0, "flow_dppo.step_size", self.step_size, "a positive number"
+        )
         _require(self.kl_weight >= 0, "flow_dppo.kl_weight", self.kl_weight, "zero or a positive number")
 
 
@@ -391,6 +441,15 @@ class DrawConfig:
         )
 
 
+def require_grid(draws: DrawConfig, sampler_steps: int) -> None:
+    """Refuses more pairs an image than a sampler of `sampler_steps` has timesteps to take them from."""
+    if draws.timesteps == "sampler_grid" and draws.per_image > sampler_steps:
+        raise ValueError(
+            f"draws.per_image is {draws.per_image}; with draws.timesteps=sampler_grid at most rollout.steps, "
+            f"{sampler_steps}, are accepted"
+        )
+
+
 @dataclass
 class OptimConfig:
     """AdamW and the batches it sees.
@@ -426,6 +485,9 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         _require(self.warmup >= 0, "optim.warmup", self.warmup, "zero or more steps")
         _require(self.hold is None or self.hold >= 1, "optim.hold", self.hold, "1 or more steps, or null")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "zero or a positive number")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a positive number")
         _require(self.steps_per_iteration >= 1, "optim.steps_per_iteration", self.steps_per_iteration, "1 or more")
         _require(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, "1 or more")
@@ -450,6 +512,7 @@ class RolloutPolicyConfig:
 
     def __post_init__(self) -> None:
         _require(self.rate >= 0, "rollout_policy.rate", self.rate, "zero or a positive number")
+        _require(self.start >= 0, "rollout_policy.start", self.start, "zero or more steps")
         _require(0 <= self.maximum < 1, "rollout_policy.maximum", self.maximum, "a number in [0, 1)")
 
 
@@ -482,7 +545,8 @@ class EvalConfig:
     Args:
         every: iterations between two evaluations.
         steps: Euler steps.
-        prompts_per_category: evaluation prompts of each category of the embedded world.
+        prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
+            each that the reward knows (the first ones).
     """
 
     every: int = 20
@@ -547,8 +611,8 @@ class TrainConfig:
     """Everything `advflow train` needs. The defaults post-train the embedded world with AdvantageFlow.
 
     Args:
-        algorithm: which policy-improvement method. On the command line the name also brings in that method's own
-            settings, where the chosen --config has some for it.
+        algorithm: which policy-improvement method. Named on the command line or in a file of yours, it also brings in
+            that method's own settings, where the built-in config has some for it; what you set yourself wins.
         iterations: rollout-and-update rounds.
         seed: seed of all randomness of the run.
         out: folder of the run.
@@ -584,16 +648,44 @@ class TrainConfig:
     flow_dppo: FlowDPPOConfig = field(default_factory=FlowDPPOConfig)
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         _require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        _require(self.seed >= 0, "seed", self.seed, "zero or a positive integer")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
-        if self.algorithm not in REVERSE_PROCESS:
-            share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
-            _require(
-                share >= 1 and rest == 0,
-                "optim.steps_per_iteration",
-                self.optim.steps_per_iteration,
-                f"a divisor of draws.per_image, which is {self.draws.per_image}",
+        if self.algorithm in REVERSE_PROCESS:
+            self._require_stochastic_steps()
+        else:
+            self._require_draws()
+
+    def _require_draws(self) -> None:
+        """What the forward process asks of settings that stand in different sections."""
+        require_grid(self.draws, self.rollout.steps)
+        share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
+        _require(
+            share >= 1 and rest == 0,
+            "optim.steps_per_iteration",
+            self.optim.steps_per_iteration,
+            f"a divisor of draws.per_image, which is {self.draws.per_image}",
+        )
+
+    def _require_stochastic_steps(self) -> None:
+        """What the reverse process asks of them."""
+        name, reach = ("within", self.sde.within) if self.sde.within is not None else ("steps", self.sde.steps)
+        if reach > self.rollout.steps - 1:
+            raise ValueError(
+                f"sde.{name} is {reach}; with rollout.steps={self.rollout.steps} at most {self.rollout.steps - 1} is "
+                "accepted (the last step ends at sigma 0, where it has no density)"
             )
+        if self.images % self.optim.steps_per_iteration:
+            raise ValueError(
+                f"optim.steps_per_iteration is {self.optim.steps_per_iteration}; accepted are divisors of the "
+                f"{self.images} images of an iteration"
+            )
+
+    @property
+    def images(self) -> int:
+        """Images drawn in an iteration."""
+        return self.rollout.prompts * self.rollout.images_per_prompt
 
     @property
     def updates(self) -> int:

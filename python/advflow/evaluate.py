@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import SD3Transformer2DModel
 
-from advflow.model import Sampler
+from advflow.config import TrainConfig
+from advflow.model import EMBEDDED, Sampler
+from advflow.prompts import load_eval_prompts
 from advflow.randomness import generator
 from advflow.rewards import Reward
 from advflow.sampling import PromptEmbeddings, decode, sample_latents
@@ -17,12 +22,32 @@ _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the sam
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`overall` is the mean over categories of the mean score; `images` [N, 3, H, W] are what was scored."""
+    """`overall` is the mean over categories of the mean score; `images` [N, 3, H, W] are what was scored.
+
+    Means are over finite numbers, and NaN where there are none; `unscored` images got a score that is not finite.
+    """
 
     overall: float
     reward: float
     categories: dict[str, float]
     images: torch.Tensor
+    unscored: int = 0
+
+
+def evaluation_prompts(config: TrainConfig, reward: Reward) -> list[str]:
+    """What a run is judged on: `evaluation.prompts_per_category` prompts of every category."""
+    wanted = config.evaluation.prompts_per_category
+    prompts = load_eval_prompts(config.data.eval_prompts, wanted)
+    if config.data.eval_prompts == EMBEDDED:  # whose categories are the world's, whatever the reward calls them
+        return prompts
+    seen: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        category = reward.category(prompt)
+        seen[category] += 1
+        if seen[category] <= wanted:
+            chosen.append(prompt)
+    return chosen
 
 
 def evaluate(
@@ -33,20 +58,38 @@ def evaluate(
     reward: Reward,
     sigmas: list[float],
     batch: int,
+    keep: list[int] | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Samples one image for each prompt and scores it."""
-    device = embeddings.tokens.device
-    noise = sampler.latent.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), device)
-    images = torch.cat(
-        [
-            decode(sampler.vae, sample_latents(transformer, noise[rows], sigmas, embeddings[rows])).cpu()
-            for rows in (slice(start, start + batch) for start in range(0, len(prompts), batch))
-        ]
-    )
-    scores = reward(images, prompts)
+    """Samples one image for each prompt and scores it, `batch` at a time.
+
+    Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
+    evaluation by raising.
+    """
+    noise = sampler.latent.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
+    keep = list(range(len(prompts))) if keep is None else keep
+    images: dict[int, torch.Tensor] = {}
+    rewards, scores = [], []
+    for start in range(0, len(prompts), batch):
+        between_batches()
+        rows = range(start, min(start + batch, len(prompts)))
+        part = slice(rows.start, rows.stop)
+        start_latents = noise[part].to(embeddings.tokens.device)
+        drawn = decode(sampler.vae, sample_latents(transformer, start_latents, sigmas, embeddings[part])).cpu()
+        result = reward(drawn, prompts[part])
+        rewards.append(result.reward)
+        scores.append(result.score)
+        images |= {row: image for row, image in zip(rows, drawn, strict=True) if row in keep}
+    score = torch.cat(scores)
     names = [reward.category(prompt) for prompt in prompts]
-    categories = {
-        name: scores.score[torch.tensor([n == name for n in names])].mean().item() for name in dict.fromkeys(names)
-    }
-    overall = sum(categories.values()) / len(categories)
-    return Evaluation(overall, scores.reward.mean().item(), categories, images)
+    categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
+    scored = [value for value in categories.values() if math.isfinite(value)]
+    overall = sum(scored) / len(scored) if scored else math.nan
+    unscored = int((~score.isfinite()).sum())
+    kept = torch.stack([images[row] for row in keep])
+    return Evaluation(overall, finite_mean(torch.cat(rewards)), categories, kept, unscored)
+
+
+def finite_mean(values: torch.Tensor) -> float:
+    """The mean of what is finite in `values`; NaN where nothing is."""
+    return values[values.isfinite()].mean().item()

@@ -9,7 +9,7 @@ import torch
 
 from advflow.algorithms import FORWARD
 from advflow.batch import ForwardBatch, Rollout, WeightedLoss
-from advflow.config import DrawConfig, TrainConfig
+from advflow.config import DrawConfig, TrainConfig, require_grid
 from advflow.model import LatentShape
 from advflow.policies import Policies, policy_velocities
 from advflow.randomness import generator
@@ -28,11 +28,7 @@ class Draws:
     """The (t, noise) pairs of a run; pair `index` of an iteration depends on the seed and nothing drawn before."""
 
     def __init__(self, config: DrawConfig, latent: LatentShape, sigmas: list[float], seed: int) -> None:
-        if config.timesteps == "sampler_grid" and config.per_image > len(sigmas) - 1:
-            raise ValueError(
-                f"draws.per_image is {config.per_image}; with draws.timesteps=sampler_grid at most rollout.steps, "
-                f"{len(sigmas) - 1}, are accepted"
-            )
+        require_grid(config, len(sigmas) - 1)
         self._config, self._latent, self._seed = config, latent, seed
         self._grid = torch.tensor(sigmas[:-1])
 

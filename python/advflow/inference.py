@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from advflow.checkpoint import checkpoints, load_checkpoint
+from advflow.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
 from advflow.config import TrainConfig
-from advflow.evaluate import Evaluation, evaluate
-from advflow.model import LatentShape, Sampler, encode_prompts, load_pipeline, pick_device
+from advflow.evaluate import Evaluation, evaluate, evaluation_prompts
+from advflow.model import LatentShape, Sampler, check_pipeline, encode_prompts, load_pipeline, pick_device
 from advflow.policies import Policies, make_policies
-from advflow.prompts import load_eval_prompts
 from advflow.randomness import generator
 from advflow.rewards import load_reward
+from advflow.run import CHECKPOINTS
+from advflow.run_log import best_iteration
 from advflow.sampling import decode, sample_latents, sigma_grid
 
 
@@ -33,37 +35,68 @@ class LoadedRun:
         return Sampler(self.pipeline.vae, self.pipeline.scheduler, latent)
 
 
-def load_run(folder: Path, config: TrainConfig, base: bool) -> LoadedRun:
-    """Loads the run in `folder`; with `base`, as it was before its first iteration."""
-    saved = checkpoints(folder / "checkpoints")
-    if not base and not saved:
-        raise FileNotFoundError(f"run {str(folder)!r} has no checkpoint yet; --base uses the model before training")
-    pipeline = load_pipeline(config.model, pick_device(config.device))
+def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "last") -> LoadedRun:
+    """Loads the run in `folder` at `checkpoint`, "last", "best" or a number of iterations; with `base`, before any.
+
+    Raises ValueError where it is not there, before a model is loaded.
+    """
+    chosen = None if base else _chosen(folder, checkpoint)
+    device = pick_device(config.device)
+    check_pipeline(config.model)
+    pipeline = load_pipeline(config.model, device)
     policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
-    if not base:
-        load_checkpoint(saved[-1], policies, optimizer=None)
+    if chosen is not None:
+        load_checkpoint(chosen, policies, optimizer=None)
+    elif not base:
+        load_newest(folder / CHECKPOINTS, policies, optimizer=None)
     return LoadedRun(config, pipeline, policies)
 
 
+def _chosen(folder: Path, checkpoint: str) -> Path | None:
+    """The checkpoint that was asked for; None for the newest one."""
+    saved = [path.name for path in checkpoints(folder / CHECKPOINTS)]
+    if not saved:
+        raise ValueError(f"run {str(folder)!r} has no checkpoint yet; --base uses the model before training")
+    if checkpoint == "last":
+        return None
+    number = best_iteration(folder) if checkpoint == "best" else int(checkpoint) if checkpoint.isdecimal() else None
+    if number is None or checkpoint_name(number) not in saved:
+        raise ValueError(f'--checkpoint is {checkpoint!r}; accepted here: "last", "best" or one of {", ".join(saved)}')
+    return folder / CHECKPOINTS / checkpoint_name(number)
+
+
 def evaluate_run(run: LoadedRun) -> Evaluation:
-    """Scores the learner on the run's held-out prompts, as training does."""
+    """Scores the learner on the run's held-out prompts, as training does.
+
+    Raises ValueError where no score is finite.
+    """
     config = run.config
-    prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
-    return evaluate(
+    reward = load_reward(config.data.reward, config.data.reward_args)
+    prompts = evaluation_prompts(config, reward)
+    result = evaluate(
         run.policies.transformer("learner", for_images=True),
         run.sampler,
         prompts,
         encode_prompts(run.pipeline, prompts, config.model.max_sequence_length),
-        load_reward(config.data.reward),
+        reward,
         sigma_grid(run.pipeline.scheduler, config.evaluation.steps),
         config.rollout.batch,
+        keep=[0],
     )
+    if not math.isfinite(result.overall):
+        raise ValueError(f"data.reward {config.data.reward!r} gave none of the {len(prompts)} images a finite score")
+    return result
 
 
 def draw_images(run: LoadedRun, prompt: str, count: int, steps: int, seed: int) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
-    embeddings = encode_prompts(run.pipeline, [prompt] * count, run.config.model.max_sequence_length)
-    noise = run.sampler.latent.noise(count, generator(seed, "sample", 0), embeddings.tokens.device)
+    embeddings = encode_prompts(run.pipeline, [prompt], run.config.model.max_sequence_length)
+    noise = run.sampler.latent.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
     sigmas = sigma_grid(run.pipeline.scheduler, steps)
-    latents = sample_latents(run.policies.transformer("learner", for_images=True), noise, sigmas, embeddings)
-    return decode(run.pipeline.vae, latents).cpu()
+    transformer, vae = run.policies.transformer("learner", for_images=True), run.sampler.vae
+    images = []
+    for part in noise.split(run.config.rollout.batch):
+        prompts = embeddings[torch.zeros(len(part), dtype=torch.int64)]
+        latents = sample_latents(transformer, part.to(embeddings.tokens.device), sigmas, prompts)
+        images.append(decode(vae, latents).cpu())
+    return torch.cat(images)

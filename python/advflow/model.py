@@ -7,7 +7,12 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 
 from advflow.config import ModelConfig
 from advflow.sampling import PromptEmbeddings
@@ -21,19 +26,58 @@ def pipeline_folder(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one, else cpu."""
+    """The device called `name`; "auto" is cuda where there is one, else cpu. Raises ValueError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f'device is {name!r}; accepted: "auto", "cpu", "cuda" or "cuda:N"') from error
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device is {name!r}; accepted: "auto", "cpu", "cuda" or "cuda:N"')
+    usable = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= usable:
+        raise ValueError(f"device is {name!r}, and torch {torch.__version__} finds {usable} usable CUDA devices here")
+    return device
+
+
+def check_pipeline(config: ModelConfig) -> None:
+    """Reads the small files of the pipeline, before gigabytes are loaded, and refuses what cannot be trained.
+
+    Raises ValueError where `config.pipeline` is no StableDiffusion3Pipeline, or where nobody can be asked for it.
+    """
+    folder = pipeline_folder(config.pipeline)
+    try:
+        kind = StableDiffusion3Pipeline.load_config(folder).get("_class_name")
+        vae = AutoencoderKL.load_config(folder, subfolder="vae")
+        patch = SD3Transformer2DModel.load_config(folder, subfolder="transformer")["patch_size"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f'model.pipeline is {config.pipeline!r}; accepted: "{EMBEDDED}", the folder of a StableDiffusion3Pipeline '
+            f"or its name on a hub that can be reached ({reason})"
+        ) from error
+    if kind != "StableDiffusion3Pipeline":
+        raise ValueError(f"model.pipeline is {config.pipeline!r}, a {kind}; accepted: a StableDiffusion3Pipeline")
+    _require_multiple(config.resolution, 2 ** (len(vae["block_out_channels"]) - 1) * patch)
+
+
+def _require_multiple(resolution: int, multiple: int) -> None:
+    if resolution % multiple:
+        raise ValueError(f"model.resolution is {resolution}; this pipeline needs a multiple of {multiple}")
 
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:
-    """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs."""
+    """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs.
+
+    Raises ValueError where a part is missing.
+    """
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.pipeline is {config.pipeline!r}, which cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -45,9 +89,7 @@ class LatentShape:
 
     @staticmethod
     def of(pipeline: StableDiffusion3Pipeline, resolution: int) -> LatentShape:
-        multiple = pipeline.vae_scale_factor * pipeline.patch_size
-        if resolution % multiple:
-            raise ValueError(f"model.resolution is {resolution}; this pipeline needs a multiple of {multiple}")
+        _require_multiple(resolution, pipeline.vae_scale_factor * pipeline.patch_size)
         return LatentShape(pipeline.transformer.config.in_channels, resolution // pipeline.vae_scale_factor)
 
     def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:

@@ -20,33 +20,38 @@ from advflow.sampling import PromptEmbeddings, euler_step, velocity
 
 def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed: int) -> list[int]:
     """The sampler steps that are stochastic in this iteration, in order."""
-    size, usable = config.steps, sampler_steps - 1  # the last step ends at sigma 0 and is never learnt from
-    within = config.within if config.within is not None else max(size, sampler_steps // 2)
+    size, within = config.steps, reachable_steps(config, sampler_steps)
     rng = generator(seed, "window", iteration)
     if config.window == "first":
         return list(range(size))
     if config.window == "random":
         return sorted(torch.randperm(within, generator=rng)[:size].tolist())
     if config.window == "sliding":
-        start = (iteration // config.shift_every) % (usable - size + 1)
+        start = (iteration // config.shift_every) % (within - size + 1)
     else:
         start = int(torch.randint(within - size + 1, (1,), generator=rng))
     return list(range(start, start + size))
+
+
+def reachable_steps(config: SDEConfig, sampler_steps: int) -> int:
+    """How many of the first sampler steps may be stochastic in some iteration."""
+    if config.window == "first":
+        return config.steps
+    if config.window == "sliding":
+        return sampler_steps - 1  # the last step ends at sigma 0 and is never learnt from
+    return config.within if config.within is not None else max(config.steps, sampler_steps // 2)
 
 
 class StochasticSampler:
     """Draws images by the SDE inside a window of steps and by the Euler ODE outside."""
 
     def __init__(self, config: TrainConfig, sigmas: list[float]) -> None:
-        sde, steps = config.sde, len(sigmas) - 1
-        reach = sde.steps if sde.within is None else sde.within
-        if reach > steps - 1:
-            raise ValueError(
-                f"sde.{'steps' if sde.within is None else 'within'} is {reach}; with rollout.steps={steps} at most "
-                f"{steps - 1} is accepted (the last step ends at sigma 0, where it has no density)"
-            )
         self._config, self._sigmas = config, sigmas
         self._table = af.StepTable(sigmas, stochastic_steps=())
+        try:
+            self.table(list(range(reachable_steps(config.sde, len(sigmas) - 1))))  # a bad step is seen here, not later
+        except ValueError as error:
+            raise ValueError(f"sde.noise_level is {config.sde.noise_level}, with this sampler: {error}") from error
 
     def table(self, window: list[int]) -> af.StepTable:
         """The steps' coefficients; the last one is kept, so that what it holds on the device is kept too."""
@@ -78,18 +83,19 @@ class StochasticSampler:
     ) -> tuple[torch.Tensor, Transitions]:
         """The latents [B, C, H, W] at sigma 0 and every stochastic step that led to them.
 
-        `first_image` is the place of these images in the iteration: it seeds their noise.
+        `first_image` is the place of these images in the iteration: each has noise of its own, whatever the batch.
         """
         window = self.window(iteration)
         table = self.table(window)
-        number = iteration * self._config.rollout.prompts * self._config.rollout.images_per_prompt + first_image
-        rng = generator(self._config.seed, "sde", number, noise.device)
+        first = iteration * self._config.images + first_image
+        generators = [generator(self._config.seed, "sde", first + place) for place in range(len(noise))]
         x = noise.float()
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
             v = velocity(transformer, x, torch.full((len(x),), sigma, device=x.device), prompts)
             if step in window:
-                out = af.sde_step(v, x, table, step, generator=rng)
+                drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
+                out = af.sde_step(v, x, table, step, drawn.to(x.device))
                 kept.append((x, v, out.eps))
                 x = out.x_next
             else:
@@ -115,12 +121,6 @@ class ReverseProcess:
         self._algorithm = REVERSE[config.algorithm]
         self._needs = Needs(config.sde.anchor == "replay", self._algorithm.needs(config).reference)
         self._warned = False
-        images = config.rollout.prompts * config.rollout.images_per_prompt
-        if images % config.optim.steps_per_iteration:
-            raise ValueError(
-                f"optim.steps_per_iteration is {config.optim.steps_per_iteration}; accepted are divisors of the "
-                f"{images} images of an iteration"
-            )
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1.

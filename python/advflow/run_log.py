@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from advflow.run_folder import write_atomically
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
     from advflow.evaluate import Evaluation
@@ -18,6 +22,7 @@ METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 KERNELS = "kernels.json"
 SAMPLES = "samples"
+SAMPLE_PROMPTS = "prompts.json"  # beside the sample grids
 _CELL = 96  # pixels; small images are enlarged to this by whole factors
 
 
@@ -53,10 +58,12 @@ class RunLog:
             if name != "iteration":
                 self._tensorboard.add_scalar(f"train/{name}", value, row["iteration"])
 
+    def evaluated(self, iteration: int) -> bool:
+        """Whether the evaluation before this iteration has been made."""
+        return any(row["iteration"] == iteration for row in read_rows(self._folder / EVALS))
+
     def evaluation(self, iteration: int, images_seen: int, seconds: float, result: Evaluation, grid: list[int]) -> None:
         """Appends one evaluation and saves the images number `grid` as a picture."""
-        if any(row["iteration"] == iteration for row in read_rows(self._folder / EVALS)):
-            return
         row = {
             "iteration": iteration,
             "images": images_seen,
@@ -64,6 +71,7 @@ class RunLog:
             "overall": result.overall,
             "reward": result.reward,
             "categories": result.categories,
+            "unscored": result.unscored,
         }
         self._append(EVALS, row)
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
@@ -73,12 +81,34 @@ class RunLog:
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
         self._tensorboard.flush()
 
+    def sample_prompts(self, prompts: list[str]) -> None:
+        """Notes the prompts of the sample grids, in the order of their images."""
+        (self._folder / SAMPLES / SAMPLE_PROMPTS).write_text(json.dumps(prompts), encoding="utf-8")
+
     def close(self) -> None:
         self._tensorboard.close()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self._folder / name).open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(to_json(row) + "\n")
+
+
+def to_json(value: dict[str, Any], indent: int | None = None) -> str:
+    """`value` as JSON, which knows neither NaN nor infinities: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def best_iteration(folder: Path) -> int | None:
+    """How many iterations the run in `folder` had done at its best held-out score, the base aside; None without any."""
+    scores = {row["iteration"]: row["overall"] for row in read_rows(folder / EVALS) if row["iteration"] > 0}
+    scores = {iteration: score for iteration, score in scores.items() if score is not None and math.isfinite(score)}
+    return max(scores, key=lambda iteration: (scores[iteration], -iteration), default=None)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +116,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -110,7 +142,6 @@ def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
     return canvas
 
 
-def _truncate(path: Path, keep: Any) -> None:
-    rows = read_rows(path)
-    if rows:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows if keep(row)))
+def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    if path.is_file():
+        write_atomically(path, "".join(to_json(row) + "\n" for row in read_rows(path) if keep(row)))

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,37 +13,52 @@ import torch
 import advflow_ext as af
 from advflow.algorithms import REVERSE
 from advflow.batch import Rollout, Transitions
-from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
+from advflow.checkpoint import RunState, load_newest
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
-from advflow.evaluate import Evaluation, evaluate
+from advflow.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
 from advflow.forward_process import Draws, ForwardProcess
-from advflow.model import LatentShape, PromptEncoder, Sampler, encode_prompts, load_pipeline, pick_device
+from advflow.interrupt import StopRequest
+from advflow.model import (
+    LatentShape,
+    PromptEncoder,
+    Sampler,
+    check_pipeline,
+    encode_prompts,
+    load_pipeline,
+    pick_device,
+)
 from advflow.policies import follow, make_policies
-from advflow.progress import show_progress
-from advflow.prompts import load_eval_prompts, load_training_prompts
+from advflow.prompts import check_prompts, load_training_prompts
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl, reference_target
 from advflow.reverse_process import ReverseProcess, StochasticSampler, join
 from advflow.rewards import load_reward
-from advflow.run_log import EVALS, RunLog, read_rows
+from advflow.run import CHECKPOINTS, Run
+from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
 
 WeightedMetrics = tuple[af.LossMetrics, float]
 
-GRID_COLUMNS = 6  # images of each category in the sample grids
-
 
 class Trainer:
-    """One run: everything that lives as long as it does."""
+    """One run: everything that lives as long as it does.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation.
+    """
+
+    def __init__(self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None) -> None:
+        self.config, self._between_batches = config, between_batches
+        # First what takes no model to check, so that a mistake is seen within seconds.
         self.device = pick_device(config.device)
+        self.prompts = load_training_prompts(config.data.prompts)
+        self.prompts.require(config.rollout.prompts)
+        check_pipeline(config.model)
+        self.reward = load_reward(config.data.reward, config.data.reward_args)
+        for remark in check_prompts(config.data, self.reward):
+            print(remark)
+        self.eval_prompts = evaluation_prompts(config, self.reward)
         pipeline = load_pipeline(config.model, self.device)
         self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
-        self.reward = load_reward(config.data.reward)
-        self.prompts = load_training_prompts(config.data.prompts)
-        self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
         length = config.model.max_sequence_length
         self.encode = PromptEncoder(pipeline, self.prompts.texts, length)
         self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
@@ -92,7 +98,8 @@ class Trainer:
             "seconds_train": round(trained - rolled_out, 4),
         }
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, keep: list[int] | None = None) -> Evaluation:
+        """Scores the learner on the held-out prompts; returns the images number `keep`, None being all."""
         return evaluate(
             self.policies.transformer("learner", for_images=True),
             self.sampler,
@@ -101,6 +108,8 @@ class Trainer:
             self.reward,
             self.eval_sigmas,
             self.config.rollout.batch,
+            keep,
+            self._between_batches,
         )
 
     def roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
@@ -119,19 +128,22 @@ class Trainer:
         x0[broken] = 0.0
         if transitions is not None:
             transitions.x[broken.to(x0.device)] = 0.0
-        scores.reward[broken] = torch.nan
-        advantages = self._advantages(scores.reward)
-        groups = scores.reward.view(-1, group)
+        unscored = ~scores.reward.isfinite() & ~broken
+        rewards = scores.reward.masked_fill(broken | unscored, torch.nan)
+        advantages = self._advantages(rewards)
+        groups = rewards.view(-1, group)
         row = {
-            "reward": scores.reward.nanmean().item(),
-            "score": scores.score.mean().item(),
+            "reward": finite_mean(rewards),
+            "score": finite_mean(scores.score),
             "broken_images": int(broken.sum()),
+            "unscored_images": int(unscored.sum()),
             "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
             "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
             "advantage_rms": advantages.square().mean().sqrt().item(),
         }
-        advantages = advantages.masked_fill(broken, torch.nan)  # the loss gives such a sample no gradient and counts it
-        rewards, advantages = scores.reward.to(self.device), advantages.to(self.device)
+        # The loss gives a sample with this advantage no gradient and counts it.
+        advantages = advantages.masked_fill(broken | unscored, torch.nan)
+        rewards, advantages = rewards.to(self.device), advantages.to(self.device)
         return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
 
     @torch.no_grad()
@@ -143,21 +155,19 @@ class Trainer:
         # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
         for_images = self.stochastic_sampler is None or self.config.sde.anchor == "replay"
         transformer = self.policies.transformer(config.policy, for_images=for_images)
-        starts = range(0, len(noise), config.batch)
-        if self.stochastic_sampler is None:
-            parts = [
-                sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows], config.solver)
-                for rows in (slice(start, start + config.batch) for start in starts)
-            ]
-            return torch.cat(parts), None
-        noise = self.stochastic_sampler.starting_noise(noise)
+        if self.stochastic_sampler is not None:
+            noise = self.stochastic_sampler.starting_noise(noise)
         latents, transitions = [], []
-        for start in starts:
+        for start in range(0, len(noise), config.batch):
+            self._between_batches()
             rows = slice(start, start + config.batch)
-            x0, steps = self.stochastic_sampler.sample(transformer, noise[rows], embeddings[rows], iteration, start)
+            if self.stochastic_sampler is None:
+                x0 = sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows], config.solver)
+            else:
+                x0, steps = self.stochastic_sampler.sample(transformer, noise[rows], embeddings[rows], iteration, start)
+                transitions.append(steps)
             latents.append(x0)
-            transitions.append(steps)
-        return torch.cat(latents), join(transitions)
+        return torch.cat(latents), join(transitions) if transitions else None
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         group, choice = self.config.rollout.images_per_prompt, self.config.advantage
@@ -229,113 +239,34 @@ def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:
 
 
 def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
-    """Runs `advflow train`; returns the summary it also writes to summary.json."""
-    folder = Path(config.out)
-    trainer = Trainer(config)
-    first = 0
-    if resume and (saved := checkpoints(folder / "checkpoints")):
-        state = load_checkpoint(saved[-1], trainer.policies, trainer.optimizer)
-        first = state.iteration
-        trainer.reference_control.restore(state.reference_scale)
-    log = RunLog(folder, first)
-    tqdm.write(log.kernels(trainer.policies.kernels), file=sys.stderr)
-    grid = _grid_indices(trainer)
-    images = config.rollout.prompts * config.rollout.images_per_prompt
-    earlier = max((row["seconds"] for row in read_rows(folder / EVALS)), default=0.0)
-    started = time.monotonic() - earlier
-    progress = show_progress(range(first, config.iterations), initial=first, desc="train")
+    """Runs `advflow train`; returns the summary it also writes to summary.json.
 
-    def assess(iteration: int) -> Evaluation:
-        result = trainer.evaluate()
-        log.evaluation(iteration, iteration * images, time.monotonic() - started, result, grid)
-        return result
-
-    latest = assess(first) if first == 0 else None
-    with _interruptible() as interrupted:
-        for iteration in progress:
-            row = trainer.iterate(iteration)
-            log.metrics({"iteration": iteration} | row)
-            done = iteration + 1
-            if done % config.evaluation.every == 0 or done == config.iterations:
-                latest = assess(done)
-            if done % config.checkpoint_every == 0 or done == config.iterations or interrupted():
-                state = RunState(done, trainer.reference_control.scale)
-                save_checkpoint(folder / "checkpoints", state, trainer.policies, trainer.optimizer)
-            held_out = f"{latest.overall:.3f}" if latest else "-"
-            progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
-            if interrupted() and done < config.iterations:
-                progress.close()
-                log.close()
-                raise SystemExit(f"stopped after iteration {done}, saved; go on with --resume")
-    log.close()
-    summary = summarise(config, folder, time.monotonic() - started, trainer.device)
-    _write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    Nothing is written before settings, prompts, reward, model and checkpoint have proved usable. Raises ValueError
+    where they are not, and SystemExit where a signal has ended the run early.
+    """
+    folder, stop = Path(config.out), StopRequest()
+    check_folder(config, resume)
+    new = not folder.exists()
+    with FolderLock(folder) as lock:
+        if not new:
+            lock.take()
+        trainer = Trainer(config, stop.check)
+        state = _saved_state(trainer, folder) if resume else RunState(0)
+        if new:
+            make_folder(config)
+            lock.take()
+            check_folder(config, resume=False)  # another process may have been faster, and done already
+        write_config(config)
+        return Run(trainer, state, stop).finish()
 
 
-def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.device) -> dict[str, Any]:
-    """The numbers of a finished run."""
-    evals = read_rows(folder / EVALS)
-    base, final = evals[0], evals[-1]
-    return {
-        "algorithm": config.algorithm,
-        "seed": config.seed,
-        "base_score": base["overall"],
-        "final_score": final["overall"],
-        "gain": final["overall"] - base["overall"],
-        "base_categories": base["categories"],
-        "final_categories": final["categories"],
-        "iterations": config.iterations,
-        "images": final["images"],
-        "seconds": round(seconds, 1),
-        "device": str(device),
-        "versions": versions(),
-        "commit": _commit(),
-    }
-
-
-def versions() -> dict[str, str]:
-    names = ("advflow", "advflow-ext", "torch", "diffusers", "transformers", "peft")
-    found = {name: metadata.version(name) for name in names}
-    return found | {"python": platform.python_version()}
-
-
-def _commit() -> str | None:
-    """The commit of this source tree; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _grid_indices(trainer: Trainer) -> list[int]:
-    """The first few evaluation prompts of each category."""
-    by_category: dict[str, list[int]] = {}
-    for index, prompt in enumerate(trainer.eval_prompts):
-        by_category.setdefault(trainer.reward.category(prompt), []).append(index)
-    return [index for indices in by_category.values() for index in indices[:GRID_COLUMNS]]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Turns the first SIGINT or SIGTERM into a flag, so that an iteration is finished and saved before stopping."""
-    asked = False
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signum, previous[signal.Signals(signum)])
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _saved_state(trainer: Trainer, folder: Path) -> RunState:
+    """Restores the newest whole checkpoint; the state of a new run where there is none."""
+    state = load_newest(folder / CHECKPOINTS, trainer.policies, trainer.optimizer) or RunState(0)
+    if state.iteration > trainer.config.iterations:
+        raise ValueError(
+            f"iterations is {trainer.config.iterations}; the run in {trainer.config.out!r} has done {state.iteration}, "
+            "so accepted are that many or more"
+        )
+    trainer.reference_control.restore(state.reference_scale)
+    return state

@@ -19,7 +19,7 @@ from advflow.report import write_report
 from advflow.report.charts import Chart, Series, draw, smooth, tick_text, value_axis
 from advflow.report.data import evenly_spaced
 from advflow.report.panels import MOST_POINTS, bin_size, binned
-from advflow.report.text import duration_text, gain_text, value_text
+from advflow.report.text import duration_text, gain_text, times_text, value_text
 from advflow.run_log import RunLog, image_grid
 from PIL import Image
 
@@ -161,6 +161,106 @@ def test_sample_grids_show_first_and_last_with_the_names_of_their_rows(tmp_path:
     assert pictures[0]["alt"] == "Sample grid, before training; rows: single object, counting, color attribution"
 
 
+def test_sample_grids_name_their_prompts_in_their_places(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert not read(folder).find("table", **{"class": "prompts"})  # a run that did not note them
+    prompts = [f"prompt <{row}> {column}" for row in range(len(CATEGORIES)) for column in range(COLUMNS)]
+    log = RunLog(folder, 40)
+    log.sample_prompts(prompts)
+    log.close()
+    page = read(folder)
+    table = page.text[page.text.index("Their prompts") : page.text.index("Categories Bars")]
+    for row, name in enumerate(("single object", "counting", "color attribution")):
+        texts = prompts[row * COLUMNS : (row + 1) * COLUMNS]
+        assert f"{name} {' '.join(texts)}" in table
+    for broken in ("[", "{}", "null", "\xff"):
+        (folder / "samples" / "prompts.json").write_text(broken, encoding="latin-1")
+        assert not read(folder).find("table", **{"class": "prompts"})
+
+
+def test_rows_of_prompts_are_numbered_where_categories_differ_in_size(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "samples" / "prompts.json").write_text(json.dumps([f"p{i}" for i in range(8)]))
+    assert "row 1 p0 p1 row 2 p2 p3 row 3 p4 p5 row 4 p6 p7" in read(folder).text
+
+
+def test_times_add_up(tmp_path: Path) -> None:
+    page = read(make_run(tmp_path / "run"))
+    assert "Per iteration 4.00 s 1.50 s rollout + 2.50 s update" in page.text
+    assert "Wall time 1 h 02 min 2 min 40 s iterations + 59 min 23 s evaluation and the rest" in page.text
+    folder = make_run(tmp_path / "uneven", iterations=3)
+    rows = [metrics_row(i, seconds_rollout=r, seconds_train=u) for i, (r, u) in enumerate([(1, 1), (1, 1), (10, 0.07)])]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Per iteration 4.69 s 4.00 s rollout + 0.69 s update" in read(folder).text
+    rows[1].pop("seconds_train")  # not every iteration is timed: nothing is said about the sum
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "evaluation and the rest" not in read(folder).text
+    for row in rows:
+        row.pop("seconds_rollout")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Per iteration – Best held-out" in read(folder).text
+
+
+def test_threads_are_told_where_the_run_noted_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "torch 2.13.0 Seed" in read(folder).text
+    for threads, text in ((1, "torch 2.13.0, 1 CPU thread Seed"), (2, "torch 2.13.0, 2 CPU threads Seed")):
+        summary = json.loads((folder / "summary.json").read_text()) | {"threads": threads}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        assert text in read(folder).text
+
+
+@pytest.mark.parametrize(
+    ("rollout", "update"), [(0.0, 0.0), (1.005, 2.005), (0.0149, 0.0149), (33.35, 66.55), (250.5, 3.5)]
+)
+def test_rounded_times_add_up_exactly(rollout: float, update: float) -> None:
+    first, second, both = (float(text.removesuffix(" s").replace(",", "")) for text in times_text(rollout, update))
+    assert first + second == pytest.approx(both, abs=1e-9)
+    assert both == pytest.approx(rollout + update, rel=0.02)
+
+
+def test_nulls_are_dashes_and_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", done=40)
+    evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    evals[1]["overall"] = evals[4]["overall"] = evals[4]["categories"]["counting"] = None
+    evals[4]["unscored"] = 7
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics[5] |= {"loss": None, "reward": None}
+    metrics[9]["loss"] = None
+    for name, rows in (("evals.jsonl", evals), ("metrics.jsonl", metrics)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 40, "lo')
+    page = read(folder)
+    assert "0.300 → – Held-out score before training and at iteration 40" in page.text
+    assert "The held-out score is not a number in 2 of 5 evaluations, first at iteration 10." in page.text
+    left_out = "Held-out images without a finite score, left out of the means, in 1 of 5 evaluations"
+    assert f"{left_out}, first in that of iteration 40." in page.text
+    assert "Not a number in 2 of 40 iterations, first in 5, and a gap in the chart: reward, loss." in page.text
+    assert "counting 0.300 – –" in page.text
+    assert embedded(page)["held_out"]["series"][-1]["values"] == [0.3, None, 0.4, 0.45, None]
+
+
+def test_rows_written_twice_count_once_and_in_order(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", done=3)
+    rows = [metrics_row(i, loss=loss) for i, loss in ((0, 1.0), (1, 2.0), (2, 3.0), (1, 4.0))]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    data = embedded(read(folder))
+    assert (data["loss"]["x"], data["loss"]["series"][0]["values"]) == ([0, 1, 2], [1.0, 4.0, 3.0])
+
+
+def test_a_file_of_bytes_that_are_no_text_is_read_up_to_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", done=3)
+    with (folder / "metrics.jsonl").open("ab") as handle:
+        handle.write(b"\0\0\xff\xfe\n")
+    (folder / "summary.json").write_bytes(b"\xff\xfe{")
+    assert "Not finished: iteration 3 of 40" in read(folder).text
+
+
+@pytest.mark.parametrize("algorithm", ["dance_grpo", "mix_grpo"])
+def test_methods_that_share_a_loss_show_its_coefficients(tmp_path: Path, algorithm: str) -> None:
+    page = read(make_run(tmp_path / "run", algorithm=algorithm))
+    assert f"Algorithm {algorithm} clip 0.0001, kl_weight 0, kl_convention exact" in page.text
+
+
 def test_grids_stay_small_whatever_the_resolution(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", iterations=200)
     noise = torch.rand(COLUMNS * len(CATEGORIES), 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -291,9 +391,14 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match="is not valid YAML"):
         write_report(tmp_path)
-    (tmp_path / "config.yaml").write_text("learning_rate: 1.0")
-    with pytest.raises(ValueError, match="does not say how many iterations"):
-        write_report(tmp_path)
+    for content in ("learning_rate: 1.0", "iterations: 0", "iterations: true", "iterations: many", ""):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ValueError, match="does not say how many iterations"):
+            write_report(tmp_path)
+    for raw, sentence in ((b"- 1\n", "which holds a list"), (b"a: gr\xfcn", "which is not UTF-8 .byte 0xfc in line 1")):
+        (tmp_path / "config.yaml").write_bytes(raw)
+        with pytest.raises(ValueError, match=f"the config of a run is '.*config.yaml', {sentence}"):
+            write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 

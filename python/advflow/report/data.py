@@ -9,14 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
-import yaml
 from PIL import Image
 
-from advflow.config import TrainConfig
-from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
+from advflow.config import TrainConfig, flatten
+from advflow.run_log import EVALS, METRICS, SAMPLE_PROMPTS, SAMPLES, read_rows
+from advflow.yaml_files import read_yaml
 
 _MOST_GRIDS = 12
 _GRID_WIDTH = 760  # pixels; what a half-width column shows on a dense screen
@@ -42,7 +41,8 @@ class Run:
     """What is known about a run.
 
     `config` maps dotted names to values. `metrics` and `evals` are rows in order of `iteration`; a metrics row's
-    iteration counts from 0, an evaluation's is how many iterations were done before it.
+    iteration counts from 0, an evaluation's is how many iterations were done before it. `sample_prompts` are those of
+    every sample grid, row by row; none for a run that did not note them.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Run:
     metrics: list[Row]
     evals: list[Row]
     grids: list[Grid]
+    sample_prompts: list[str]
     summary: dict[str, Any]
 
     @property
@@ -83,10 +84,18 @@ class Run:
         return total or None
 
     @property
-    def seconds_per_iteration(self) -> float | None:
-        """Median over iterations of rollout plus update, without evaluation."""
-        durations = [t for row in self.metrics if (t := _duration(row)) is not None]
-        return median(durations) if durations else None
+    def iteration_seconds(self) -> tuple[float, float] | None:
+        """Mean seconds of an iteration's rollout and of its update, over the iterations that logged both."""
+        timed = [row for row in self.metrics if _duration(row) is not None]
+        rollout, train = (sum(row[f"seconds_{part}"] for row in timed) for part in ("rollout", "train"))
+        return (rollout / len(timed), train / len(timed)) if timed else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds in iterations, as far as all of them logged theirs; the rest of the wall time is evaluation."""
+        durations = [_duration(row) for row in self.metrics]
+        known = [each for each in durations if each is not None]
+        return sum(known) if known and len(known) == len(durations) == self.done else None
 
     @property
     def categories(self) -> list[str]:
@@ -116,40 +125,29 @@ def load_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: there is no {path}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("iterations"), int):
+    config = read_yaml(path, "the config of a run")
+    iterations = config.get("iterations")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{path} is not the config of a run: it does not say how many iterations")
     evals = [
         row | {"categories": categories if isinstance(categories := row.get("categories"), dict) else {}}
         for row in _numbered(read_rows(folder / EVALS))
     ]
+    summary = _load_json(folder / "summary.json")
     return Run(
         name=folder.resolve().name,
         config=flatten(config),
         metrics=_numbered(read_rows(folder / METRICS)),
         evals=evals,
         grids=_load_grids(folder / SAMPLES),
-        summary=_load_summary(folder / "summary.json"),
+        sample_prompts=_load_prompts(folder / SAMPLES / SAMPLE_PROMPTS),
+        summary=summary if isinstance(summary, dict) else {},
     )
 
 
 def default_config() -> dict[str, Any]:
     """What every setting is when nobody sets it, by dotted name."""
     return flatten(asdict(TrainConfig()))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; tuples become lists, as they do in YAML."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def number(value: object) -> float | None:
@@ -172,15 +170,24 @@ def _duration(row: Row) -> float | None:
 
 
 def _numbered(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("iteration"), int)]
+    """One row an iteration, in their order; the last one counts, as after a run that was continued."""
+    numbered = {
+        row["iteration"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("iteration"), int)
+    }
+    return [numbered[iteration] for iteration in sorted(numbered)]
 
 
-def _load_summary(path: Path) -> dict[str, Any]:
+def _load_prompts(path: Path) -> list[str]:
+    prompts = _load_json(path)
+    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+
+
+def _load_json(path: Path) -> Any:
+    """What a file of JSON holds; None where there is none, or half of one."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _load_grids(folder: Path) -> list[Grid]:

@@ -108,8 +108,25 @@ def samples_section(run: Run) -> str:
         f'{corner}<span class="heading">{_grid_name(first)}</span>'
         f'<span class="heading later">{_grid_name(later[-1]) if later else "later"}</span>'
         f'{rows}<div>{_picture(first, names, hidden=False)}</div><div class="later">{pictures}</div></div>'
-        f"{under}{slider}</div>\n</section>"
+        f"{under}{slider}{_prompts_table(run.sample_prompts, run.categories)}</div>\n</section>"
     )
+
+
+def _prompts_table(prompts: list[str], categories: list[str]) -> str:
+    """The prompts where their images are; in numbered rows where those are not the categories."""
+    if not prompts:
+        return ""
+    columns = max(1, len(prompts) // max(1, len(categories)))
+    rows = [prompts[start : start + columns] for start in range(0, len(prompts), columns)]
+    titles = [f"row {number}" for number in range(1, len(rows) + 1)]
+    if len(categories) == len(rows):
+        titles = [readable(name) for name in categories]
+    body = "".join(
+        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(prompt)}</td>" for prompt in row)}</tr>'
+        for title, row in zip(titles, rows, strict=True)
+    )
+    caption = "Their prompts, in the places of the images"
+    return f'<table class="prompts"><caption>{caption}</caption><tbody>{body}</tbody></table>'
 
 
 def _grid_name(grid: Grid) -> str:
@@ -149,8 +166,8 @@ def categories_section(run: Run) -> str:
     last = run.evals[-1]["iteration"]
     return (
         "<section>\n<h2>Categories</h2>\n"
-        f'<p class="lead">Bars from {low:g} to {high:g}:{_key("base")}before training'
-        f"{_key('final')}iteration {last:,}</p>\n"
+        f'<p class="lead">Bars from {low:g} to {high:g}: <span class="entry">{_key("base")}before training</span> '
+        f'<span class="entry">{_key("final")}iteration {last:,}</span></p>\n'
         '<div class="card scroll"><table><thead><tr><th scope="col">category</th>'
         '<th class="number" scope="col">before</th><th class="number" scope="col">after</th>'
         '<th class="number" scope="col">gain</th>'

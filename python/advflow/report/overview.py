@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-from advflow.report.data import Run, default_config, flatten, number
-from advflow.report.panels import column, grouped_panels
-from advflow.report.text import DASH, direction, duration_text, gain_text, plain, score_text
+from advflow.config import flatten
+from advflow.report.data import Run, default_config, number
+from advflow.report.panels import grouped_panels
+from advflow.report.text import DASH, direction, duration_text, gain_text, plain, readable, score_text, times_text
 
 _NOTICEABLE_DROP = 0.02  # of a score between 0 and 1
 
@@ -35,7 +36,7 @@ def head_section(run: Run) -> str:
     else:
         explanation = "The run has not been evaluated yet."
     gain = ""
-    if len(run.evals) > 1:
+    if len(run.evals) > 1 and base is not None and final is not None:
         gain = f'<span class="gain {direction(base, final)}">{gain_text(base, final)}</span>'
     after = score_text(final) if len(run.evals) > 1 else DASH
     return (
@@ -49,23 +50,16 @@ def head_section(run: Run) -> str:
 
 def _stats(run: Run) -> str:
     config, summary = run.config, run.summary
-    known_versions = summary.get("versions")
-    torch = known_versions.get("torch") if isinstance(known_versions, dict) else None
     best = run.best
-    per_iteration = [column(run.metrics, key) for key in ("seconds_rollout", "seconds_train")]
-    parts = [sum(known) / len(known) if (known := [v for v in c if v is not None]) else None for c in per_iteration]
+    rollout, update, both = times_text(*run.iteration_seconds) if run.iteration_seconds else (DASH, DASH, DASH)
     images = run.images
     cells = [
         ("Images trained on", DASH if images is None else f"{images:,}", _groups_text(run)),
-        ("Wall time", duration_text(run.seconds), ""),
-        (
-            "Per iteration",
-            duration_text(run.seconds_per_iteration),
-            "" if None in parts else f"{parts[0]:.3g} s rollout, {parts[1]:.3g} s update",
-        ),
+        ("Wall time", duration_text(run.seconds), _time_text(run)),
+        ("Per iteration", both, f"{rollout} rollout + {update} update" if run.iteration_seconds else ""),
         ("Best held-out", score_text(best and best[0]), f"at iteration {best[1]:,}" if best else ""),
         ("Model", plain(config.get("model.pipeline")), f"{plain(config.get('model.trainable'))} training"),
-        ("Device", plain(summary.get("device", config.get("device"))), f"torch {torch}" if torch else ""),
+        ("Device", plain(summary.get("device", config.get("device"))), _software_text(run)),
         ("Seed", plain(config.get("seed")), ""),
         ("Algorithm", plain(config.get("algorithm")), _coefficients_text(run)),
     ]
@@ -76,8 +70,25 @@ def _stats(run: Run) -> str:
     return f'<dl class="stats">{"".join(rows)}</dl>'
 
 
+def _software_text(run: Run) -> str:
+    """Version and threads of torch, on which the bits of a run depend; known once it has finished."""
+    versions, threads = run.summary.get("versions"), number(run.summary.get("threads"))
+    torch = versions.get("torch") if isinstance(versions, dict) else None
+    counted = f"{threads:.0f} CPU thread{'' if threads == 1 else 's'}" if threads else ""
+    return ", ".join(filter(None, [f"torch {torch}" if torch else "", counted]))
+
+
+def _time_text(run: Run) -> str:
+    """What the wall time was spent on; nothing where that is not known."""
+    total, training = run.seconds, run.training_seconds
+    if total is None or training is None or training > total:
+        return ""
+    return f"{duration_text(training)} iterations + {duration_text(total - training)} evaluation and the rest"
+
+
 def _coefficients_text(run: Run) -> str:
-    section = f"{run.config.get('algorithm')}."
+    algorithm = run.config.get("algorithm")
+    section = "flow_grpo." if algorithm in ("dance_grpo", "mix_grpo") else f"{algorithm}."  # that method's loss
     chosen = {name.removeprefix(section): value for name, value in run.config.items() if name.startswith(section)}
     return ", ".join(f"{name} {plain(value)}" for name, value in chosen.items())
 
@@ -97,6 +108,29 @@ def _remarks(run: Run) -> str:
             remarks.append(
                 f"The held-out score fell by {best - last:.3f} after its best, {best:.3f} at iteration {iteration:,}."
             )
+    unknown = [row["iteration"] for row, score in zip(run.evals, run.scores(), strict=True) if score is None]
+    if unknown:
+        remarks.append(
+            f"The held-out score is not a number in {len(unknown):,} of {len(run.evals):,} evaluations, "
+            f"first at iteration {unknown[0]:,}."
+        )
+    unscored = [row["iteration"] for row in run.evals if number(row.get("unscored"))]
+    if unscored:
+        remarks.append(
+            f"Held-out images without a finite score, left out of the means, in {len(unscored):,} of "
+            f"{len(run.evals):,} evaluations, first in that of iteration {unscored[0]:,}."
+        )
+    gaps = {
+        key: [row["iteration"] for row in run.metrics if key in row and number(row[key]) is None]
+        for key in _columns(run)
+    }
+    if missing := {key: found for key, found in gaps.items() if found}:
+        names = ", ".join(readable(key) for key in missing)
+        affected = {iteration for found in missing.values() for iteration in found}
+        remarks.append(
+            f"Not a number in {len(affected):,} of {len(run.metrics):,} iterations, first in {min(affected):,}, "
+            f"and a gap in the chart: {names}."
+        )
     for panel in grouped_panels(run.metrics).get("Faults", []):
         hit = [row["iteration"] for row in run.metrics if number(row.get(panel.key))]
         if hit:
@@ -106,6 +140,11 @@ def _remarks(run: Run) -> str:
     if not remarks:
         return ""
     return f'<ul class="remarks">{"".join(f"<li>{escape(remark)}</li>" for remark in remarks)}</ul>'
+
+
+def _columns(run: Run) -> list[str]:
+    """Names of the metrics in any iteration."""
+    return list(dict.fromkeys(key for row in run.metrics for key in row))
 
 
 def settings_section(run: Run) -> str:

@@ -72,6 +72,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("invalid_timesteps", "Invalid timesteps", "dropped: t outside (0, 1]", fault=True),
         Panel("invalid_steps", "Invalid steps", "dropped: not a stochastic step of the sampler", fault=True),
         Panel("broken_images", "Broken images", "not finite", fault=True),
+        Panel("unscored_images", "Unscored images", "whose reward was not finite", fault=True),
         Panel("skipped_steps", "Skipped steps", "gradient not finite", fault=True),
     ],
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 DASH = "\N{EN DASH}"
 
 
@@ -29,6 +31,15 @@ def duration_text(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.3g} s"
+
+
+def times_text(rollout: float, update: float) -> tuple[str, str, str]:
+    """Two times and their sum in seconds, rounded so that what is written adds up."""
+    total = rollout + update
+    decimals = max(0, 2 - math.floor(math.log10(total))) if 0 < total < 100 else 0
+    parts = round(rollout, decimals), round(update, decimals)
+    first, second, both = (f"{seconds:,.{decimals}f} s" for seconds in (*parts, sum(parts)))
+    return first, second, both
 
 
 def value_text(value: float | None, unit: str = "") -> str:

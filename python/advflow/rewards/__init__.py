@@ -1,16 +1,24 @@
 """Rewards: what scores the images of a run.
 
-A reward is any class with the two methods of `Reward`, made without arguments. "embedded" and "pickscore" are built
-in; "package.module:Class" names your own.
+A reward is any class with the two methods of `Reward`. "embedded" and "pickscore" are built in;
+"package.module:Class" names your own, looked for in the current folder first. It is made with what `data.reward_args`
+holds, and asked for nothing but what `Reward` says: what it returns is checked here, copied, and never written to.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from advflow.suggest import did_you_mean
 
 _BUILT_IN = {
     "embedded": "advflow.rewards.embedded:EmbeddedReward",
@@ -20,31 +28,158 @@ _BUILT_IN = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Per image, both [B] fp32 on the CPU: `reward` is what training maximises, `score` what evaluation reports."""
+    """One number an image: `reward` is what training maximises, `score` what evaluation reports.
+
+    From a reward, each is a tensor [B] of real numbers, integers or booleans, of any precision and on any device, with
+    or without a gradient, made in inference mode or not; or a NumPy array [B], or a list or tuple of B numbers. NaN is
+    an image without a score. From `load_reward`'s rewards, both are fp32 [B] on the CPU, and nobody else's.
+    """
 
     reward: torch.Tensor
     score: torch.Tensor
 
 
+class UnknownPrompt(ValueError):
+    """Raised by a reward's `category` for a prompt that the reward cannot score. It ends a run before it begins."""
+
+
 class Reward(Protocol):
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
-        """Scores `images`, fp32 [B, 3, H, W] in [0, 1], each against the prompt at the same place."""
+        """Scores `images`, fp32 [B, 3, H, W] in [0, 1], each against the prompt at the same place.
+
+        The images are for reading: they are shown and stored after this.
+        """
         ...
 
     def category(self, prompt: str) -> str:
-        """The group under which evaluation reports this prompt."""
+        """The group under which evaluation reports this prompt. Raises UnknownPrompt for one it cannot score."""
         ...
 
 
-def load_reward(name: str) -> Reward:
-    """Makes the reward called `name`; raises ValueError where there is none."""
-    path = _BUILT_IN.get(name, name)
-    module_name, _, class_name = path.partition(":")
-    if not class_name:
-        known = ", ".join(repr(k) for k in _BUILT_IN)
-        raise ValueError(f'data.reward is {name!r}; accepted: {known} or a dotted path "package.module:Class"')
+class CheckedReward:
+    """A reward whose answers keep to the contract. Raises ValueError, naming the reward and what it returned."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self.name = f"{type(reward).__module__}:{type(reward).__qualname__}"
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+        scores = self._reward(images, list(prompts))
+        if not isinstance(scores, Scores):
+            raise ValueError(
+                f"reward {self.name} returned {_described(scores)}; accepted: advflow.rewards.Scores(reward, score)"
+            )
+        return Scores(*(self._numbers(name, getattr(scores, name), len(prompts)) for name in ("reward", "score")))
+
+    def _numbers(self, name: str, values: object, count: int) -> torch.Tensor:
+        """A fresh fp32 [count] on the CPU."""
+        tensor = _as_tensor(values)
+        if tensor is None or tensor.shape != (count,):
+            raise ValueError(
+                f"reward {self.name} returned Scores whose {name} is {_described(values)}; accepted: one real number "
+                f"for each image, as a tensor or array of shape [{count}] or a list of {count}"
+            )
+        return tensor.detach().to("cpu", torch.float32, copy=True)
+
+    def category(self, prompt: str) -> str:
+        category = self._reward.category(prompt)
+        if not isinstance(category, str):
+            raise ValueError(
+                f"reward {self.name} put the prompt {prompt!r} into category {_described(category)}; accepted: a string"
+            )
+        return category
+
+
+def _as_tensor(values: object) -> torch.Tensor | None:
+    """`values` as a dense tensor of real numbers; None where they are none."""
+    if isinstance(values, np.ndarray | list | tuple):
+        try:
+            values = torch.tensor(np.copy(values) if isinstance(values, np.ndarray) else values)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            return None
+    if not isinstance(values, torch.Tensor) or values.layout != torch.strided:
+        return None
+    return None if values.is_meta or values.is_quantized or values.is_complex() else values
+
+
+def _described(value: object) -> str:
+    """What `value` is, in a few words."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return f"{value!r:.60}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} and shape {list(value.shape)}"
+    if isinstance(value, torch.Tensor):
+        form = "" if value.layout == torch.strided else f"{value.layout} "
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"a {form}tensor of {value.dtype} and shape {list(value.shape)}{where}".replace("torch.", "")
+    if isinstance(value, list | tuple):
+        odd = next((each for each in value if not isinstance(each, bool | int | float)), None)
+        inside = f", with {_described(odd)} in it" if odd is not None or None in value else ""
+        return f"a {kind} of {len(value)}{inside}"
+    return f"a {kind}"
+
+
+def load_reward(name: str, arguments: Mapping[str, Any] | None = None) -> CheckedReward:
+    """Makes the reward called `name` with `arguments`.
+
+    Raises ValueError where there is no such reward, where its class does not take the arguments, and where it has not
+    the methods of one. What its module or its constructor raise is theirs, and passes.
+    """
+    make = _find(name)
+    _check_arguments(name, make, arguments or {})
+    reward = make(**(arguments or {}))
+    if missing := [what for what in ("__call__", "category") if not callable(getattr(reward, what, None))]:
+        raise ValueError(
+            f"data.reward {name!r} has no method {missing[0]}; accepted: a class with __call__ and category"
+        )
+    return CheckedReward(reward)
+
+
+def _find(name: str) -> Any:
+    """The class called `name`."""
+    module_name, colon, class_name = _BUILT_IN.get(name, name).partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
+        known = ", ".join(map(repr, _BUILT_IN))
+        near = did_you_mean(name, _BUILT_IN)
+        raise ValueError(
+            f'data.reward is {name!r}{near or ";"} accepted: {known} or a dotted path "package.module:Class"'
+        )
+    _look_in_current_folder()
     try:
-        reward: Reward = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data.reward {name!r} cannot be loaded: {error}") from error
-    return reward
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; one that it imports is not
+        raise ValueError(f"data.reward {name!r} cannot be loaded: there is no module {error.name!r}") from error
+    if not callable(found := getattr(module, class_name, None)):
+        near = did_you_mean(class_name, [each for each, value in vars(module).items() if isinstance(value, type)])
+        raise ValueError(
+            f"data.reward {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
+        )
+    return found
+
+
+def _look_in_current_folder() -> None:
+    """`python -m` finds modules in the current folder; a console script has to be told."""
+    folder = os.getcwd()
+    if not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)
+
+
+def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):  # what is not written in Python need not say what it takes
+        return
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    known = [each.name for each in named]
+    takes = f"reward {name!r} takes {', '.join(map(str, named)) or 'no arguments'}"
+    if not any(each.kind == each.VAR_KEYWORD for each in parameters):
+        for argument in arguments:
+            if argument not in known:
+                near = did_you_mean(argument, known)
+                raise ValueError(f"there is no data.reward_args.{argument}{near or ';'} {takes}")
+    for each in named:
+        if each.default is each.empty and each.name not in arguments:
+            raise ValueError(f"data.reward_args.{each.name} is missing; {takes}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from advflow.rewards import Scores
+from advflow.rewards import Scores, UnknownPrompt
 from advflow.world.reward import score_batch
-from advflow.world.scene import all_prompts
+from advflow.world.scene import Prompt, all_prompts
 
 
 class EmbeddedReward:
@@ -19,11 +19,17 @@ class EmbeddedReward:
         self._prompts = {prompt.text: prompt for prompt in all_prompts()}
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
-        scores = score_batch(images.cpu().numpy(), [self._prompts[text] for text in prompts])
+        scores = score_batch(images.cpu().numpy(), [self._known(text) for text in prompts])
         return Scores(
             reward=torch.tensor([(s.partial + s.correct) / 2 for s in scores], dtype=torch.float32),
             score=torch.tensor([float(s.correct) for s in scores]),
         )
 
     def category(self, prompt: str) -> str:
-        return self._prompts[prompt].category
+        return self._known(prompt).category
+
+    def _known(self, text: str) -> Prompt:
+        if text not in self._prompts:
+            known = "the prompts of the embedded world alone, such as 'a red circle'"
+            raise UnknownPrompt(f"the reward 'embedded' scores {known}, not {text!r}")
+        return self._prompts[text]

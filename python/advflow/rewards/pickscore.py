@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoProcessor, CLIPModel
 
@@ -13,12 +15,19 @@ _USUAL_MAXIMUM = 26.0  # flow_grpo and DiffusionNFT divide by it, so that reward
 
 
 class PickScore:
-    """logit_scale * cos(image, text) / 26, as in flow_grpo and DiffusionNFT."""
+    """logit_scale * cos(image, text) / 26, as in flow_grpo and DiffusionNFT.
+
+    Args:
+        model: folder or hub name of the CLIP model.
+        processor: folder or hub name of what prepares its inputs.
+
+    Raises ValueError where one of them cannot be loaded.
+    """
 
     def __init__(self, model: str = _MODEL, processor: str = _PROCESSOR) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = CLIPModel.from_pretrained(model).eval().requires_grad_(False).to(self._device)
-        self._processor = AutoProcessor.from_pretrained(processor)
+        self._model = _load(CLIPModel, "model", model).eval().requires_grad_(False).to(self._device)
+        self._processor = _load(AutoProcessor, "processor", processor)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
@@ -36,3 +45,11 @@ class PickScore:
 
     def category(self, prompt: str) -> str:
         return "all"
+
+
+def _load(kind: Any, argument: str, name: str) -> Any:
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:  # what transformers raises for a name that it cannot reach, or make sense of
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"data.reward_args.{argument} is {name!r}, which cannot be loaded: {reason}") from error

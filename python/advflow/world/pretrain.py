@@ -7,6 +7,7 @@ an `AutoencoderKL`, two CLIP text encoders and a T5 encoder with word-level toke
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from advflow.progress import show_progress
+from advflow.run_folder import require_folder
 from advflow.world.prompts import training_prompts
 from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Prompt, all_prompts, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings
@@ -41,7 +42,11 @@ _DEFAULT_LENGTH_EVERY = 20
 
 
 def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
-    """Trains every part and writes a folder that `StableDiffusion3Pipeline.from_pretrained` loads."""
+    """Trains every part and writes a folder that `StableDiffusion3Pipeline.from_pretrained` loads.
+
+    Raises ValueError where `out` cannot be such a folder, before anything is trained.
+    """
+    require_folder(str(out))
     torch.manual_seed(settings.seed)
     images, prompts = render_scenes(settings.scenes, np.random.default_rng(settings.seed))
     started = time.monotonic()
@@ -54,6 +59,8 @@ def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
         torch.manual_seed(settings.seed + number)
         train_flow(pipeline, latents, prompts, stage, settings.batch)
     pipeline.save_pretrained(out, safe_serialization=True)
+    for tensors in out.rglob("*.safetensors"):
+        shutil.copymode(out / "model_index.json", tensors)  # safetensors leaves its files to their owner alone
     minutes = (time.monotonic() - started) / 60
     print(f"pretrained in {minutes:.1f} min (autoencoder {vae_seconds / 60:.1f} min); written to {out}")
     return pipeline

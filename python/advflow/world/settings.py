@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from advflow.config import require_numbers
+
 
 @dataclass(frozen=True)
 class FlowStage:
@@ -18,6 +20,15 @@ class FlowStage:
     steps: int
     lr: float
     caption_noise: float
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "flow_stages.")
+        if self.steps < 1:
+            raise ValueError(f"flow_stages.steps is {self.steps}; accepted: 1 or more")
+        if self.lr <= 0:
+            raise ValueError(f"flow_stages.lr is {self.lr}; accepted: a positive number")
+        if not 0 <= self.caption_noise <= 1:
+            raise ValueError(f"flow_stages.caption_noise is {self.caption_noise}; accepted: a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -43,3 +54,13 @@ class PretrainSettings:
     )
     batch: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        for name in ("scenes", "vae_steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 1 or more")
+        if self.vae_lr <= 0:
+            raise ValueError(f"vae_lr is {self.vae_lr}; accepted: a positive number")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; accepted: zero or a positive integer")

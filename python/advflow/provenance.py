@@ -1,0 +1,35 @@
+"""What a run was made with: versions of packages, and the commit of this source tree."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package; "unknown" for a package that runs without being installed."""
+    names = ("advflow", "advflow-ext", "torch", "diffusers", "transformers", "peft")
+    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+
+
+def commit(file: str = __file__) -> str | None:
+    """The commit of the source tree that `file` belongs to; None where it is tracked in none, as when installed."""
+    path = Path(file).resolve()
+    try:
+        _git(path.parent, "ls-files", "--error-unmatch", path.name)
+        return _git(path.parent, "describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"

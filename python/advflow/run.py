@@ -1,0 +1,166 @@
+"""A run from its first iteration, or the one it goes on with, to its summary: what is saved, scored and logged when."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from advflow.checkpoint import RunState, save_checkpoint
+from advflow.config import TrainConfig
+from advflow.interrupt import Interrupted, StopRequest
+from advflow.provenance import commit, versions
+from advflow.run_folder import write_atomically
+from advflow.run_log import EVALS, RunLog, best_iteration, read_rows, to_json
+
+if TYPE_CHECKING:
+    from advflow.train import Trainer
+
+CHECKPOINTS = "checkpoints"
+SUMMARY = "summary.json"
+GRID_COLUMNS = 6  # images of each category in the sample grids
+_FRUITLESS_AT_MOST = 3  # iterations in a row without one image to learn from
+
+
+class Run:
+    """The iterations of `trainer` from `state` on. Every state that is evaluated has been saved before."""
+
+    def __init__(self, trainer: Trainer, state: RunState, stop: StopRequest) -> None:
+        self._trainer, self._config, self._stop = trainer, trainer.config, stop
+        self._folder = Path(self._config.out)
+        self._done = self._saved = state.iteration
+        self._log = RunLog(self._folder, self._done)
+        self._grid = _grid_indices(trainer)
+        self._log.sample_prompts([trainer.eval_prompts[index] for index in self._grid])
+        earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
+        self._started = time.monotonic() - earlier
+        self._fruitless = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Runs what is left; returns the summary, which it also writes to summary.json.
+
+        Raises SystemExit where a signal asks to stop early, ValueError where there is nothing left to learn from.
+        """
+        try:
+            with self._stop.listening():
+                anything_left = self._advance()
+        except Interrupted:
+            raise SystemExit(self._farewell()) from None
+        finally:
+            self._log.close()
+        path = self._folder / SUMMARY
+        if anything_left or not path.is_file():
+            summary = summarise(self._config, self._folder, time.monotonic() - self._started, self._trainer.device)
+            write_atomically(path, to_json(summary, indent=2) + "\n")
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
+
+    def _advance(self) -> bool:
+        """Whether anything was left to do."""
+        first, last = self._done, self._config.iterations
+        left = first < last
+        held_out = "-"
+        self._stop.iteration = first + 1
+        if self._is_evaluated(first) and not self._log.evaluated(first):
+            held_out, left = self._evaluate(), True
+        progress = tqdm(range(first, last), initial=first, total=last, desc="train", unit="it")
+        for iteration in progress:
+            self._stop.iteration = iteration + 1
+            row = self._iterate(iteration)
+            if self._is_evaluated(self._done):
+                held_out = self._evaluate()
+            progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
+            if self._done < last:
+                self._stop.check()
+        return left
+
+    def _iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration, logged, and saved where that is due."""
+        try:
+            row = self._trainer.iterate(iteration)
+        except Interrupted:  # in the rollout: the learner is what it was after the iteration before
+            self._save()
+            raise
+        self._log.metrics({"iteration": iteration} | row)
+        self._done = iteration + 1
+        if self._is_evaluated(self._done) or self._done % self._config.checkpoint_every == 0 or self._stop.asked:
+            self._save()
+        self._require_usable_images(row)
+        return row
+
+    def _is_evaluated(self, done: int) -> bool:
+        return done % self._config.evaluation.every == 0 or done == self._config.iterations
+
+    def _save(self) -> None:
+        if self._saved < self._done:
+            state = RunState(self._done, self._trainer.reference_control.scale)
+            trainer, best = self._trainer, best_iteration(self._folder)
+            save_checkpoint(self._folder / CHECKPOINTS, state, trainer.policies, trainer.optimizer, best)
+            self._saved = self._done
+
+    def _evaluate(self) -> str:
+        """Scores the learner and logs it; returns the score for display."""
+        result = self._trainer.evaluate(self._grid)
+        if not math.isfinite(result.overall):
+            raise ValueError(
+                f"data.reward {self._config.data.reward!r} gave none of the {result.unscored} held-out images a finite "
+                f"score after iteration {self._done}; there is nothing to report"
+            )
+        seconds = time.monotonic() - self._started
+        shown = list(range(len(self._grid)))
+        self._log.evaluation(self._done, self._done * self._config.images, seconds, result, shown)
+        return f"{result.overall:.3f}" + (f" ({result.unscored} unscored)" if result.unscored else "")
+
+    def _require_usable_images(self, row: dict[str, float]) -> None:
+        """Ends a run that has nothing to learn from for several iterations on end."""
+        broken, unscored = int(row["broken_images"]), int(row["unscored_images"])
+        self._fruitless = self._fruitless + 1 if broken + unscored == self._config.images else 0
+        if self._fruitless == _FRUITLESS_AT_MOST:
+            raise ValueError(
+                f"no image of {_FRUITLESS_AT_MOST} iterations in a row could be learnt from: of {self._config.images} "
+                f"in the last one, number {self._done}, {broken} are not finite and {unscored} got a reward from "
+                f"data.reward {self._config.data.reward!r} that is not"
+            )
+
+    def _farewell(self) -> str:
+        if self._done == 0:
+            return "stopped before the first iteration was done; --resume starts it again"
+        return f"stopped after iteration {self._done}, saved; go on with --resume"
+
+
+def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.device) -> dict[str, Any]:
+    """The numbers of a finished run."""
+    evals = read_rows(folder / EVALS)
+    base, final = evals[0], evals[-1]
+    best = best_iteration(folder)
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "base_score": base["overall"],
+        "final_score": final["overall"],
+        "gain": final["overall"] - base["overall"],
+        "base_categories": base["categories"],
+        "final_categories": final["categories"],
+        "best_score": next(row["overall"] for row in evals if row["iteration"] == best),
+        "best_iteration": best,
+        "iterations": config.iterations,
+        "images": final["images"],
+        "seconds": round(seconds, 1),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _grid_indices(trainer: Trainer) -> list[int]:
+    """The first few evaluation prompts of each category."""
+    by_category: dict[str, list[int]] = {}
+    for index, prompt in enumerate(trainer.eval_prompts):
+        by_category.setdefault(trainer.reward.category(prompt), []).append(index)
+    return [index for indices in by_category.values() for index in indices[:GRID_COLUMNS]]

@@ -1,0 +1,139 @@
+"""The folder of a run: who may write there, its config.yaml, and what a run that goes on may change of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import warnings
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from advflow.config import TrainConfig, flatten
+
+CONFIG = "config.yaml"
+MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")
+"""Settings that `--resume` may change: how long, where, and how often something is written down."""
+_LOCK = ".lock"
+
+
+def check_folder(config: TrainConfig, resume: bool) -> None:
+    """Refuses a folder that cannot be written to, or that holds a run which `config` would not continue.
+
+    Raises ValueError.
+    """
+    require_folder(config.out)
+    if not (Path(config.out) / CONFIG).exists():
+        return
+    if not resume:
+        raise ValueError(f"out is {config.out!r}, where a run already is; give --resume or another --out")
+    _refuse_changes(config)
+
+
+def require_folder(out: str) -> None:
+    """Raises ValueError where `out` neither is a folder that can be written to nor can become one."""
+    if not out:
+        raise ValueError("out is empty; accepted is a folder, existing or not")
+    folder = Path(out)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        what = "a file" if nearest == folder else f"below {str(nearest)!r}, a file"
+        raise ValueError(f"out is {out!r}, which is {what}; accepted is a folder, existing or not")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"out is {out!r}, and {str(nearest)!r} cannot be written to")
+
+
+def make_folder(config: TrainConfig) -> None:
+    """Makes the folder of a new run. Raises ValueError where that cannot be done."""
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {config.out!r}, a folder that cannot be made: {error.strerror}") from error
+
+
+def changed_settings(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """By dotted name, what the run in `config.out` has and what `config` has, where they differ."""
+    stored = flatten(asdict(TrainConfig())) | flatten(_read(Path(config.out) / CONFIG))
+    new = flatten(asdict(config))
+    pairs = {name: (stored.get(name), new.get(name)) for name in stored | new}
+    return {name: (old, value) for name, (old, value) in pairs.items() if old != value}
+
+
+def write_config(config: TrainConfig) -> None:
+    """Writes config.yaml where there is none or another one."""
+    path = Path(config.out) / CONFIG
+    if not path.exists() or changed_settings(config):
+        write_atomically(path, yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file `path`, so that whatever happens either the old text or the new one is there."""
+    scratch = path.with_name(f".{path.name}.partial")
+    with scratch.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(scratch, path)
+
+
+class FolderLock:
+    """Keeps other training processes out of a folder, until its `with` block ends or the process is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _LOCK
+        self._handle: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._handle)
+
+    def take(self) -> None:
+        """Locks the folder, which must exist. Raises ValueError, naming the other process, where one has it."""
+        while self._handle is None:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+                os.close(handle)
+                raise ValueError(
+                    f"out is {str(self._path.parent)!r}, where {holder} is training; accepted is one at a time"
+                ) from None
+            except OSError as error:
+                warnings.warn(f"{self._path} cannot be locked ({error}): no other process may train here", stacklevel=2)
+            # It may have been removed between opening and locking, and a lock on what nobody finds keeps nobody out.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self._path)):
+                    self._handle = handle
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    return
+            os.close(handle)
+
+
+def _refuse_changes(config: TrainConfig) -> None:
+    differing = {name: pair for name, pair in changed_settings(config).items() if name not in MAY_CHANGE}
+    if differing:
+        named = ", ".join(f"{name} is {new!r} and was {old!r}" for name, (old, new) in differing.items())
+        raise ValueError(
+            f"the run in {config.out!r} was started with other settings: {named}; --resume may change "
+            f"{', '.join(MAY_CHANGE)}, so leave the rest out or give another --out"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is not the config of a run: it holds no settings")
+    return stored

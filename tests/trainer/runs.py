@@ -1,0 +1,48 @@
+"""Small runs by the command line, and what tests compare of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from advflow.checkpoint import checkpoints
+from advflow.run_log import EVALS, METRICS, read_rows
+from safetensors.torch import load_file
+
+SMALL = (
+    "--rollout.prompts 2 --rollout.images_per_prompt 3 --rollout.steps 2 --draws.per_image 1 --rollout.batch 4 "
+    "--evaluation.prompts_per_category 1 --evaluation.steps 2 --checkpoint_every 1 --evaluation.every 1"
+).split()
+_TIMES = ("seconds_rollout", "seconds_train", "seconds")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of every file of a run by its path, but for TensorBoard's."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and "tensorboard" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in _TIMES} for row in read_rows(folder / name)]
+
+
+def strict_json(text: str) -> Any:
+    """`text` read as what JSON is, which has no NaN and no infinities."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same rows, and the same bits in the last checkpoint."""
+    for name in (METRICS, EVALS):
+        assert rows(one, name) == rows(other, name)
+    paths = [checkpoints(folder / "checkpoints")[-1] for folder in (one, other)]
+    assert paths[0].name == paths[1].name
+    tensors, others = (load_file(path / "tensors.safetensors") for path in paths)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())

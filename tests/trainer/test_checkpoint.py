@@ -1,0 +1,160 @@
+"""Checkpoints: damage is found and named, the best one stays, files are as readable as their neighbours."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from advflow.checkpoint import RunState, checkpoints, load_newest, save_checkpoint
+from advflow.cli import main
+from advflow.config import ModelConfig, TrainConfig
+from advflow.evaluate import Evaluation
+from advflow.run_log import METRICS
+from advflow.train import Trainer
+from advflow.world.pretrain import pretrain
+from advflow.world.settings import FlowStage, PretrainSettings
+from runs import SMALL, rows
+
+LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1  # of the tensors a mantissa, of the state a digit of the checksum: both still parse
+    path.write_bytes(content)
+
+
+def _other_number(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"iteration": 2', '"iteration": 1'))
+
+
+DAMAGES = [
+    ("tensors.safetensors", _truncate, "not those that were written"),
+    ("tensors.safetensors", _empty, "not those that were written"),
+    ("tensors.safetensors", _flip, "not those that were written"),
+    ("tensors.safetensors", Path.unlink, "has no tensors.safetensors"),
+    ("state.json", _truncate, "state.json cannot be read"),
+    ("state.json", _empty, "state.json cannot be read"),
+    ("state.json", _flip, "not those that were written"),
+    ("state.json", _other_number, "not those that were written"),
+    ("state.json", Path.unlink, "has no state.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(TrainConfig(model=LORA))
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    trainer: Trainer, tmp_path: Path, name: str, damage: Callable[[Path], Any], reason: str
+) -> None:
+    kept = []
+    for iteration in (1, 2):
+        with torch.no_grad():
+            for parameter in trainer.policies.learner:
+                parameter.add_(1.0)
+        kept.append([parameter.detach().clone() for parameter in trainer.policies.learner])
+        save_checkpoint(tmp_path, RunState(iteration), trainer.policies, trainer.optimizer)
+    assert load_newest(tmp_path, trainer.policies, trainer.optimizer) == RunState(2)
+    damage(tmp_path / "000002" / name)
+    with pytest.warns(UserWarning, match=rf"checkpoint .*000002 is damaged: .*{reason}.*; going on from .*000001"):
+        assert load_newest(tmp_path, trainer.policies, trainer.optimizer) == RunState(1)
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], trainer.policies.learner, strict=True))
+    (tmp_path / "000001" / "tensors.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"no checkpoint can be read: .*000002 is damaged.*000001 is damaged"):
+        load_newest(tmp_path, trainer.policies, trainer.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], trainer.policies.learner, strict=True))
+
+
+def test_an_optimizer_that_never_stepped_is_restored(trainer: Trainer, tmp_path: Path) -> None:
+    """Every step may have been skipped so far; AdamW's count of steps must not begin at 1 then."""
+    new = torch.optim.AdamW(trainer.policies.learner)
+    save_checkpoint(tmp_path, RunState(1), trainer.policies, new)
+    assert load_newest(tmp_path, trainer.policies, new) == RunState(1)
+    assert not any(new.state.values())
+
+
+def test_where_there_is_no_checkpoint_there_is_no_state(trainer: Trainer, tmp_path: Path) -> None:
+    (tmp_path / ".000002.partial").mkdir()
+    assert load_newest(tmp_path, trainer.policies, None) is None
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    main(["train", "--out", str(folder), *SMALL, "--iterations", "3"])
+    before = rows(folder, METRICS)
+    _flip(folder / "checkpoints" / "000003" / "tensors.safetensors")
+    with pytest.warns(UserWarning, match="000003 is damaged"):
+        main(["eval", "--run", str(folder)])
+    with pytest.warns(UserWarning, match="000003 is damaged"):
+        main(["train", "--out", str(folder), "--resume"])
+    assert rows(folder, METRICS) == before
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The scores that evaluations will find, one after another."""
+    scores: list[float] = []
+
+    def found(self: Trainer, keep: list[int] | None = None) -> Evaluation:
+        score = scores.pop(0)
+        return Evaluation(score, score, {"all": score}, torch.zeros(len(keep or [0]), 3, 32, 32))
+
+    monkeypatch.setattr(Trainer, "evaluate", found)
+    yield scores
+
+
+def test_the_best_checkpoint_stays_beside_the_last_ones(
+    tmp_path: Path, held_out: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    held_out += [0.9, 0.2, 0.5, 0.3, 0.5, 0.1]  # the base's is the highest, and no checkpoint
+    main(["train", "--out", str(folder), *SMALL, "--iterations", "5"])
+    names = [path.name for path in checkpoints(folder / "checkpoints")]
+    assert names == ["000002", "000004", "000005"]
+    assert "best: 0.500 after iteration 2" in capsys.readouterr().out
+    sample = ["sample", "--run", str(folder), "--prompt", "a red circle", "--count", "2", "--steps", "2"]
+    pictures = {}
+    for choice in ("best", "2", "last", "5"):
+        main([*sample, "--checkpoint", choice, "--out", str(tmp_path / f"{choice}.png")])
+        pictures[choice] = (tmp_path / f"{choice}.png").read_bytes()
+    assert pictures["best"] == pictures["2"] != pictures["last"] == pictures["5"]
+    with pytest.raises(SystemExit, match='--checkpoint is \'3\'; accepted here: "last", "best" or one of 000002, '):
+        main([*sample, "--checkpoint", "3", "--out", str(tmp_path / "3.png")])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_saved_files_have_the_ordinary_mode(trainer: Trainer, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = save_checkpoint(tmp_path, RunState(1), trainer.policies, trainer.optimizer)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_pretrained_pipeline_has_the_ordinary_mode(tmp_path: Path) -> None:
+    settings = PretrainSettings(scenes=8, vae_steps=2, flow_stages=(FlowStage(4, 1e-3, 0.0),), batch=2)
+    before = os.umask(0o022)
+    try:
+        pretrain(tmp_path / "pipeline", settings)
+    finally:
+        os.umask(before)
+    saved = list((tmp_path / "pipeline").rglob("*.safetensors"))
+    assert len(saved) >= 5 and {stat.S_IMODE(file.stat().st_mode) for file in saved} == {0o644}

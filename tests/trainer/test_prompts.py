@@ -1,0 +1,134 @@
+"""Prompt files as people have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from advflow.cli import main
+from advflow.config import DataConfig
+from advflow.prompts import check_prompts, load_eval_prompts, load_training_prompts, read_prompts
+from advflow.rewards import Scores, UnknownPrompt, load_reward
+from advflow.world.prompts import held_out_prompts, training_prompts
+
+
+class Any:
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+        return Scores(torch.ones(len(prompts)), torch.ones(len(prompts)))
+
+    def category(self, prompt: str) -> str:
+        if prompt == "unspeakable":
+            raise UnknownPrompt("that cannot be said")
+        return "all"
+
+
+ANY = load_reward(f"{__name__}:Any")
+
+
+def _texts(content: bytes, folder: Path) -> list[str]:
+    file = folder / "prompts.txt"
+    file.write_bytes(content)
+    texts = load_training_prompts(str(file)).texts
+    assert load_eval_prompts(str(file), 64) == texts
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"a cat\na dog\n", ["a cat", "a dog"]),
+        (b"a cat\na dog", ["a cat", "a dog"]),
+        (b"a cat\r\na dog\r\n", ["a cat", "a dog"]),
+        (b"\xef\xbb\xbfa cat\na dog\n", ["a cat", "a dog"]),
+        (b"\xef\xbb\xbf\r\na cat\r\n", ["a cat"]),
+        (b"\n\n  \n\t\na cat\n\r\n \t \n", ["a cat"]),
+        (b" a cat \n\ta dog\t\n", ["a cat", "a dog"]),
+        (b"a cat\na dog\na cat\n a cat\n", ["a cat", "a dog"]),
+        ("Köln bei Nacht\n猫\n".encode(), ["Köln bei Nacht", "猫"]),
+        (b"{red|blue} circle\n", ["{red|blue} circle"]),
+    ],
+)
+def test_lines_are_prompts(content: bytes, texts: list[str], tmp_path: Path) -> None:
+    assert _texts(content, tmp_path) == texts
+
+
+@pytest.mark.parametrize("mark", "\u2028 \u2029 \u0085 \v \f \x1c \x1d \x1e".split(" "))
+def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
+    content = f"a cat{mark}on a mat\n{mark}\na dog{mark}\n".encode()
+    assert _texts(content, tmp_path) == [f"a cat{mark}on a mat", f"a dog{mark}"]
+
+
+@pytest.mark.parametrize("field", ["data.prompts", "data.eval_prompts"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a cat\ngr\xfcn\n", "{field} is '{file}', which is not UTF-8 (byte 0xfc in line 2); accepted: UTF-8"),
+        ("a cat\n".encode("utf-16"), "{field} is '{file}', which is UTF-16; accepted: UTF-8"),
+        ("a cat\n".encode("utf-16-be"), "{field} is '{file}', which has a NUL byte in line 1; accepted: UTF-8 text"),
+        (b"a cat\na\0dog\n", "{field} is '{file}', which has a NUL byte in line 2; accepted: UTF-8 text"),
+        (b"", "{field} is '{file}', which holds no prompt"),
+        (b"\xef\xbb\xbf\n \n\xe2\x80\xa8\n", "{field} is '{file}', which holds no prompt"),
+        (b'a cat\n{"tag": "counting", "prompt": "two cats"}\n', "{field} is '{file}', whose line 2 is JSON; accepted:"),
+    ],
+)
+def test_a_file_that_is_none_is_named(field: str, content: bytes, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--out", str(tmp_path / "run"), f"--{field}", str(file), "--data.reward", f"{__name__}:Any"])
+    assert str(caught.value).startswith("advflow train: " + sentence.format(field=field, file=file))
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        (".", "data.prompts is '.', a folder; accepted: \"embedded\" or a text file with one prompt a line"),
+        ("nowhere.txt", "data.prompts is 'nowhere.txt', where there is no file; accepted: \"embedded\" or a text file"),
+        ("embeded", "data.prompts is 'embeded', where there is no file; did you mean 'embedded'? accepted: "),
+    ],
+)
+def test_a_name_that_is_no_file_is_refused(path: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path, "data.prompts")
+    assert str(caught.value).startswith(sentence)
+
+
+def test_repeats_and_overlap_are_counted_and_said(tmp_path: Path) -> None:
+    training, held_out = tmp_path / "train.txt", tmp_path / "test.txt"
+    training.write_text("a cat\na dog\n\na cat\na cow\na cat\n")
+    held_out.write_text("a hen\na cow\na pig\na hen\na dog\n")
+    assert read_prompts(str(training), "data.prompts") == {"a cat": [1, 4, 6], "a dog": [2], "a cow": [5]}
+    assert check_prompts(DataConfig(str(training), str(held_out)), ANY) == [
+        f"data.prompts: 2 lines repeat an earlier one of {training}; its 3 prompts count once each",
+        f"data.eval_prompts: 1 line repeats an earlier one of {held_out}; its 4 prompts count once each",
+        "data.eval_prompts: 2 of 4 held-out prompts are also trained on, first 'a cow'",
+    ]
+    training.write_text(training_prompts()[0].text + "\n" + held_out_prompts()[0].text + "\n")
+    assert len(check_prompts(DataConfig(str(training)), ANY)) == 1
+    assert check_prompts(DataConfig(), load_reward("embedded")) == []
+
+
+def test_a_run_says_it_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na red circle\na dog\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--out", str(tmp_path / "run"), "--data.prompts", str(file)])
+    assert str(caught.value).startswith(
+        f"advflow train: data.prompts is '{file}', line 3: the reward 'embedded' scores the prompts of the embedded"
+    )
+    words = ["--data.prompts", str(file), "--data.eval_prompts", str(file), "--data.reward", f"{__name__}:Any"]
+    small = "--iterations 1 --rollout.prompts 2 --rollout.images_per_prompt 2 --rollout.steps 1 --draws.per_image 1"
+    main(["train", "--out", str(tmp_path / "other"), *words, *small.split(), "--evaluation.steps", "1"])
+    said = capsys.readouterr().out
+    assert f"data.prompts: 1 line repeats an earlier one of {file}; its 2 prompts count once each" in said
+    assert "data.eval_prompts: 2 of 2 held-out prompts are also trained on, first 'a red circle'" in said
+
+
+def test_a_prompt_that_a_reward_refuses_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\nunspeakable\n")
+    for data in (DataConfig(str(file)), DataConfig(eval_prompts=str(file))):
+        field = "data.prompts" if data.prompts == str(file) else "data.eval_prompts"
+        with pytest.raises(ValueError, match=f"{field} is '.*prompts.txt', line 3: that cannot be said"):
+            check_prompts(data, ANY)
