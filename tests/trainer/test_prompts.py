@@ -113,7 +113,7 @@ def test_a_run_says_it_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFi
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\na red circle\na dog\n")
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--out", str(tmp_path / "run"), "--data.prompts", str(file)])
+        main(["train", "--out", str(tmp_path / "run"), "--data.prompts", str(file), "--rollout.prompts", "2"])
     assert str(caught.value).startswith(
         f"advflow train: data.prompts is '{file}', line 3: the reward 'embedded' scores the prompts of the embedded"
     )
