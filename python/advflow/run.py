@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from advflow.checkpoint import RunState, save_checkpoint
 from advflow.config import TrainConfig
 from advflow.interrupt import Interrupted, StopRequest
+from advflow.progress import show_progress
 from advflow.provenance import commit, versions
 from advflow.run_folder import write_atomically
 from advflow.run_log import EVALS, RunLog, best_iteration, read_rows, to_json
@@ -64,11 +65,12 @@ class Run:
         """Whether anything was left to do."""
         first, last = self._done, self._config.iterations
         left = first < last
+        print(self._log.kernels(self._trainer.policies.kernels), file=sys.stderr)
         held_out = "-"
         self._stop.iteration = first + 1
         if self._is_evaluated(first) and not self._log.evaluated(first):
             held_out, left = self._evaluate(), True
-        progress = tqdm(range(first, last), initial=first, total=last, desc="train", unit="it")
+        progress = show_progress(range(first, last), initial=first, desc="train")
         for iteration in progress:
             self._stop.iteration = iteration + 1
             row = self._iterate(iteration)

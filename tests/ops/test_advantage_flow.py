@@ -477,7 +477,7 @@ MISUSE = [
     (wrong(gamma=float("nan")), r"gamma is nan; accepted are a finite number"),
     (wrong(gamma=None), r"gamma is None; accepted"),
     (wrong(lam=-1.0), r"lam is -1.0; accepted is a finite number of at least 0"),
-    (wrong(lam=torch.tensor(0.1)), r"lam is tensor.*accepted is a finite number"),
+    (wrong(lam=torch.tensor(-0.1)), r"lam is -0.1; accepted is a finite number"),
     (wrong(weighting="t"), r"weighting is 't'; accepted are 'prediction', 'velocity', 'adaptive'"),
     (wrong(reduction="avg"), r"reduction is 'avg'; accepted are 'mean', 'sum', 'none'"),
 ]
