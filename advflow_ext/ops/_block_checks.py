@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import FLOAT_DTYPES, require_choice, require_float_tensor, require_number
+from advflow_ext.ops._checks import FLOAT_DTYPES, require_choice, require_float_tensor
+from advflow_ext.ops._numbers import require_number
 
 _MOST_ROWS = 2**31 - 2**10  # the kernel counts them in int32, and up to the end of its last tile
 
