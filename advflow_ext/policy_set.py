@@ -343,7 +343,7 @@ class PolicySet:
             for held in (getattr(layer, name) for name in layer.adapter_layer_names):
                 if adapter in held:
                     in_modules = isinstance(held[adapter], nn.Module)
-                    parts.append(Place(held._modules if in_modules else held._parameters, adapter, held[adapter]))
+                    parts.append(Place(held._modules if in_modules else held._parameters, str(adapter), held[adapter]))
         return parts
 
     def _shape_of(self, adapter: str | None) -> tuple[list[nn.Parameter], list[object], list[object]]:

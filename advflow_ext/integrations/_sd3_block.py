@@ -197,14 +197,15 @@ class FusedBlock:
 
     def _modulate(self, norm: Module, x: Tensor, *modulations: Pair) -> tuple[Tensor, ...]:
         """`norm` of diffusers, after its projection has given `modulations`; or torch's, and a modulation."""
-        dtype, inner = _compute_dtype(x), getattr(norm, "norm", norm)
+        dtype = _compute_dtype(x)
+        inner: Any = getattr(norm, "norm", norm)
 
         def fused(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             return layer_norm_modulate(x, *_pairs(flat), eps=inner.eps, dtype=dtype)
 
         def stock(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
             if inner is norm:
-                return (_modulated(norm(x), *flat),)
+                return (_modulated(inner(x), *flat),)
             return _own_modulation(norm, x, flat, is_exactly(norm, self._known.norm1_last_context))
 
         return self._run("adaln", fused, stock, x, *(tensor for pair in modulations for tensor in pair))

@@ -188,7 +188,7 @@ def _patch_classes(ops: frozenset[str], known: Stock, fused: FusedBlock) -> SD3P
     served = _note_missing_triton(patch, None)
     targets: list[tuple[type[nn.Module], Callable[[Callable[..., Any]], Callable[..., Any]]]] = []
     if fused.ops:
-        if known.block is Exchanged:
+        if issubclass(known.block, Exchanged):
             patch.kept["blocks"] = "somebody has exchanged the forward of JointTransformerBlock"
         else:
             targets.append((known.block, functools.partial(_block_method, patch, fused)))

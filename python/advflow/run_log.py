@@ -38,6 +38,7 @@ class RunLog:
 
     def kernels(self, patch: SD3Patch | None) -> str:
         """Notes which modules of the transformer run on fused kernels, which do not and why. Returns it in a line."""
+        found: dict[str, dict[str, Any]]
         found = {"replaced": patch.replaced, "kept": patch.kept} if patch is not None else {"replaced": {}, "kept": {}}
         (self._folder / KERNELS).write_text(json.dumps(found, indent=2) + "\n")
         told = [f"{op} in {count} modules" for op, count in found["replaced"].items()] or ["none"]
