@@ -148,7 +148,7 @@ def advantage_flow_arguments(
         raise ValueError(f"gamma is {gamma!r}; accepted are a finite {accepted}.")
     weights = torch.stack([scale * A, gammas, per_sample(lams, A)], 1)
     unbounded = (
-        f"{{count}} sample(s) have {'A' if isinstance(beta, (int, float)) and beta == 1 else 'beta A'} + gamma + lam "
+        f"{{count}} sample(s) have {'A' if isinstance(scale, float) and scale == 1 else 'beta A'} + gamma + lam "
         "<= 0 (smallest {lowest:.6g}): their loss is unbounded below and pushes the policy away without limit. Use "
         "gamma above the largest |beta A| (1.1 for advantages clipped to [-1, 1] and beta = 1), "
         'gamma="1-A" or gamma="beta(beta-A)". Said once; metrics.nonconvex_samples keeps counting.'
