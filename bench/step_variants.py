@@ -26,6 +26,7 @@ from advflow.sampling import PromptEmbeddings, sample_latents, sigma_grid, veloc
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
+import advflow_ext as af
 from bench import public
 from bench.sd3_model import SIZES, Work, lora_config
 from bench.step_profile import LOSS, UPDATE, stage
@@ -100,6 +101,8 @@ def adapter_weights(transformer: nn.Module, adapter: str) -> dict[str, nn.Parame
 class StockPolicies:
     """The three policies as public trainers have them: PEFT's own switches, adapters in fp32, nothing merged."""
 
+    kernels: af.SD3Patch | None = None
+
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self._transformer = transformer
         with warnings.catch_warnings():
@@ -124,6 +127,9 @@ class StockPolicies:
             self._transformer.set_adapter(role)
         self._role = role
         return self._transformer
+
+    def check(self) -> None:
+        """Nobody replaces parameters in the bench."""
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()
