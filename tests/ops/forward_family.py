@@ -48,6 +48,8 @@ def draw(name: str, options: dict[str, Any], *args: Any, off_policy: bool = Fals
     batch.options = {"v_ref": batch.options.pop("v_ref"), **options, **batch.options}
     if wanted:
         batch.options[wanted] = anchor
+    if batch.options["v_ref"] is None and name in ("awm_loss", "flow_awr_loss"):
+        batch.options.pop("kl_weight", None)  # refused without the policy it pulls to
     if name == "diffusion_nft_loss":
         batch.advantages.mul_(6)  # some beyond the clip
     if name == "reward_weighted_loss":
