@@ -36,6 +36,7 @@ struct AdvflowResidualInputs {
   int64_t elements;
   double mix;  // of the mixed statistics; 0: not wanted
   AdvflowTarget target_is;
+  AdvflowColumn mixes;  // in the accumulate type: a mix of each row's own; null: `mix` for all
 };
 
 // residual_stats: stats[batch, ADVFLOW_RESIDUAL_STATS], see math/residual.h.
@@ -64,6 +65,7 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
 
 enum AdvflowSummaryLimits : int {
   ADVFLOW_SUMMARY_MEANS = 8,
+  ADVFLOW_SUMMARY_RATIO = 7,  // metrics of a ratio
   ADVFLOW_SUMMARY_REQUIRED = 4,
   ADVFLOW_SUMMARY_STATS = 3,
 };
@@ -82,18 +84,27 @@ struct AdvflowLossSummaryInputs {
   double divisor;  // of the loss and of the coefficients
   int32_t mean_count;
   int32_t required_count;
-  int32_t stat_count;  // so many leading statistics are reported as means too
-  bool largest;        // report the largest |extreme| rather than the smallest extreme
-  bool per_sample;     // write loss[batch] rather than its sum over divisor
-  AdvflowDtype dtype;  // the accumulate type of everything here
+  int32_t stat_count;                     // so many leading statistics are reported as means too
+  bool largest;                           // report the largest |extreme| rather than the smallest extreme
+  bool per_sample;                        // write loss[batch] rather than its sum over divisor
+  AdvflowDtype dtype;                     // the accumulate type of everything here
+  AdvflowColumn log_ratio;                // null: no metrics of a ratio
+  AdvflowColumn log_lowest, log_highest;  // where the ratio is clipped; null: nowhere
+  double largest_gradient;  // in units of 2 / sqrt(elements): a row that may exceed it is not usable; 0: not looked at
+  bool eps_first;           // the first coefficient is that of eps rather than of v - u
+  bool contrast;            // report the share of usable samples with v != v_old
 };
 
 // loss_summary: a sample is usable when it is valid and every number given of
-// it is finite; of any other the loss and the coefficients become zero.
+// it is finite, also its gradient before the divisor, whose elements are at most
+//   2 / sqrt(elements) * (|a| rms(v - u) + |b| rms(v - v_old) + |c| rms(v - v_ref));
+// of any other the loss and the coefficients become zero.
 //   loss[batch] or loss[1], masked_coef[batch, 3] = coef / divisor,
 //   metrics: means of `means` and of the leading statistics, mean advantage,
 //   mean |advantage|, the extreme, all over usable samples; how many usable ones
-//   are flagged, how many samples are not finite, how many not valid.
+//   are flagged, how many samples are not finite, how many not valid. Then, where
+//   asked for, the contrast, and of a ratio r the means of (log r)^2 / 2, r - 1 and
+//   (r - 1)^2, the shares above and below the clip, smallest and largest log r.
 // CUDA serves fp32. The CPU's few numbers a sample are one thread's work, and
 // its `where` is not read.
 int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,

@@ -8,11 +8,11 @@ namespace {
 template <typename T>
 int run(const AdvflowLossSummaryInputs& in, T* loss, T* coef, T* metrics) {
   double sums[ADVFLOW_SUMMARY_SUMS] = {};
-  double extreme = advflow_extreme_identity(in.largest);
-  for (int64_t row = 0; row < in.batch; ++row) advflow_summarise_sample(in, row, loss, coef, sums, &extreme);
+  AdvflowSummaryExtremes extremes = advflow_no_extremes(in.largest);
+  for (int64_t row = 0; row < in.batch; ++row) advflow_summarise_sample(in, row, loss, coef, sums, &extremes);
   if (!in.per_sample) *loss = T(sums[ADVFLOW_SUM_MEANS] / in.divisor);
   for (int place = 0; place < advflow_summary_metrics(in); ++place) {
-    metrics[place] = T(advflow_summary_metric(in, place, sums, extreme));
+    metrics[place] = T(advflow_summary_metric(in, place, sums, extremes));
   }
   return ADVFLOW_OK;
 }

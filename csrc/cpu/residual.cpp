@@ -60,7 +60,7 @@ ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t row, in
                                 double* partial) {
   alignas(64) Scratch<T> scratch;
   Lanes<T> chunk[ADVFLOW_RESIDUAL_STATS] = {};
-  const T mix = T(in.mix);
+  const T mix = in.mixes.data ? static_cast<const T*>(in.mixes.data)[row * in.mixes.stride] : T(in.mix);
   for (int64_t first = begin; first < end; first += kAdvflowTile) {
     const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
     const Tile<T> tile = read_tiles<T>(in, row, first, count, scratch);

@@ -11,28 +11,31 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-__device__ double block_extreme(double value, bool largest) {
-  __shared__ double warp_extremes[kAdvflowMaxWarps];
+__device__ AdvflowSummaryExtremes block_extremes(AdvflowSummaryExtremes found, bool largest) {
+  __shared__ AdvflowSummaryExtremes of_warps[kAdvflowMaxWarps];
 #pragma unroll
   for (int offset = kAdvflowWarp / 2; offset > 0; offset /= 2) {
-    value = advflow_more_extreme(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset), largest);
+    const AdvflowSummaryExtremes other = {__shfl_xor_sync(0xFFFFFFFFu, found.extreme, offset),
+                                          __shfl_xor_sync(0xFFFFFFFFu, found.lowest, offset),
+                                          __shfl_xor_sync(0xFFFFFFFFu, found.highest, offset)};
+    found = advflow_join_extremes(found, other, largest);
   }
-  if (threadIdx.x % kAdvflowWarp == 0) warp_extremes[threadIdx.x / kAdvflowWarp] = value;
+  if (threadIdx.x % kAdvflowWarp == 0) of_warps[threadIdx.x / kAdvflowWarp] = found;
   __syncthreads();
   for (int warp = 0; warp < int(blockDim.x) / kAdvflowWarp; ++warp) {
-    value = advflow_more_extreme(value, warp_extremes[warp], largest);
+    found = advflow_join_extremes(found, of_warps[warp], largest);
   }
-  return value;
+  return found;
 }
 
 __global__ void __launch_bounds__(kMaxThreads)
     loss_summary_kernel(AdvflowLossSummaryInputs in, float* loss, float* coef, float* metrics) {
   double sums[ADVFLOW_SUMMARY_SUMS] = {};
-  double extreme = advflow_extreme_identity(in.largest);
+  AdvflowSummaryExtremes extremes = advflow_no_extremes(in.largest);
   for (int64_t row = threadIdx.x; row < in.batch; row += blockDim.x) {
-    advflow_summarise_sample(in, row, loss, coef, sums, &extreme);
+    advflow_summarise_sample(in, row, loss, coef, sums, &extremes);
   }
-  extreme = block_extreme(extreme, in.largest);
+  extremes = block_extremes(extremes, in.largest);
 
   __shared__ double totals[ADVFLOW_SUMMARY_SUMS];
   const double total = advflow_block_sum(sums);
@@ -40,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   __syncthreads();
   if (threadIdx.x == 0 && !in.per_sample) *loss = float(totals[ADVFLOW_SUM_MEANS] / in.divisor);
   if (int(threadIdx.x) < advflow_summary_metrics(in)) {
-    metrics[threadIdx.x] = float(advflow_summary_metric(in, int(threadIdx.x), totals, extreme));
+    metrics[threadIdx.x] = float(advflow_summary_metric(in, int(threadIdx.x), totals, extremes));
   }
 }
 

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
   const int64_t begin = split * plan.split_elements;
   const int64_t end = min(begin + plan.split_elements, in.elements);
 
-  const float mix = float(in.mix);
+  const float mix = in.mixes.data ? static_cast<const float*>(in.mixes.data)[row * in.mixes.stride] : float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
   for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
     const Residuals8 x = load_residuals<V, false>(in, row, i, advflow_valid_elements(i, end));

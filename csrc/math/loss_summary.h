@@ -19,6 +19,12 @@ enum AdvflowSummarySum : int {
   ADVFLOW_SUM_NONFINITE,
   ADVFLOW_SUM_INVALID,
   ADVFLOW_SUM_USABLE,
+  ADVFLOW_SUM_CONTRAST,
+  ADVFLOW_SUM_APPROX_KL,
+  ADVFLOW_SUM_EXCESS,
+  ADVFLOW_SUM_EXCESS_SQ,
+  ADVFLOW_SUM_ABOVE,
+  ADVFLOW_SUM_BELOW,
   ADVFLOW_SUMMARY_SUMS,
 };
 
@@ -30,6 +36,23 @@ ADVFLOW_HD T advflow_column_at(const AdvflowColumn& column, int64_t row) {
 template <typename T>
 ADVFLOW_HD bool advflow_is_finite(T x) {
   return x - x == T(0);
+}
+
+// Whether no element of the row's gradient can overflow its dtype: an element is at most sqrt(elements) times the root
+// mean square.
+template <typename T>
+ADVFLOW_HD bool advflow_gradient_fits(const AdvflowLossSummaryInputs& in, int64_t row) {
+  if (in.largest_gradient == 0.0) return true;
+  const int columns[3] = {in.eps_first ? ADVFLOW_STAT_EPS_SQ : ADVFLOW_STAT_VU_SQ, ADVFLOW_STAT_VO_SQ,
+                          ADVFLOW_STAT_VP_SQ};
+  double most = 0.0;
+  ADVFLOW_UNROLL
+  for (int k = 0; k < 3; ++k) {
+    const double weight = double(static_cast<const T*>(in.coef)[row * 3 + k]);
+    const double square = double(static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + columns[k]]);
+    most += (weight < 0 ? -weight : weight) * sqrt(square);
+  }
+  return most <= in.largest_gradient;
 }
 
 // A sample is finite when every number it is made of is, also those whose
@@ -52,20 +75,48 @@ ADVFLOW_HD bool advflow_sample_is_finite(const AdvflowLossSummaryInputs& in, int
   }
   ADVFLOW_UNROLL
   for (int k = 0; k < 3; ++k) finite &= advflow_is_finite(static_cast<const T*>(in.coef)[row * 3 + k]);
-  return finite;
+  if (in.log_ratio.data) finite &= advflow_is_finite(advflow_column_at<T>(in.log_ratio, row));
+  return finite && advflow_gradient_fits<T>(in, row);
 }
 
-// Where the search for the extreme begins: what is reported of an empty batch.
-ADVFLOW_HD double advflow_extreme_identity(bool largest) { return largest ? 0.0 : HUGE_VAL; }
+// The extremes of a batch, and what is reported of an empty one.
+struct AdvflowSummaryExtremes {
+  double extreme, lowest, highest;
+};
+
+ADVFLOW_HD AdvflowSummaryExtremes advflow_no_extremes(bool largest) {
+  return {largest ? 0.0 : HUGE_VAL, HUGE_VAL, -HUGE_VAL};
+}
 
 // Of two candidates; with `largest`, both are magnitudes.
 ADVFLOW_HD double advflow_more_extreme(double a, double b, bool largest) { return (largest ? a > b : a < b) ? a : b; }
+
+ADVFLOW_HD AdvflowSummaryExtremes advflow_join_extremes(const AdvflowSummaryExtremes& a,
+                                                        const AdvflowSummaryExtremes& b, bool largest) {
+  return {advflow_more_extreme(a.extreme, b.extreme, largest), advflow_more_extreme(a.lowest, b.lowest, false),
+          advflow_more_extreme(a.highest, b.highest, true)};
+}
+
+template <typename T>
+ADVFLOW_HD void advflow_summarise_ratio(const AdvflowLossSummaryInputs& in, int64_t row, double* sums,
+                                        AdvflowSummaryExtremes* extremes) {
+  const T log_ratio = advflow_column_at<T>(in.log_ratio, row);
+  // In double: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
+  const double x = double(log_ratio), excess = expm1(x);
+  sums[ADVFLOW_SUM_APPROX_KL] += x * x / 2;
+  sums[ADVFLOW_SUM_EXCESS] += excess;
+  sums[ADVFLOW_SUM_EXCESS_SQ] += excess * excess;
+  if (in.log_highest.data && log_ratio > advflow_column_at<T>(in.log_highest, row)) sums[ADVFLOW_SUM_ABOVE] += 1.0;
+  if (in.log_lowest.data && log_ratio < advflow_column_at<T>(in.log_lowest, row)) sums[ADVFLOW_SUM_BELOW] += 1.0;
+  extremes->lowest = advflow_more_extreme(x, extremes->lowest, false);
+  extremes->highest = advflow_more_extreme(x, extremes->highest, true);
+}
 
 // Writes the sample's coefficients and, where asked for, its loss; adds it to
 // the sums.
 template <typename T>
 ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int64_t row, T* loss, T* coef,
-                                         double* sums, double* extreme) {
+                                         double* sums, AdvflowSummaryExtremes* extremes) {
   const bool finite = advflow_sample_is_finite<T>(in, row);
   const bool usable = finite && in.valid[row] != 0;
   sums[ADVFLOW_SUM_NONFINITE] += finite ? 0.0 : 1.0;
@@ -93,19 +144,32 @@ ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int
   sums[ADVFLOW_SUM_ADVANTAGE] += advantage;
   sums[ADVFLOW_SUM_ABS_ADVANTAGE] += advantage < 0 ? -advantage : advantage;
   const double candidate = double(advflow_column_at<T>(in.extreme, row));
-  *extreme = advflow_more_extreme(in.largest && candidate < 0 ? -candidate : candidate, *extreme, in.largest);
+  extremes->extreme =
+      advflow_more_extreme(in.largest && candidate < 0 ? -candidate : candidate, extremes->extreme, in.largest);
+  if (in.contrast && static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + ADVFLOW_STAT_VO_SQ] > T(0)) {
+    sums[ADVFLOW_SUM_CONTRAST] += 1.0;
+  }
+  if (in.log_ratio.data) advflow_summarise_ratio<T>(in, row, sums, extremes);
 }
 
 // Metric `place` of advflow_summary_metrics(in), from the sums of the batch.
 ADVFLOW_HD double advflow_summary_metric(const AdvflowLossSummaryInputs& in, int place, const double* sums,
-                                         double extreme) {
+                                         const AdvflowSummaryExtremes& extremes) {
   const double usable = sums[ADVFLOW_SUM_USABLE] > 1.0 ? sums[ADVFLOW_SUM_USABLE] : 1.0;
   if (place < in.mean_count) return sums[ADVFLOW_SUM_MEANS + place] / usable;
   place -= in.mean_count;
   if (place < in.stat_count) return sums[ADVFLOW_SUM_STATS + place] / usable;
   place -= in.stat_count;
   if (place < 2) return sums[ADVFLOW_SUM_ADVANTAGE + place] / usable;
-  return place == 2 ? extreme : sums[ADVFLOW_SUM_FLAGGED + place - 3];
+  if (place == 2) return extremes.extreme;
+  if (place < 6) return sums[ADVFLOW_SUM_FLAGGED + place - 3];
+  place -= 6;
+  if (in.contrast && place == 0) return sums[ADVFLOW_SUM_CONTRAST] / usable;
+  place -= in.contrast ? 1 : 0;
+  if (place < ADVFLOW_SUMMARY_RATIO - 2) return sums[ADVFLOW_SUM_APPROX_KL + place] / usable;
+  return place == ADVFLOW_SUMMARY_RATIO - 2 ? extremes.lowest : extremes.highest;
 }
 
-ADVFLOW_HD int advflow_summary_metrics(const AdvflowLossSummaryInputs& in) { return in.mean_count + in.stat_count + 6; }
+ADVFLOW_HD int advflow_summary_metrics(const AdvflowLossSummaryInputs& in) {
+  return in.mean_count + in.stat_count + 6 + (in.contrast ? 1 : 0) + (in.log_ratio.data ? ADVFLOW_SUMMARY_RATIO : 0);
+}

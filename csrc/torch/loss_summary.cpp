@@ -6,15 +6,19 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <string>
 
 #include "launchers.h"
+#include "math/loss_summary.h"
 #include "math/residual.h"
 #include "operands.h"
 #include "stream.h"
 
 namespace {
 
+using OptionalTensor = std::optional<at::Tensor>;
 using Summary = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 struct Device {
@@ -56,9 +60,55 @@ void check_columns(at::TensorList tensors, const char* name, int64_t most, const
   }
 }
 
+// What not every loss asks for.
+struct Extras {
+  const OptionalTensor& log_ratio;
+  const OptionalTensor& log_lowest;
+  const OptionalTensor& log_highest;
+  const OptionalTensor& v;
+  bool eps_first;
+  bool contrast;
+};
+
+bool given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// One number for all samples, or one a sample.
+void check_bound(const OptionalTensor& bound, const char* name, const Extras& extras, const at::Tensor& stats) {
+  if (!given(bound)) return;
+  TORCH_CHECK(given(extras.log_ratio), name, " is given without log_ratio; accepted is one beside it.");
+  if (bound->dim() == 0) {
+    check_like(*bound, name, {}, stats.scalar_type(), stats.device());
+  } else {
+    check_column(*bound, name, stats);
+  }
+}
+
+void check_extras(const Extras& extras, const at::Tensor& stats) {
+  if (given(extras.log_ratio)) check_column(*extras.log_ratio, "log_ratio", stats);
+  check_bound(extras.log_lowest, "log_lowest", extras, stats);
+  check_bound(extras.log_highest, "log_highest", extras, stats);
+  if (!given(extras.v)) return;
+  const at::Tensor& v = *extras.v;
+  TORCH_CHECK(v.dim() > 0 && v.size(0) == stats.size(0), "v has shape ", v.sizes(), "; accepted is [", stats.size(0),
+              ", ...].");
+  TORCH_CHECK(v.device() == stats.device(), "v is on ", v.device(), "; accepted is the device of stats, ",
+              stats.device(), ".");
+  advflow_dtype_code(v.scalar_type(), "v");
+}
+
+// The largest number of v's dtype, in units of 2 / sqrt(elements).
+double largest_gradient(const at::Tensor& v) {
+  const int64_t elements = v.size(0) ? v.numel() / v.size(0) : 0;
+  double largest = std::numeric_limits<double>::max();
+  if (v.scalar_type() == at::kHalf) largest = double(std::numeric_limits<c10::Half>::max());
+  if (v.scalar_type() == at::kBFloat16) largest = double(std::numeric_limits<c10::BFloat16>::max());
+  if (v.scalar_type() == at::kFloat) largest = double(std::numeric_limits<float>::max());
+  return largest / 2 * std::sqrt(double(std::max<int64_t>(elements, 1)));
+}
+
 Summary run(at::TensorList means, at::TensorList required, const at::Tensor& advantages, const at::Tensor& extreme,
             const at::Tensor& stats, const at::Tensor& coef, const at::Tensor& valid, const at::Tensor& flagged,
-            int64_t stat_means, bool largest, c10::string_view reduction, const Device& device) {
+            int64_t stat_means, bool largest, c10::string_view reduction, const Extras& extras, const Device& device) {
   check_stats(stats);
   const int64_t batch = stats.size(0);
   TORCH_CHECK(!means.empty(), "means is empty; accepted are the losses and what else to report.");
@@ -73,6 +123,7 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
               "; accepted are 0 to ", int(ADVFLOW_SUMMARY_STATS), ".");
   TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction is '", reduction,
               "'; accepted are 'mean', 'sum' and 'none'.");
+  check_extras(extras, stats);
   advflow_check_served(stats.scalar_type(), stats.device(), "loss_summary");
 
   const c10::OptionalDeviceGuard guard(stats.device());
@@ -95,9 +146,16 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   in.per_sample = reduction == "none";
   in.dtype = advflow_dtype_code(stats.scalar_type(), "stats");
 
+  if (given(extras.log_ratio)) in.log_ratio = reader.column(*extras.log_ratio);
+  if (given(extras.log_lowest)) in.log_lowest = reader.column(*extras.log_lowest);
+  if (given(extras.log_highest)) in.log_highest = reader.column(*extras.log_highest);
+  if (given(extras.v)) in.largest_gradient = largest_gradient(*extras.v);
+  in.eps_first = extras.eps_first;
+  in.contrast = extras.contrast;
+
   const at::Tensor loss = in.per_sample ? at::empty({batch}, stats.options()) : at::empty({}, stats.options());
   const at::Tensor masked = at::empty({batch, 3}, stats.options());
-  const at::Tensor metrics = at::empty({in.mean_count + in.stat_count + 6}, stats.options());
+  const at::Tensor metrics = at::empty({advflow_summary_metrics(in)}, stats.options());
   ++advflow_launches;
   advflow_check_status(device.summarise(&in, loss.mutable_data_ptr(), masked.mutable_data_ptr(),
                                         metrics.mutable_data_ptr(), device.where(stats)),
@@ -110,15 +168,19 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
 Summary loss_summary_cpu(at::TensorList means, at::TensorList required, const at::Tensor& advantages,
                          const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                          const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
-                         c10::string_view reduction) {
-  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction, cpu);
+                         c10::string_view reduction, const OptionalTensor& log_ratio, const OptionalTensor& log_lowest,
+                         const OptionalTensor& log_highest, const OptionalTensor& v, bool eps_first, bool contrast) {
+  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
+             {log_ratio, log_lowest, log_highest, v, eps_first, contrast}, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 Summary loss_summary_cuda(at::TensorList means, at::TensorList required, const at::Tensor& advantages,
                           const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                           const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
-                          c10::string_view reduction) {
-  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction, cuda);
+                          c10::string_view reduction, const OptionalTensor& log_ratio, const OptionalTensor& log_lowest,
+                          const OptionalTensor& log_highest, const OptionalTensor& v, bool eps_first, bool contrast) {
+  return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
+             {log_ratio, log_lowest, log_highest, v, eps_first, contrast}, cuda);
 }
 #endif

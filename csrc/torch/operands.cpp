@@ -68,10 +68,10 @@ void AdvflowOperands::check_coef(const at::Tensor& coef) const {
   check_accumulate(coef, "coef");
 }
 
-void AdvflowOperands::check_upstream(const at::Tensor& upstream) const {
-  TORCH_CHECK(upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == batch_), "upstream has shape ",
-              upstream.sizes(), "; accepted are [] and [", batch_, "].");
-  check_accumulate(upstream, "upstream");
+void AdvflowOperands::check_column(const at::Tensor& column, const char* name) const {
+  TORCH_CHECK(column.dim() == 0 || (column.dim() == 1 && column.size(0) == batch_), name, " has shape ", column.sizes(),
+              "; accepted are [] and [", batch_, "].");
+  check_accumulate(column, name);
 }
 
 void AdvflowOperands::check_accumulate(const at::Tensor& tensor, const char* name) const {

@@ -38,8 +38,8 @@ class AdvflowOperands {
 
   // These know the accumulate type once every tensor has been checked.
   void check_served(const char* op) const;
-  void check_coef(const at::Tensor& coef) const;          // [batch, 3]
-  void check_upstream(const at::Tensor& upstream) const;  // one number or [batch]
+  void check_coef(const at::Tensor& coef) const;                        // [batch, 3]
+  void check_column(const at::Tensor& column, const char* name) const;  // one number or [batch]
 
   void check_device(const at::Tensor& tensor, const char* name) const;
 

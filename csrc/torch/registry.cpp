@@ -10,7 +10,7 @@
 TORCH_LIBRARY(advflow, m) {
   m.def(
       "residual_stats(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, "
-      "float mix=0.0) -> Tensor");
+      "float mix=0.0, Tensor? mixes=None) -> Tensor");
   m.def(
       "residual_grad(Tensor v, Tensor target, Tensor? noise, Tensor? v_old, Tensor? v_ref, Tensor coef, "
       "Tensor? upstream=None) -> Tensor");
@@ -20,7 +20,9 @@ TORCH_LIBRARY(advflow, m) {
       "Tensor");
   m.def(
       "loss_summary(Tensor[] means, Tensor[] required, Tensor advantages, Tensor extreme, Tensor stats, Tensor coef, "
-      "Tensor valid, Tensor flagged, int stat_means, bool largest, str reduction) -> "
+      "Tensor valid, Tensor flagged, int stat_means, bool largest, str reduction, Tensor? log_ratio=None, "
+      "Tensor? log_lowest=None, Tensor? log_highest=None, Tensor? v=None, bool eps_first=False, bool contrast=False) "
+      "-> "
       "(Tensor loss, Tensor masked_coef, Tensor metrics)");
   m.def(
       "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "

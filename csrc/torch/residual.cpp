@@ -75,9 +75,11 @@ struct Latents {
       : v(v_), target(target_), noise(noise_), v_old(v_old_), v_ref(v_ref_), operands(v_) {}
 };
 
-at::Tensor run_stats(const Latents& latents, double mix, const Device& device) {
+at::Tensor run_stats(const Latents& latents, double mix, const OptionalTensor& mixes, const Device& device) {
   const char* op = latents.are_transitions ? "transition_stats" : "residual_stats";
   const AdvflowOperands& operands = latents.operands;
+  const bool has_mixes = mixes.has_value() && mixes->defined();
+  if (has_mixes) operands.check_column(*mixes, "mixes");
   operands.check_served(op);
 
   const c10::OptionalDeviceGuard guard(latents.v.device());
@@ -86,6 +88,7 @@ at::Tensor run_stats(const Latents& latents, double mix, const Device& device) {
   AdvflowReader reader;
   AdvflowResidualInputs in = latents.read(reader);
   in.mix = mix;
+  if (has_mixes) in.mixes = reader.column(*mixes);
   const at::Tensor stats = at::empty(shape, operands.accumulate_options());
   const at::Tensor workspace = at::empty({device.workspace(in.batch, in.elements)}, stats.options().dtype(at::kByte));
   ++advflow_launches;
@@ -100,7 +103,7 @@ at::Tensor run_grad(const Latents& latents, const at::Tensor& coef, const Option
   const AdvflowOperands& operands = latents.operands;
   const bool has_upstream = upstream.has_value() && upstream->defined();
   operands.check_coef(coef);
-  if (has_upstream) operands.check_upstream(*upstream);
+  if (has_upstream) operands.check_column(*upstream, "upstream");
   operands.check_served(op);
 
   const c10::OptionalDeviceGuard guard(latents.v.device());
@@ -118,8 +121,9 @@ at::Tensor run_grad(const Latents& latents, const at::Tensor& coef, const Option
 }  // namespace
 
 at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                              const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
-  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, cpu);
+                              const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix,
+                              const OptionalTensor& mixes) {
+  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cpu);
 }
 
 at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
@@ -130,7 +134,7 @@ at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, cons
 
 at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                 const OptionalTensor& v_ref) {
-  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, cpu);
+  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cpu);
 }
 
 at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
@@ -140,8 +144,9 @@ at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const
 
 #ifdef ADVFLOW_WITH_CUDA
 at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                               const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix) {
-  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, cuda);
+                               const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix,
+                               const OptionalTensor& mixes) {
+  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cuda);
 }
 
 at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
@@ -152,7 +157,7 @@ at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, con
 
 at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                  const OptionalTensor& v_ref) {
-  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, cuda);
+  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cuda);
 }
 
 at::Tensor transition_grad_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,

@@ -154,6 +154,10 @@ class _CTensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("dtype", ctypes.c_int32)]
 
 
+class _CColumn(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
+
+
 class _CInputs(ctypes.Structure):
     _fields_ = [
         *((name, _CTensor) for name in ("v", "target", "noise", "v_old", "v_ref")),
@@ -161,6 +165,7 @@ class _CInputs(ctypes.Structure):
         ("elements", ctypes.c_int64),
         ("mix", ctypes.c_double),
         ("target_is", ctypes.c_int32),
+        ("mixes", _CColumn),
     ]
 
 
@@ -184,17 +189,13 @@ def _c_tensor(tensor: torch.Tensor | None) -> _CTensor:
 
 def _c_inputs(inputs: Inputs) -> _CInputs:
     target_is = 2 if inputs.target_is_eps else int(inputs.noise is not None)
-    return _CInputs(*map(_c_tensor, inputs.tensors().values()), *inputs.shape, inputs.mix, target_is)
+    return _CInputs(*map(_c_tensor, inputs.tensors().values()), *inputs.shape, inputs.mix, target_is, _CColumn(None, 0))
 
 
 def _c_step_inputs(inputs: StepInputs) -> _CStepInputs:
     seeds = None if inputs.seeds is None else inputs.seeds.data_ptr()
     latents = map(_c_tensor, (inputs.v, inputs.x, inputs.noise))
     return _CStepInputs(*latents, seeds, inputs.coef.data_ptr(), *inputs.v.shape, _DTYPE_CODES[inputs.dtype])
-
-
-class _CColumn(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
 
 class _CSummaryInputs(ctypes.Structure):
@@ -210,6 +211,10 @@ class _CSummaryInputs(ctypes.Structure):
         ("largest", ctypes.c_bool),
         ("per_sample", ctypes.c_bool),
         ("dtype", ctypes.c_int32),
+        *((name, _CColumn) for name in ("log_ratio", "log_lowest", "log_highest")),
+        ("largest_gradient", ctypes.c_double),
+        ("eps_first", ctypes.c_bool),
+        ("contrast", ctypes.c_bool),
     ]
 
 
