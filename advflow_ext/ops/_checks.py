@@ -12,6 +12,7 @@ from advflow_ext.ops._numbers import (
     ClipRange,
     Number,
     Numbers,
+    constant,
     is_number,
     per_sample,
     values_are_at_hand,
@@ -234,7 +235,7 @@ def awm_arguments(
     samples = samples.usable_with(numbers)
     if log_prob_old is not None:
         require_per_sample("log_prob_old", log_prob_old, v)
-        samples = samples.usable_with(numbers, log_prob_old.detach().to(samples.t.dtype))
+        samples = samples.usable_with(numbers, constant(log_prob_old, samples.t.dtype))
     return _one_advantage_an_image(samples, draws), given
 
 
@@ -350,7 +351,7 @@ def _samples(v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str
     require_per_sample(name, advantages, v)
     require_choice("reduction", reduction, REDUCTIONS)
     t, valid_t = _timesteps(t, v, dtype)
-    advantages = advantages.detach().to(dtype)
+    advantages = constant(advantages, dtype)
     return Samples(t, advantages, (t,), valid_t)
 
 
@@ -366,7 +367,7 @@ def _require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
 def _timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """t in ``dtype``, and where it lies in (0, 1]."""
     require_per_sample("t", t, v)
-    t = t.detach().to(dtype)
+    t = constant(t, dtype)
     valid = (t > 0) & (t <= 1)
     # A t that is not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
     if values_are_at_hand(t) and not valid.all() and (wrong := t.isfinite() & ~valid).any():

@@ -25,6 +25,17 @@ def values_are_at_hand(tensor: Tensor) -> bool:
     )
 
 
+def made_in_inference_mode(tensor: Tensor | None) -> bool:
+    """Autograd refuses to keep such a tensor. Dynamo knows no such question."""
+    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
+
+
+def constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A few numbers a sample in ``dtype``, without gradient, as autograd can keep them."""
+    tensor = tensor.detach().to(dtype)
+    return tensor.clone() if made_in_inference_mode(tensor) else tensor
+
+
 def is_number(value: object, dtype: torch.dtype = torch.float64) -> bool:
     """Whether ``value`` is a finite Python number of ``dtype``.
 
@@ -138,7 +149,7 @@ class Numbers:
             )
         if value.device != v.device and not (single and value.device.type == "cpu"):
             raise ValueError(f"{name} is on {value.device}; accepted is the device of v, {v.device}.")
-        number = value.detach().to(torch.float64 if single else self._dtype)
+        number = constant(value, torch.float64 if single else self._dtype)
         most = torch.finfo(self._dtype).max
         finite = number.abs() <= most
         usable = finite & (number > low if exclusive else number >= low) & (number < high)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import ClipRange, Number, Numbers, require_number, values_are_at_hand
+from advflow_ext.ops._numbers import ClipRange, Number, Numbers, constant, require_number, values_are_at_hand
 from advflow_ext.ops.step_table import StepRows, StepTable, listed_steps
 
 KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
@@ -229,7 +229,7 @@ def _transitions(
         policy_scale = policy_scale * step.sigma
     elif time_weight == "inverse_kappa":
         policy_scale = policy_scale / step.kappa.abs()
-    return TransitionScalars(step, numbers.contain(advantages.detach().to(dtype)), valid_step, policy_scale, kl_scale)
+    return TransitionScalars(step, numbers.contain(constant(advantages, dtype)), valid_step, policy_scale, kl_scale)
 
 
 def _steps(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
+from advflow_ext.ops._numbers import made_in_inference_mode
 from advflow_ext.ops._raw_checks import check_latents, check_scalars
 
 
@@ -111,7 +112,7 @@ class CoefficientLoss(torch.autograd.Function):
     ) -> Tensor:
         tensors = (v, target, noise, v_old, v_ref, coef)
         # What was made in inference mode has no version to watch, and autograd refuses to keep it; the context may.
-        ctx.unwatched = [tensor if _made_in_inference_mode(tensor) else None for tensor in tensors]
+        ctx.unwatched = [tensor if made_in_inference_mode(tensor) else None for tensor in tensors]
         ctx.save_for_backward(
             *(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unwatched, strict=True))
         )
@@ -150,11 +151,6 @@ def transition_loss(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None,
     others = map(_detached, (v_old, v_ref))
     result: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, loss, coef, True)
     return result
-
-
-def _made_in_inference_mode(tensor: Tensor | None) -> bool:
-    # Dynamo knows no such question.
-    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
