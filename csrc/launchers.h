@@ -96,7 +96,7 @@ struct AdvflowLossSummaryInputs {
 };
 
 // loss_summary: a sample is usable when it is valid and every number given of
-// it is finite, also its gradient before the divisor, whose elements are at most
+// it is finite, also its gradient before the divisor and the sums that make it, whose elements are at most
 //   2 / sqrt(elements) * (|a| rms(v - u) + |b| rms(v - v_old) + |c| rms(v - v_ref));
 // of any other the loss and the coefficients become zero.
 //   loss[batch] or loss[1], masked_coef[batch, 3] = coef / divisor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from advflow_ext.ops._checks import Samples
 from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
-from advflow_ext.ops.loss_summary import loss_summary
+from advflow_ext.ops.loss_summary import Ratio, loss_summary
 from advflow_ext.ops.residual import residual_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # v, x0, noise, v_old, v_ref
@@ -27,6 +27,7 @@ def forward_output(
     nonconvex: Tensor,  # [B] bool
     unbounded: str = "",
     extra: Mapping[str, Tensor] | None = None,  # [B] each, reported as means
+    ratio: Ratio | None = None,
 ) -> LossOutput:
     extra = extra or {}
     summary = loss_summary(
@@ -41,6 +42,9 @@ def forward_output(
         stat_means=3,  # vu, vo, vp
         largest=False,
         reduction=reduction,
+        ratio=ratio,
+        v=latents[0].detach(),
+        contrast=True,
     )
     loss = residual_loss(*latents, summary.loss, summary.coef)
-    return LossOutput(loss, LossMetrics(summary.metrics, forward_metrics(tuple(extra)), unbounded))
+    return LossOutput(loss, LossMetrics(summary.metrics, forward_metrics(tuple(extra), ratio is not None), unbounded))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+
+# Of a ratio r of two policies' probabilities; the last two are extremes of log r.
+RATIO_METRICS = (
+    "approx_kl",
+    "mean_ratio_minus_1",
+    "mean_square_ratio_minus_1",
+    "clipped_above",
+    "clipped_below",
+    "min_log_ratio",
+    "max_log_ratio",
+)
 
 
 class LossMetrics(NamedTuple):
@@ -26,14 +39,16 @@ class LossMetrics(NamedTuple):
     nonconvex_samples    how many usable samples have a curvature that leaves their quadratic without a minimum
     nonfinite_samples    how many were dropped because an input or their loss is not finite
     invalid_timesteps    how many were dropped because t is outside (0, 1]
+    contrast_alive       share of samples with v != v_old: 0 where learner and rollout policy are one
     ==================== ==============================================================================
 
-    (:func:`awm_loss` adds ``mean_log_ratio`` and ``clipped_fraction``), and losses of the reverse process, where a
-    sample is one sampler step,
+    (:func:`awm_loss` adds ``mean_log_ratio``, ``clipped_fraction`` and the metrics of a ratio), and losses of the
+    reverse process, where a sample is one sampler step,
 
     ==================== ==============================================================================
     loss                 mean per-sample loss, whatever ``reduction`` was asked for
     policy_term          mean of the advantage-weighted term alone, after clipping or masking
+    unweighted_policy    the same before policy_weight and time_weight
     mean_log_ratio       mean of the log-ratio as the method forms it
     mean_kl_old          mean of the exact KL to the rollout policy, kappa^2 / 2 <(v-v_old)^2>
     mean_kl_ref          mean of the exact KL to the reference policy, kappa^2 / 2 <(v-v_ref)^2>
@@ -43,7 +58,22 @@ class LossMetrics(NamedTuple):
     masked_samples       how many usable samples have no policy gradient because of the clip or the mask
     nonfinite_samples    how many were dropped because an input, their ratio or their loss is not finite
     invalid_steps        how many were dropped because their step is deterministic or not in the table
+    contrast_alive       share of transitions with v != v_old
     ==================== ==============================================================================
+
+    and the metrics of their ratio r, as public trainers log them:
+
+    ========================= =========================================================================
+    approx_kl                 mean of (log r)^2 / 2
+    mean_ratio_minus_1        mean of r - 1, which float32 still holds where it rounds r to 1
+    mean_square_ratio_minus_1 mean of (r - 1)^2
+    clipped_above             share of samples with r above the clip range, whatever the sign of A
+    clipped_below             share below it; both 0 for a method without a clip
+    min_log_ratio             smallest log r, inf where no sample is usable
+    max_log_ratio             largest log r, -inf where no sample is usable
+    ========================= =========================================================================
+
+    from which :meth:`as_dict` adds ``ratio_mean``, ``ratio_std``, ``ratio_min`` and ``ratio_max``.
     """
 
     values: Tensor
@@ -55,10 +85,10 @@ class LossMetrics(NamedTuple):
         numbers = dict(zip(self.names, self.values.tolist(), strict=True))
         if self.unbounded and numbers["nonconvex_samples"] > 0:
             warn_nonconvex(self.unbounded, int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
-        return numbers
+        return numbers | ratio_summary(numbers)
 
 
-def forward_metrics(extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+def forward_metrics(extra: tuple[str, ...] = (), ratio: bool = False) -> tuple[str, ...]:
     """The names in the order of their values, ``extra`` among the means."""
     return (
         "loss",
@@ -73,6 +103,8 @@ def forward_metrics(extra: tuple[str, ...] = ()) -> tuple[str, ...]:
         "nonconvex_samples",
         "nonfinite_samples",
         "invalid_timesteps",
+        "contrast_alive",
+        *(RATIO_METRICS if ratio else ()),
     )
 
 
@@ -81,6 +113,7 @@ DISTILLATION_METRICS = ("loss", "teacher_deviation", "nonfinite_samples", "inval
 TRANSITION_METRICS = (
     "loss",
     "policy_term",
+    "unweighted_policy",
     "mean_log_ratio",
     "mean_kl_old",
     "mean_kl_ref",
@@ -90,7 +123,22 @@ TRANSITION_METRICS = (
     "masked_samples",
     "nonfinite_samples",
     "invalid_steps",
+    "contrast_alive",
+    *RATIO_METRICS,
 )
+
+
+def ratio_summary(numbers: Mapping[str, float]) -> dict[str, float]:
+    """ratio_mean, ratio_std, ratio_min and ratio_max, of metrics that hold :data:`RATIO_METRICS`, also joined ones.
+
+    They are made here and not on the device because they are no means: batches are joined before.
+    """
+    if "mean_ratio_minus_1" not in numbers:
+        return {}
+    mean = numbers["mean_ratio_minus_1"]
+    variance = max(numbers["mean_square_ratio_minus_1"] - mean**2, 0.0)
+    lowest, highest = (math.exp(min(numbers[name], 700.0)) for name in ("min_log_ratio", "max_log_ratio"))
+    return {"ratio_mean": 1 + mean, "ratio_std": math.sqrt(variance), "ratio_min": lowest, "ratio_max": highest}
 
 
 class LossOutput(NamedTuple):

@@ -25,12 +25,21 @@ def check_latents(op: str, required: Mapping[str, Tensor | None], optional: Mapp
         if tensor.shape != v.shape:
             raise RuntimeError(f"{name} has shape {list(tensor.shape)}; accepted is the shape of v, {list(v.shape)}.")
         check_device(name, tensor, v, "v")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise RuntimeError(f"{name} has dtype {tensor.dtype}; accepted are {_FLOATS}.")
+        check_float(name, tensor)
     accumulate = accumulate_dtype(*given.values())
     assert v is not None
     check_served(op, accumulate, v)
     return accumulate
+
+
+def check_column(name: str, column: Tensor | None, v: Tensor, accumulate: torch.dtype) -> None:
+    """One number for all samples, or one a sample; may be absent."""
+    if column is None:
+        return
+    batch = v.shape[0]
+    if column.shape not in ((), (batch,)):
+        raise RuntimeError(f"{name} has shape {list(column.shape)}; accepted are [] and [{batch}].")
+    _check_accumulate(name, column, v, accumulate)
 
 
 def check_scalars(coef: Tensor | None, upstream: Tensor | None, v: Tensor, accumulate: torch.dtype) -> None:
@@ -40,11 +49,7 @@ def check_scalars(coef: Tensor | None, upstream: Tensor | None, v: Tensor, accum
     if coef.shape != (batch, 3):
         raise RuntimeError(f"coef has shape {list(coef.shape)}; accepted is [{batch}, 3].")
     _check_accumulate("coef", coef, v, accumulate)
-    if upstream is None:
-        return
-    if upstream.shape not in ((), (batch,)):
-        raise RuntimeError(f"upstream has shape {list(upstream.shape)}; accepted are [] and [{batch}].")
-    _check_accumulate("upstream", upstream, v, accumulate)
+    check_column("upstream", upstream, v, accumulate)
 
 
 def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, other: Tensor) -> None:
@@ -56,6 +61,11 @@ def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: to
     if tensor.dtype != dtype:
         raise RuntimeError(f"{name} has dtype {tensor.dtype}; accepted is {dtype}.")
     check_device(name, tensor, other, "v" if name == "seed" else "stats")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise RuntimeError(f"{name} has dtype {tensor.dtype}; accepted are {_FLOATS}.")
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:

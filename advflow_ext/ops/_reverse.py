@@ -14,7 +14,7 @@ from torch import Tensor
 from advflow_ext.ops._numbers import ClipRange, per_sample
 from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
-from advflow_ext.ops.loss_summary import loss_summary
+from advflow_ext.ops.loss_summary import Ratio, loss_summary
 from advflow_ext.ops.residual import TransitionStats, transition_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None]  # v, eps, v_old, v_ref
@@ -28,6 +28,7 @@ class Surrogate(NamedTuple):
     value: Tensor
     slope: Tensor  # d value / d log_ratio
     masked: Tensor  # bool
+    clip: ClipRange | None = None
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Surrogate:
@@ -41,7 +42,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) ->
     if clip.below is not clip.above:
         distance = torch.where(advantages > 0, per_sample(clip.above, ratio), per_sample(clip.below, ratio))
     value = torch.where(masked, -advantages - distance * advantages.abs(), unclipped)
-    return Surrogate(log_ratio, ratio, value, torch.where(masked, 0, unclipped), masked)
+    return Surrogate(log_ratio, ratio, value, torch.where(masked, 0, unclipped), masked, clip)
 
 
 def reverse_output(
@@ -58,8 +59,9 @@ def reverse_output(
     policy_term, slope = scalars.policy_scale * surrogate.value, scalars.policy_scale * surrogate.slope
     values = policy_term + scalars.kl_scale * kl_ref
     coef = torch.stack([slope * linear / 2, -slope * quadratic, scalars.kl_scale * half_kappa_sq], 1)
+    clip = surrogate.clip
     summary = loss_summary(
-        [values, policy_term, surrogate.log_ratio, kl_old, kl_ref],
+        [values, policy_term, surrogate.value, surrogate.log_ratio, kl_old, kl_ref],
         [surrogate.ratio],
         scalars.advantages,
         surrogate.log_ratio,
@@ -70,6 +72,10 @@ def reverse_output(
         stat_means=0,
         largest=True,
         reduction=reduction,
+        ratio=Ratio(surrogate.log_ratio, *((clip.log_lowest, clip.log_highest) if clip else ())),
+        v=latents[0].detach(),
+        eps_first=True,
+        contrast=True,
     )
     loss = transition_loss(*latents, summary.loss, summary.coef)
     return LossOutput(loss, LossMetrics(summary.metrics, TRANSITION_METRICS))

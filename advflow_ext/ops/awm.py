@@ -11,6 +11,7 @@ from advflow_ext.ops import _checks
 from advflow_ext.ops._forward import forward_output
 from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops.loss_summary import Ratio
 from advflow_ext.ops.residual import residual_stats
 
 _VU_SQ, _VU_ABS = STATS.index("vu_sq"), STATS.index("vu_abs")
@@ -119,6 +120,7 @@ def awm_loss(
         reduction,
         policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
         extra={"mean_log_ratio": log_ratio, "clipped_fraction": clipped.to(a.dtype)},
+        ratio=Ratio(log_ratio, numbers.clip.log_lowest, numbers.clip.log_highest),
     )  # fmt: skip
 
 

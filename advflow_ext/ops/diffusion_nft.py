@@ -62,9 +62,7 @@ def diffusion_nft_loss(
     released code rounds v+- to half precision under autocast and takes w+- in float64; here neither is rounded below
     float32. ``policy_term`` is the loss without the reference term; ``min_curvature`` includes the weights m and P+-.
     """
-    # The mixed statistics take one number for all samples.
-    mixed = adaptive is True and isinstance(beta, Tensor)
-    if mixed or not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
+    if not _native.serves(v, x0, noise, t, advantages, v_old, v_ref):
         return reference.diffusion_nft_loss(
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight,
@@ -75,7 +73,7 @@ def diffusion_nft_loss(
         reduction,
     )  # fmt: skip
     _checks.require_native_dtype(samples.t.dtype, v, "diffusion_nft_loss")
-    stats = residual_stats(v, x0, noise, v_old, v_ref, float(beta) if adaptive else 0.0)
+    stats = residual_stats(v, x0, noise, v_old, v_ref, scale if adaptive else 0.0)
     vu_sq, vo_sq, vp_sq, ou_sq, _, _, plus_abs, minus_abs = stats.unbind(1)
 
     signal = _signal(samples.advantages, mode, clip)

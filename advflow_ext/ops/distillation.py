@@ -58,7 +58,7 @@ def distillation_loss(
     zero = torch.zeros_like(factor)
     summary = loss_summary(
         [factor * stats[:, _SQUARE]], [], zero, zero, stats, torch.stack([factor, zero, zero], 1), valid, ~valid,
-        stat_means=1, largest=True, reduction=reduction,
+        stat_means=1, largest=True, reduction=reduction, v=v.detach(),
     )  # fmt: skip
     loss = residual_loss(v, v_teacher, None, None, None, summary.loss, summary.coef)
     # Between the means and the counts stand those of advantages, which there are none of.

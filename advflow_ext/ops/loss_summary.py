@@ -11,10 +11,20 @@ from torch import Tensor
 from advflow_ext import _native
 from advflow_ext._native import STATS
 from advflow_ext.ops._checks import REDUCTIONS
-from advflow_ext.ops._raw_checks import check_like, check_served
+from advflow_ext.ops._numbers import Number
+from advflow_ext.ops._outputs import RATIO_METRICS
+from advflow_ext.ops._raw_checks import check_device, check_float, check_like, check_served
 
 # As csrc/launchers.h bounds them.
 _MOST = {"means": 8, "required": 4, "stat_means": 3}
+
+
+class Ratio(NamedTuple):
+    """A ratio of two policies' probabilities, and where it is clipped; None: nowhere."""
+
+    log_ratio: Tensor  # [B]
+    log_lowest: Number | None = None
+    log_highest: Number | None = None
 
 
 class LossSummary(NamedTuple):
@@ -37,6 +47,12 @@ def _register_fake() -> None:
         stat_means: int,
         largest: bool,
         reduction: str,
+        log_ratio: Tensor | None = None,
+        log_lowest: Tensor | None = None,
+        log_highest: Tensor | None = None,
+        v: Tensor | None = None,
+        eps_first: bool = False,
+        contrast: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if stats.dim() != 2 or stats.shape[1] != len(STATS):
             raise RuntimeError(f"stats has shape {list(stats.shape)}; accepted is [B, {len(STATS)}].")
@@ -59,9 +75,22 @@ def _register_fake() -> None:
             raise RuntimeError(f"stat_means is {stat_means}; accepted are 0 to {_MOST['stat_means']}.")
         if reduction not in REDUCTIONS:
             raise RuntimeError(f"reduction is {reduction!r}; accepted are 'mean', 'sum' and 'none'.")
+        if log_ratio is not None:
+            check_like("log_ratio", log_ratio, (batch,), stats.dtype, stats)
+        for name, bound in (("log_lowest", log_lowest), ("log_highest", log_highest)):
+            if bound is not None and log_ratio is None:
+                raise RuntimeError(f"{name} is given without log_ratio; accepted is one beside it.")
+            if bound is not None:
+                check_like(name, bound, (batch,) if bound.dim() else (), stats.dtype, stats)
+        if v is not None and (v.dim() == 0 or v.shape[0] != batch):
+            raise RuntimeError(f"v has shape {list(v.shape)}; accepted is [{batch}, ...].")
+        if v is not None:
+            check_device("v", v, stats, "stats")
+            check_float("v", v)
         check_served("loss_summary", stats.dtype, stats)
         loss = stats.new_empty((stats.shape[0],) if reduction == "none" else ())
-        metrics = stats.new_empty((len(means) + stat_means + 6,))
+        more = int(contrast) + (len(RATIO_METRICS) if log_ratio is not None else 0)
+        metrics = stats.new_empty((len(means) + stat_means + 6 + more,))
         return loss, torch.empty_like(coef, memory_format=torch.contiguous_format), metrics
 
 
@@ -82,6 +111,10 @@ def loss_summary(
     stat_means: int,
     largest: bool,
     reduction: str,
+    ratio: Ratio | None = None,
+    v: Tensor | None = None,
+    eps_first: bool = False,
+    contrast: bool = False,
 ) -> LossSummary:
     """Drops the samples that cannot be used, reduces the losses and reports what the batch was like, in one launch.
 
@@ -90,11 +123,23 @@ def loss_summary(
     ``[B, 8]`` and ``coef`` ``[B, 3]``. Metrics, in this order: the mean over usable samples of every column of
     ``means``, of the first ``stat_means`` columns of ``stats``, of A and of |A|; the smallest ``extreme`` (inf where no
     sample is usable) or, with ``largest``, the largest magnitude of it (else 0); how many usable samples are
-    ``flagged``; how many samples are not finite; how many not valid. Everything is in one dtype, float32 or float64,
-    and without gradient. Sums run in float64, in an order fixed by
-    the batch size and the device.
+    ``flagged``; how many samples are not finite; how many not valid; with ``contrast`` the share of usable samples
+    whose <(v-v_old)^2> is not 0; with a ``ratio`` :data:`RATIO_METRICS` of it. Everything is in one dtype, float32 or
+    float64, and without gradient. Sums run in float64, in an order fixed by the batch size and the device.
+
+    With ``v`` a sample must also have a gradient that no element of v's dtype can be too small for, before the
+    reduction divides it: coef times the root mean squares of (v-u), or of eps with ``eps_first``, of (v-v_old) and
+    (v-v_ref), times 2 / sqrt(D), bounds it.
     """
+    log_ratio, lowest, highest = (None, None, None) if ratio is None else ratio
     outputs = torch.ops.advflow.loss_summary.default(
-        means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction
-    )
+        means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
+        log_ratio, _bound(lowest, stats), _bound(highest, stats), v, eps_first, contrast,
+    )  # fmt: skip
     return LossSummary(*outputs)
+
+
+def _bound(bound: Number | None, stats: Tensor) -> Tensor | None:
+    if bound is None:
+        return None
+    return bound.to(stats.dtype) if isinstance(bound, Tensor) else stats.new_full((), bound)

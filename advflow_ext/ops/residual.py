@@ -15,17 +15,26 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops._numbers import made_in_inference_mode
-from advflow_ext.ops._raw_checks import check_latents, check_scalars
+from advflow_ext.ops._checks import accumulate_dtype
+from advflow_ext.ops._numbers import Number, made_in_inference_mode
+from advflow_ext.ops._raw_checks import check_column, check_latents, check_scalars
 
 
 def _register_fakes() -> None:
     @torch.library.register_fake("advflow::residual_stats")  # type: ignore[untyped-decorator]
     def residual_stats_shape(
-        v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
+        v: Tensor,
+        target: Tensor,
+        noise: Tensor | None,
+        v_old: Tensor | None,
+        v_ref: Tensor | None,
+        mix: float = 0.0,
+        mixes: Tensor | None = None,
     ) -> Tensor:
         latents = {"v": v, "target": target}, {"noise": noise, "v_old": v_old, "v_ref": v_ref}
-        return v.new_empty((v.shape[0], len(STATS)), dtype=check_latents("residual_stats", *latents))
+        accumulate = check_latents("residual_stats", *latents)
+        check_column("mixes", mixes, v, accumulate)
+        return v.new_empty((v.shape[0], len(STATS)), dtype=accumulate)
 
     @torch.library.register_fake("advflow::residual_grad")  # type: ignore[untyped-decorator]
     def residual_grad_shape(
@@ -60,16 +69,20 @@ if _native.module is not None:
 
 
 def residual_stats(
-    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: float = 0.0
+    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: Number = 0.0
 ) -> Tensor:
     """``[B, 8]`` means over each sample, columns :data:`STATS`, without gradient; a column of an absent tensor is 0.
 
     ``target`` is x0 when ``noise`` is given (u = noise - x0 is formed in registers), otherwise u itself. The last two
-    columns, <|(v_old - u) + mix (v - v_old)|> and the same with minus, are computed for a ``mix`` other than 0.
-    float32, or float64 as soon as one input is. A row depends on its own sample only, not on batch or threads.
+    columns, <|(v_old - u) + mix (v - v_old)|> and the same with minus, are computed for a ``mix`` other than 0: a
+    number, or a tensor ``[]`` or ``[B]``. float32, or float64 as soon as one input is. A row depends on its own sample
+    only, not on batch or threads.
     """
-    others = map(_detached, (target, noise, v_old, v_ref))
-    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, mix)
+    others = [_detached(tensor) for tensor in (target, noise, v_old, v_ref)]
+    mixes = None
+    if isinstance(mix, Tensor):
+        mix, mixes = 0.0, mix.detach().to(accumulate_dtype(v, *others))
+    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, mix, mixes)
     return stats
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from advflow_ext.ops._checks import Samples
+from advflow_ext.ops._numbers import Number
 from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
-from advflow_ext.reference._summary import reduce_losses, summarise
+from advflow_ext.ops.loss_summary import Ratio
+from advflow_ext.reference._summary import gradient_fits, reduce_losses, summarise
 
 
 def mean(elements: Tensor) -> Tensor:
@@ -26,6 +28,7 @@ class FlatLatents(NamedTuple):
     noise: Tensor
     v_old: Tensor | None
     v_ref: Tensor | None
+    source: Tensor  # v as it was given
     clean: Tensor  # [B] bool: nothing given for the sample is NaN, infinite or of infinite square
 
     @property
@@ -52,7 +55,7 @@ def flatten(
         present = [latent for latent in (policy, noise - x0, v_old, v_ref) if latent is not None]
         norms = torch.stack([torch.linalg.vector_norm(latent, dim=1) for latent in present])
         clean = samples.finite & torch.isfinite(norms.sum(0))
-    return FlatLatents(torch.where(clean[:, None], policy, 0), x0, noise, v_old, v_ref, clean)
+    return FlatLatents(torch.where(clean[:, None], policy, 0), x0, noise, v_old, v_ref, v, clean)
 
 
 def forward_output(
@@ -63,14 +66,16 @@ def forward_output(
     *,
     policy_term: Tensor,  # [B]
     deviations: tuple[Tensor, Tensor, Tensor],  # [B] each, of v from u, v_old and v_ref
+    weights: tuple[Number, Number, Number],  # what bounds the gradient's parts along those
     curvature: Tensor,  # [B]
     nonconvex: Tensor,  # [B] bool
     unbounded: str = "",
     extra: Mapping[str, Tensor] | None = None,
+    ratio: Ratio | None = None,
 ) -> LossOutput:
     extra = extra or {}
     reported = torch.stack([losses, policy_term, curvature, *extra.values()]).detach()
-    finite = latents.clean & torch.isfinite(reported).all(0)
+    finite = latents.clean & torch.isfinite(reported).all(0) & gradient_fits(weights, deviations, latents.source)
     losses = torch.where(finite & samples.valid_t, losses, 0)
     metrics = summarise(
         [losses, policy_term, *extra.values(), *deviations],
@@ -80,5 +85,8 @@ def forward_output(
         finite,
         samples.valid_t,
         largest=False,
+        contrast=deviations[1],
+        ratio=ratio,
     )
-    return LossOutput(reduce_losses(losses, reduction), LossMetrics(metrics, forward_metrics(tuple(extra)), unbounded))
+    names = forward_metrics(tuple(extra), ratio is not None)
+    return LossOutput(reduce_losses(losses, reduction), LossMetrics(metrics, names, unbounded))

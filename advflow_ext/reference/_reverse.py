@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import ClipRange, per_sample
+from advflow_ext.ops._numbers import ClipRange, Number, per_sample
 from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
 from advflow_ext.ops._transition_checks import TransitionScalars
+from advflow_ext.ops.loss_summary import Ratio
 from advflow_ext.reference._forward import mean
-from advflow_ext.reference._summary import reduce_losses, summarise
+from advflow_ext.reference._summary import gradient_fits, reduce_losses, summarise
 
 
 def log_prob(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -31,6 +32,7 @@ class Transitions(NamedTuple):
     mu_ref: Tensor | None
     sigma: Tensor  # [N, 1]
     x_next: Tensor
+    source: Tensor  # v as it was given
     clean: Tensor  # [N] bool: nothing given for the transition is NaN, infinite or of infinite square
 
     def log_ratio(self) -> Tensor:
@@ -60,7 +62,7 @@ def transitions(scalars: TransitionScalars, v: Tensor, v_old: Tensor, eps: Tenso
     c_v, sigma = scalars.step.c_v[:, None], scalars.step.sigma[:, None]
     mu_old = c_v * old
     mu_ref = None if reference is None else c_v * reference
-    return Transitions(c_v * policy, mu_old, mu_ref, sigma, mu_old + sigma * noise, clean)
+    return Transitions(c_v * policy, mu_old, mu_ref, sigma, mu_old + sigma * noise, v, clean)
 
 
 def finite_ratio(log_ratio: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,19 +90,32 @@ def reverse_output(
     masked: Tensor,  # [N] bool
     finite: Tensor,  # [N] bool
     reduction: str,
+    *,
+    steepness: Number = 1.0,  # of the method's log-ratio beside the true one's
+    clip: ClipRange | None = None,
 ) -> LossOutput:
     kl_old, kl_ref = at.kl(at.mu_old), at.kl(at.mu_ref)
-    policy_term = scalars.policy_scale * policy_term
+    unweighted, policy_term = policy_term, scalars.policy_scale * policy_term
     losses = policy_term + scalars.kl_scale * kl_ref
     finite = finite & torch.isfinite(losses.detach() + kl_old.detach())
+    with torch.no_grad():
+        # d log-ratio / dv = kappa (eps - kappa (v-v_old)) / D, and what is left of kappa (v-v_old) is its KL.
+        kappa = scalars.step.kappa
+        slope = torch.where(masked, 0, scalars.policy_scale * scalars.advantages * log_ratio.exp())
+        noise = mean(((at.x_next - at.mu_old) / at.sigma).square())
+        along = slope * steepness * kappa / 2
+        squares = (noise, 2 * kl_old, 2 * kl_ref)
+        finite = finite & gradient_fits((along, along, scalars.kl_scale * kappa / 2), squares, at.source)
     losses = torch.where(finite & scalars.valid_step, losses, 0)
     metrics = summarise(
-        [losses, policy_term, log_ratio, kl_old, kl_ref],
+        [losses, policy_term, unweighted, log_ratio, kl_old, kl_ref],
         scalars.advantages,
         log_ratio,
         masked,
         finite,
         scalars.valid_step,
         largest=True,
+        contrast=kl_old,
+        ratio=Ratio(log_ratio, *((clip.log_lowest, clip.log_highest) if clip else ())),
     )
     return LossOutput(reduce_losses(losses, reduction), LossMetrics(metrics, TRANSITION_METRICS))

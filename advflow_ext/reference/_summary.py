@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from advflow_ext.ops._numbers import Number
+from advflow_ext.ops.loss_summary import Ratio
+
 
 def summarise(
     means: Sequence[Tensor],  # [B] each
@@ -17,6 +20,8 @@ def summarise(
     valid: Tensor,  # [B] bool
     *,
     largest: bool,
+    contrast: Tensor | None = None,  # [B], <(v-v_old)^2>
+    ratio: Ratio | None = None,
 ) -> Tensor:
     """The metrics in the order of :func:`advflow_ext.ops.loss_summary.loss_summary`."""
     usable = finite & valid
@@ -25,7 +30,41 @@ def summarise(
     worst = torch.where(usable, extreme.detach().abs() if largest else -extreme.detach(), 0 if largest else -torch.inf)
     most = worst.new_full((1,), 0 if largest else -torch.inf) if not len(worst) else worst.amax(0, keepdim=True)
     counts = torch.stack([flagged & usable, ~finite, ~valid], 1).sum(0, dtype=averages.dtype)
-    return torch.cat([averages, most if largest else -most, counts])
+    parts = [averages, most if largest else -most, counts]
+    share = usable.to(averages.dtype) / usable.sum().clamp(min=1)
+    if contrast is not None:
+        parts.append((share * (contrast.detach() > 0)).sum(0, keepdim=True))
+    if ratio is not None:
+        parts.append(_of_ratio(ratio, usable, share))
+    return torch.cat(parts)
+
+
+def _of_ratio(ratio: Ratio, usable: Tensor, share: Tensor) -> Tensor:
+    """:data:`advflow_ext.ops._outputs.RATIO_METRICS`."""
+    x = torch.where(usable, ratio.log_ratio.detach(), 0)
+    excess = x.expm1()
+    beyond = [
+        torch.zeros_like(usable) if bound is None else (x > bound if above else x < bound)
+        for above, bound in ((True, ratio.log_highest), (False, ratio.log_lowest))
+    ]
+    means = torch.stack([x.square() / 2, excess, excess.square(), *beyond], 1)
+    # Of an empty batch too.
+    lowest = torch.cat([torch.where(usable, x, torch.inf), x.new_full((1,), torch.inf)]).amin(0, keepdim=True)
+    highest = torch.cat([torch.where(usable, x, -torch.inf), x.new_full((1,), -torch.inf)]).amax(0, keepdim=True)
+    return torch.cat([(share[:, None] * means).sum(0), lowest, highest])
+
+
+@torch.no_grad()
+def gradient_fits(weights: Sequence[Number], squares: Sequence[Tensor], v: Tensor) -> Tensor:
+    """``[B]``: whether no element of a gradient 2 / D sum_k weight_k residual_k can overflow v's dtype.
+
+    ``squares`` are the means of the residuals' squares; an element is at most sqrt(D) times the root of its mean.
+    """
+    most = sum(abs(weight) * square.double().sqrt() for weight, square in zip(weights, squares, strict=True))
+    assert isinstance(most, Tensor)
+    root = max(v[:1].numel() if v.shape[0] else 0, 1) ** 0.5
+    # What is added up must fit too, before its factor 2 / D.
+    return (most <= torch.finfo(v.dtype).max / 2 * root) & (most <= torch.finfo(squares[0].dtype).max / root)
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:

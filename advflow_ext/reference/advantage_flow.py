@@ -49,6 +49,6 @@ def advantage_flow_loss(
     losses = policy_term + m * (gammas * rollout + lams * reference)
     return forward_output(
         latents, samples, losses, reduction,
-        policy_term=policy_term, deviations=(data, rollout, reference),
+        policy_term=policy_term, deviations=(data, rollout, reference), weights=(m * beta_A, m * gammas, m * lams),
         curvature=quadratic.curvature, nonconvex=quadratic.nonconvex, unbounded=quadratic.unbounded,
     )  # fmt: skip

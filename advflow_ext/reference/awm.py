@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext.ops import _checks
 from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.ops.loss_summary import Ratio
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
 
@@ -58,8 +59,10 @@ def awm_loss(
     curvature = slope + numbers.ema_weight + numbers.kl_weight
     return forward_output(
         latents, samples, losses, reduction,
-        policy_term=policy_term, deviations=(data, ema, reference), curvature=curvature, nonconvex=curvature <= 0,
+        policy_term=policy_term, deviations=(data, ema, reference),
+        weights=(slope, numbers.ema_weight, numbers.kl_weight), curvature=curvature, nonconvex=curvature <= 0,
         extra={"mean_log_ratio": log_ratio.detach(), "clipped_fraction": clipped.to(A.dtype)},
+        ratio=Ratio(log_ratio, below, above),
     )  # fmt: skip
 
 

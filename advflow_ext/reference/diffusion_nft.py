@@ -68,9 +68,11 @@ def diffusion_nft_loss(
         data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
 
     curvature = adv_clip_max * samples.t.square() * beta * (r / positive_weight + (1 - r) / negative_weight)
-    curvature = policy_scale * curvature + kl_scale
+    data_weight = policy_scale * curvature
+    curvature = data_weight + kl_scale
     return forward_output(
         latents, samples, policy_term + kl_scale * reference, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
+        weights=(data_weight / beta, data_weight * (1 + 1 / beta), kl_scale),
         curvature=curvature, nonconvex=curvature <= 0,
     )  # fmt: skip

@@ -38,24 +38,33 @@ def flow_awr_loss(
     time, E = samples.t[:, None], samples.advantages[:, None]
 
     if weighting == "velocity":
-        v_target = latents.v_old + E * (latents.u - latents.v_old)
-        policy_term, curvature = latents.deviation(v_target), torch.ones_like(samples.t)
+        velocity, target = _reachable(latents.v, latents.v_old + E * (latents.u - latents.v_old))
+        policy_term, curvature = mean((velocity - target).square()), torch.ones_like(samples.t)
     else:
         x_t = (1 - time) * latents.x0 + time * latents.noise
         x0_prediction, old_prediction = x_t - time * latents.v, x_t - time * latents.v_old
-        target = old_prediction + E * (latents.x0 - old_prediction)
+        x0_prediction, target = _reachable(x0_prediction, old_prediction + E * (latents.x0 - old_prediction))
         policy_term, curvature = mean((x0_prediction - target).square()), samples.t.square()
         if weighting == "adaptive":
             weight = mean((x0_prediction.detach() - latents.x0).abs()).clamp(min=1e-5)
             policy_term, curvature = policy_term / weight, curvature / weight
     policy_term = policy_scale * policy_term
 
-    curvature = per_sample(policy_scale * curvature + kl_scale, samples.t)
+    data_weight = policy_scale * curvature
+    curvature = per_sample(data_weight + kl_scale, samples.t)
     reference = latents.deviation(latents.v_ref)
     with torch.no_grad():
         data, rollout = latents.deviation(latents.u), latents.deviation(latents.v_old)
     return forward_output(
         latents, samples, policy_term + kl_scale * reference, reduction,
         policy_term=policy_term, deviations=(data, rollout, reference),
+        weights=(data_weight * samples.advantages, data_weight * (1 - samples.advantages), kl_scale),
         curvature=curvature, nonconvex=torch.zeros_like(samples.valid_t),
     )  # fmt: skip
+
+
+def _reachable(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, but NaN without a gradient to v for the samples whose target has overflown."""
+    with torch.no_grad():
+        finite = torch.isfinite(torch.linalg.vector_norm(target, dim=1))[:, None]
+    return torch.where(finite, prediction, torch.nan), torch.where(finite, target, 0)

@@ -41,4 +41,14 @@ def flow_cps_loss(
     log_ratio = mean(-(at.x_next - at.mu).square()) - mean(-(at.x_next - at.mu_old).square())
     log_ratio, finite = finite_ratio(log_ratio, at.clean)
     policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
-    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction)
+    return reverse_output(
+        at,
+        scalars,
+        log_ratio,
+        policy_term,
+        masked,
+        finite,
+        reduction,
+        steepness=2 * scalars.step.sigma.square(),
+        clip=bounds,
+    )

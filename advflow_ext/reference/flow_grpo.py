@@ -39,4 +39,4 @@ def flow_grpo_loss(
     at = transitions(scalars, v, v_old, eps, v_ref)
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)
     policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
-    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction)
+    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction, clip=bounds)

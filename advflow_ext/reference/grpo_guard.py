@@ -38,4 +38,6 @@ def grpo_guard_loss(
     log_ratio = scalars.step.sigma * (at.log_ratio() + at.kl(at.mu_old))
     log_ratio, finite = finite_ratio(log_ratio, at.clean)
     policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
-    return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction)
+    return reverse_output(
+        at, scalars, log_ratio, policy_term, masked, finite, reduction, steepness=scalars.step.sigma, clip=bounds
+    )

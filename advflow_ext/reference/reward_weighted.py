@@ -50,5 +50,6 @@ def reward_weighted_loss(
     return forward_output(
         latents, samples, policy_term + kl_scale * w2_loss, reduction,
         policy_term=policy_term, deviations=(fm_loss, torch.zeros_like(fm_loss), w2_loss),
+        weights=(weights, 0.0, kl_scale),
         curvature=curvature, nonconvex=curvature < 0, unbounded=unbounded,
     )  # fmt: skip

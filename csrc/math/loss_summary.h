@@ -43,7 +43,7 @@ ADVFLOW_HD bool advflow_is_finite(T x) {
 template <typename T>
 ADVFLOW_HD bool advflow_gradient_fits(const AdvflowLossSummaryInputs& in, int64_t row) {
   if (in.largest_gradient == 0.0) return true;
-  const int columns[3] = {in.eps_first ? ADVFLOW_STAT_EPS_SQ : ADVFLOW_STAT_VU_SQ, ADVFLOW_STAT_VO_SQ,
+  const int columns[3] = {in.eps_first ? int(ADVFLOW_STAT_EPS_SQ) : int(ADVFLOW_STAT_VU_SQ), ADVFLOW_STAT_VO_SQ,
                           ADVFLOW_STAT_VP_SQ};
   double most = 0.0;
   ADVFLOW_UNROLL

@@ -96,14 +96,18 @@ void check_extras(const Extras& extras, const at::Tensor& stats) {
   advflow_dtype_code(v.scalar_type(), "v");
 }
 
-// The largest number of v's dtype, in units of 2 / sqrt(elements).
-double largest_gradient(const at::Tensor& v) {
+// The largest gradient of v's dtype in units of 2 / sqrt(elements), and no larger than what the accumulate type holds
+// before the factor 2 / elements.
+double largest_gradient(const at::Tensor& v, at::ScalarType accumulate) {
   const int64_t elements = v.size(0) ? v.numel() / v.size(0) : 0;
   double largest = std::numeric_limits<double>::max();
   if (v.scalar_type() == at::kHalf) largest = double(std::numeric_limits<c10::Half>::max());
   if (v.scalar_type() == at::kBFloat16) largest = double(std::numeric_limits<c10::BFloat16>::max());
   if (v.scalar_type() == at::kFloat) largest = double(std::numeric_limits<float>::max());
-  return largest / 2 * std::sqrt(double(std::max<int64_t>(elements, 1)));
+  const double sum =
+      accumulate == at::kDouble ? std::numeric_limits<double>::max() : double(std::numeric_limits<float>::max());
+  const double root = std::sqrt(double(std::max<int64_t>(elements, 1)));
+  return std::min(largest / 2 * root, sum / root);
 }
 
 Summary run(at::TensorList means, at::TensorList required, const at::Tensor& advantages, const at::Tensor& extreme,
@@ -149,7 +153,7 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   if (given(extras.log_ratio)) in.log_ratio = reader.column(*extras.log_ratio);
   if (given(extras.log_lowest)) in.log_lowest = reader.column(*extras.log_lowest);
   if (given(extras.log_highest)) in.log_highest = reader.column(*extras.log_highest);
-  if (given(extras.v)) in.largest_gradient = largest_gradient(*extras.v);
+  if (given(extras.v)) in.largest_gradient = largest_gradient(*extras.v, stats.scalar_type());
   in.eps_first = extras.eps_first;
   in.contrast = extras.contrast;
 
