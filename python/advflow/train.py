@@ -36,6 +36,7 @@ from advflow.rewards import load_reward
 from advflow.run import CHECKPOINTS, Run
 from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
+from advflow_ext.ops._outputs import ratio_summary
 
 WeightedMetrics = tuple[af.LossMetrics, float]
 
@@ -222,7 +223,7 @@ def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
             joined[name] = column.sum().item()
         else:
             joined[name] = (column * weights).sum().item()
-    return joined
+    return joined | ratio_summary(joined)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -113,8 +113,6 @@ def test_options_that_change_at_every_step_compile_once(space, name, mode):
     inputs = inputs_of(name)
     for step in range(5):
         numbers = {key: low + (high - low) * step / 4 for key, (low, high) in NUMBERS[name].items()}
-        if name == "diffusion_nft_loss" and mode != "tensors":
-            numbers["beta"] = 0.7  # a number in its mixed statistics is a constant of the graph
         given: dict[str, Any] = dict(numbers)
         if mode == "tensors":
             given = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}

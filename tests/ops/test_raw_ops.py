@@ -54,12 +54,20 @@ def right_call(op: str) -> Arguments:
             "stat_means": 3,
             "largest": False,
             "reduction": "mean",
+            "log_ratio": column(),
+            "log_lowest": column(),
+            "log_highest": column(),
+            "v": latent(),
+            "eps_first": True,
+            "contrast": True,
         }
     if op.startswith("sde_step"):
         noise, seed = (None, torch.arange(B)) if op == "sde_step drawn" else (latent(2), None)
         return {"v": latent(), "x": latent(1), "coef": torch.ones(B, 3), "noise": noise, "seed": seed}
     family = op.split("_")[0]
     arguments: Arguments = {name: latent(seed) for seed, name in enumerate(LATENTS[family])}
+    if op == "residual_stats":
+        arguments["mixes"] = column()
     if op.endswith("grad"):
         arguments |= {"coef": torch.ones(B, 3), "upstream": column()}
     return arguments
@@ -165,7 +173,7 @@ def test_one_tensor_of_another_kind(op, how):
     arguments = right_call(op)
     for name in tensors_of(arguments):
         key = name.split("[")[0]
-        if how == "elsewhere" and key in ("v", "stats"):
+        if how == "elsewhere" and key == ("stats" if op == "loss_summary" else "v"):
             # Then every other tensor is elsewhere, and the first of those is named.
             with pytest.raises(RuntimeError, match=r"is on cpu; accepted is the device of (v|stats), meta"):
                 call(op, replaced(arguments, name, change))
@@ -176,10 +184,29 @@ def test_one_tensor_of_another_kind(op, how):
 @pytest.mark.parametrize("op", CALLS)
 def test_one_tensor_is_none(op):
     arguments = right_call(op)
-    optional = {"noise", "v_ref", "upstream", "seed", *(("v_old",) if op.startswith("residual") else ())}
+    optional = {"noise", "v_ref", "upstream", "seed", "mixes", *(("v_old",) if op.startswith("residual") else ())}
+    if op == "loss_summary":
+        optional = {"log_ratio", "log_lowest", "log_highest", "v"}
     for name in tensors_of(arguments):
         if name not in optional and "[" not in name:  # PyTorch itself lets no None into a list
             refused(op, replaced(arguments, name, lambda _: None), literal(name) + "is None; accepted is a tensor")
+
+
+@pytest.mark.parametrize("bound", ["log_lowest", "log_highest"])
+def test_a_bound_without_its_ratio_is_refused(bound):
+    arguments = {**right_call("loss_summary"), "log_ratio": None, "log_lowest": None, "log_highest": None}
+    refused("loss_summary", arguments | {bound: column()}, f"{bound} is given without log_ratio; accepted")
+
+
+def test_a_mix_of_each_row_is_that_row_s():
+    arguments = right_call("residual_stats")
+    mixes = torch.tensor([0.5, 0.0, 2.0])
+    rows = [call("residual_stats", {**arguments, "mixes": None, "mix": float(mix)})[k] for k, mix in enumerate(mixes)]
+    assert torch.equal(call("residual_stats", arguments | {"mixes": mixes}), torch.stack(rows))
+    assert torch.equal(
+        call("residual_stats", arguments | {"mixes": torch.tensor(0.5)}),
+        call("residual_stats", {**arguments, "mixes": None, "mix": 0.5}),
+    )
 
 
 @pytest.mark.parametrize("dtype", LATENT_DTYPES)
