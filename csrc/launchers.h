@@ -88,11 +88,12 @@ struct AdvflowLossSummaryInputs {
   bool largest;                           // report the largest |extreme| rather than the smallest extreme
   bool per_sample;                        // write loss[batch] rather than its sum over divisor
   AdvflowDtype dtype;                     // the accumulate type of everything here
-  AdvflowColumn log_ratio;                // null: no metrics of a ratio
+  AdvflowColumn log_ratio;                // read where `ratio`
   AdvflowColumn log_lowest, log_highest;  // where the ratio is clipped; null: nowhere
   double largest_gradient;  // in units of 2 / sqrt(elements): a row that may exceed it is not usable; 0: not looked at
   bool eps_first;           // the first coefficient is that of eps rather than of v - u
   bool contrast;            // report the share of usable samples with v != v_old
+  bool ratio;               // report the metrics of a ratio
 };
 
 // loss_summary: a sample is usable when it is valid and every number given of
@@ -103,8 +104,9 @@ struct AdvflowLossSummaryInputs {
 //   metrics: means of `means` and of the leading statistics, mean advantage,
 //   mean |advantage|, the extreme, all over usable samples; how many usable ones
 //   are flagged, how many samples are not finite, how many not valid. Then, where
-//   asked for, the contrast, and of a ratio r the means of (log r)^2 / 2, r - 1 and
-//   (r - 1)^2, the shares above and below the clip, smallest and largest log r.
+//   asked for, the contrast, and of a ratio r, whose logarithm counts up to 80, the
+//   mean of (log r)^2 / 2, mean, standard deviation, minimum and maximum of r (those
+//   of an empty batch: 0, 1, 0, 1, 1), and the shares above and below the clip.
 // CUDA serves fp32. The CPU's few numbers a sample are one thread's work, and
 // its `where` is not read.
 int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-# Of a ratio r of two policies' probabilities; the last two are extremes of log r.
+# Of a ratio r of two policies' probabilities.
 RATIO_METRICS = (
     "approx_kl",
-    "mean_ratio_minus_1",
-    "mean_square_ratio_minus_1",
+    "ratio_mean",
+    "ratio_std",
+    "ratio_min",
+    "ratio_max",
     "clipped_above",
     "clipped_below",
-    "min_log_ratio",
-    "max_log_ratio",
 )
 
 
@@ -63,17 +61,16 @@ class LossMetrics(NamedTuple):
 
     and the metrics of their ratio r, as public trainers log them:
 
-    ========================= =========================================================================
-    approx_kl                 mean of (log r)^2 / 2
-    mean_ratio_minus_1        mean of r - 1, which float32 still holds where it rounds r to 1
-    mean_square_ratio_minus_1 mean of (r - 1)^2
-    clipped_above             share of samples with r above the clip range, whatever the sign of A
-    clipped_below             share below it; both 0 for a method without a clip
-    min_log_ratio             smallest log r, inf where no sample is usable
-    max_log_ratio             largest log r, -inf where no sample is usable
-    ========================= =========================================================================
+    ==================== ==============================================================================
+    approx_kl            mean of (log r)^2 / 2
+    ratio_mean           mean of r
+    ratio_std            its standard deviation, which has digits where float32 rounds r to 1
+    ratio_min, ratio_max smallest and largest r
+    clipped_above        share of samples with r above the clip range, whatever the sign of A
+    clipped_below        share below it; both 0 for a method without a clip
+    ==================== ==============================================================================
 
-    from which :meth:`as_dict` adds ``ratio_mean``, ``ratio_std``, ``ratio_min`` and ``ratio_max``.
+    A log-ratio counts up to 80 there, near which float32 ends; without a usable sample the ratio is 1.
     """
 
     values: Tensor
@@ -85,7 +82,7 @@ class LossMetrics(NamedTuple):
         numbers = dict(zip(self.names, self.values.tolist(), strict=True))
         if self.unbounded and numbers["nonconvex_samples"] > 0:
             warn_nonconvex(self.unbounded, int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
-        return numbers | ratio_summary(numbers)
+        return numbers
 
 
 def forward_metrics(extra: tuple[str, ...] = (), ratio: bool = False) -> tuple[str, ...]:
@@ -126,19 +123,6 @@ TRANSITION_METRICS = (
     "contrast_alive",
     *RATIO_METRICS,
 )
-
-
-def ratio_summary(numbers: Mapping[str, float]) -> dict[str, float]:
-    """ratio_mean, ratio_std, ratio_min and ratio_max, of metrics that hold :data:`RATIO_METRICS`, also joined ones.
-
-    They are made here and not on the device because they are no means: batches are joined before.
-    """
-    if "mean_ratio_minus_1" not in numbers:
-        return {}
-    mean = numbers["mean_ratio_minus_1"]
-    variance = max(numbers["mean_square_ratio_minus_1"] - mean**2, 0.0)
-    lowest, highest = (math.exp(min(numbers[name], 700.0)) for name in ("min_log_ratio", "max_log_ratio"))
-    return {"ratio_mean": 1 + mean, "ratio_std": math.sqrt(variance), "ratio_min": lowest, "ratio_max": highest}
 
 
 class LossOutput(NamedTuple):

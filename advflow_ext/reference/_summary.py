@@ -41,17 +41,25 @@ def summarise(
 
 def _of_ratio(ratio: Ratio, usable: Tensor, share: Tensor) -> Tensor:
     """:data:`advflow_ext.ops._outputs.RATIO_METRICS`."""
-    x = torch.where(usable, ratio.log_ratio.detach(), 0)
+    log_ratio = torch.where(usable, ratio.log_ratio.detach(), 0)
+    # In float64: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
+    x = log_ratio.double().clamp(max=80)
     excess = x.expm1()
     beyond = [
-        torch.zeros_like(usable) if bound is None else (x > bound if above else x < bound)
+        torch.zeros_like(usable) if bound is None else (log_ratio > bound if above else log_ratio < bound)
         for above, bound in ((True, ratio.log_highest), (False, ratio.log_lowest))
     ]
-    means = torch.stack([x.square() / 2, excess, excess.square(), *beyond], 1)
-    # Of an empty batch too.
-    lowest = torch.cat([torch.where(usable, x, torch.inf), x.new_full((1,), torch.inf)]).amin(0, keepdim=True)
-    highest = torch.cat([torch.where(usable, x, -torch.inf), x.new_full((1,), -torch.inf)]).amax(0, keepdim=True)
-    return torch.cat([(share[:, None] * means).sum(0), lowest, highest])
+    means = (share.double()[:, None] * torch.stack([x.square() / 2, excess, excess.square(), *beyond], 1)).sum(0)
+    kl, mean, square, above, below = means.unbind()
+    none = ~usable.any()
+    # With a place of their own for batches of nobody.
+    ends = torch.where(none, 0, torch.stack([_largest(-x, usable).neg(), _largest(x, usable)])).exp()
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return torch.stack([kl, 1 + mean, std, *ends.unbind(), above, below]).to(log_ratio.dtype)
+
+
+def _largest(values: Tensor, usable: Tensor) -> Tensor:
+    return torch.cat([torch.where(usable, values, -torch.inf), values.new_full((1,), -torch.inf)]).amax()
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ ADVFLOW_HD bool advflow_sample_is_finite(const AdvflowLossSummaryInputs& in, int
   }
   ADVFLOW_UNROLL
   for (int k = 0; k < 3; ++k) finite &= advflow_is_finite(static_cast<const T*>(in.coef)[row * 3 + k]);
-  if (in.log_ratio.data) finite &= advflow_is_finite(advflow_column_at<T>(in.log_ratio, row));
+  if (in.ratio) finite &= advflow_is_finite(advflow_column_at<T>(in.log_ratio, row));
   return finite && advflow_gradient_fits<T>(in, row);
 }
 
@@ -102,7 +102,7 @@ ADVFLOW_HD void advflow_summarise_ratio(const AdvflowLossSummaryInputs& in, int6
                                         AdvflowSummaryExtremes* extremes) {
   const T log_ratio = advflow_column_at<T>(in.log_ratio, row);
   // In double: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
-  const double x = double(log_ratio), excess = expm1(x);
+  const double x = log_ratio < T(80) ? double(log_ratio) : 80.0, excess = expm1(x);
   sums[ADVFLOW_SUM_APPROX_KL] += x * x / 2;
   sums[ADVFLOW_SUM_EXCESS] += excess;
   sums[ADVFLOW_SUM_EXCESS_SQ] += excess * excess;
@@ -149,7 +149,29 @@ ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int
   if (in.contrast && static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + ADVFLOW_STAT_VO_SQ] > T(0)) {
     sums[ADVFLOW_SUM_CONTRAST] += 1.0;
   }
-  if (in.log_ratio.data) advflow_summarise_ratio<T>(in, row, sums, extremes);
+  if (in.ratio) advflow_summarise_ratio<T>(in, row, sums, extremes);
+}
+
+ADVFLOW_HD double advflow_ratio_metric(int place, const double* sums, double usable,
+                                       const AdvflowSummaryExtremes& extremes) {
+  const double excess = sums[ADVFLOW_SUM_EXCESS] / usable;
+  const double variance = sums[ADVFLOW_SUM_EXCESS_SQ] / usable - excess * excess;
+  switch (place) {
+    case 0:
+      return sums[ADVFLOW_SUM_APPROX_KL] / usable;
+    case 1:
+      return 1.0 + excess;
+    case 2:
+      return variance > 0.0 ? sqrt(variance) : 0.0;
+    case 3:
+      return sums[ADVFLOW_SUM_USABLE] > 0.0 ? exp(extremes.lowest) : 1.0;
+    case 4:
+      return sums[ADVFLOW_SUM_USABLE] > 0.0 ? exp(extremes.highest) : 1.0;
+    case 5:
+      return sums[ADVFLOW_SUM_ABOVE] / usable;
+    default:
+      return sums[ADVFLOW_SUM_BELOW] / usable;
+  }
 }
 
 // Metric `place` of advflow_summary_metrics(in), from the sums of the batch.
@@ -166,10 +188,9 @@ ADVFLOW_HD double advflow_summary_metric(const AdvflowLossSummaryInputs& in, int
   place -= 6;
   if (in.contrast && place == 0) return sums[ADVFLOW_SUM_CONTRAST] / usable;
   place -= in.contrast ? 1 : 0;
-  if (place < ADVFLOW_SUMMARY_RATIO - 2) return sums[ADVFLOW_SUM_APPROX_KL + place] / usable;
-  return place == ADVFLOW_SUMMARY_RATIO - 2 ? extremes.lowest : extremes.highest;
+  return advflow_ratio_metric(place, sums, usable, extremes);
 }
 
 ADVFLOW_HD int advflow_summary_metrics(const AdvflowLossSummaryInputs& in) {
-  return in.mean_count + in.stat_count + 6 + (in.contrast ? 1 : 0) + (in.log_ratio.data ? ADVFLOW_SUMMARY_RATIO : 0);
+  return in.mean_count + in.stat_count + 6 + (in.contrast ? 1 : 0) + (in.ratio ? ADVFLOW_SUMMARY_RATIO : 0);
 }

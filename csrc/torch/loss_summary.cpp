@@ -156,6 +156,7 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   if (given(extras.v)) in.largest_gradient = largest_gradient(*extras.v, stats.scalar_type());
   in.eps_first = extras.eps_first;
   in.contrast = extras.contrast;
+  in.ratio = given(extras.log_ratio);
 
   const at::Tensor loss = in.per_sample ? at::empty({batch}, stats.options()) : at::empty({}, stats.options());
   const at::Tensor masked = at::empty({batch, 3}, stats.options());

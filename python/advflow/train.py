@@ -36,7 +36,6 @@ from advflow.rewards import load_reward
 from advflow.run import CHECKPOINTS, Run
 from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
-from advflow_ext.ops._outputs import ratio_summary
 
 WeightedMetrics = tuple[af.LossMetrics, float]
 
@@ -208,22 +207,24 @@ class Trainer:
 def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
     """One set of metrics from those of several micro-batches and their weights; waits for the device once.
 
-    Means are weighted, extremes are the extreme, and counts are added up.
+    Means are weighted, variances too, extremes are the extreme, and counts are added up.
     """
     names = parts[0][0].names
     values = torch.stack([metrics.values for metrics, _ in parts]).cpu()
     weights = torch.tensor([weight for _, weight in parts])
     joined: dict[str, float] = {}
     for name, column in zip(names, values.unbind(1), strict=True):
-        if name.startswith("min_"):
+        if name.startswith("min_") or name == "ratio_min":
             joined[name] = column.min().item()
-        elif name.startswith("max_"):
+        elif name.startswith("max_") or name == "ratio_max":
             joined[name] = column.max().item()
+        elif name == "ratio_std":
+            joined[name] = (column.square() * weights).sum().sqrt().item()
         elif name.endswith(("_samples", "_steps", "_timesteps")):
             joined[name] = column.sum().item()
         else:
             joined[name] = (column * weights).sum().item()
-    return joined | ratio_summary(joined)
+    return joined
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -215,6 +215,7 @@ class _CSummaryInputs(ctypes.Structure):
         ("largest_gradient", ctypes.c_double),
         ("eps_first", ctypes.c_bool),
         ("contrast", ctypes.c_bool),
+        ("ratio", ctypes.c_bool),
     ]
 
 

@@ -27,7 +27,7 @@ class Kernel:
     name: str
     vector: bool
     tensors: int  # how many it reads, each in words of 16 bytes
-    scalars: int  # the other loads: coefficients, an upstream gradient, a seed
+    scalars: int  # the other loads: coefficients, an upstream gradient, a seed, a mix
     body: str
 
 
@@ -42,7 +42,7 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
         (drawn,) = rest
         return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, body)
     target, *anchors = rest
-    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 * (name == "residual_grad"), body)
+    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if name == "residual_grad" else 1, body)
 
 
 @dataclass(frozen=True)
@@ -119,5 +119,7 @@ def test_nothing_spills(built: Build) -> None:
 
 def test_registers_leave_room_for_latency_hiding(built: Build) -> None:
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.report)]
-    # 80 registers let three blocks of 256 threads share a multiprocessor.
-    assert len(registers) == len(built.kernels) and max(registers) <= 80
+    assert len(registers) == len(built.kernels)
+    # 80 registers let three blocks of 256 threads share a multiprocessor, 255 one. The summary is one block for all.
+    alone = {kernel.name for kernel in built.kernels} == {"loss_summary"}
+    assert max(registers) <= (255 if alone else 80)
