@@ -47,10 +47,14 @@ def advantage_flow_loss(
             "beta(beta-A)", which with ``beta`` has the gradient of plain DiffusionNFT (Proposition 3).
         lam: weight of the reference term, at least 0.
         beta: weight of the data term, above 0. The paper's "AdvantageFlow(0.01-0.1A)" is beta = 0.1 and
-            gamma = "beta(beta-A)".
+            gamma = "beta(beta-A)". One a sample, it is a weight on the advantages.
         weighting: "prediction" (m = t^2, the paper's prediction-space loss), "velocity" (m = 1), or "adaptive"
             (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: MeanFlowAdvantage's shared scale).
         reduction: "mean" over B, "sum", or "none" for ``[B]``.
+
+    Every number may also be a tensor ``[]`` or ``[B]``, and may change at every step under torch.compile without being
+    compiled anew. Out of range it is an error where it can be read, and drops its samples on CUDA and under
+    torch.compile, as a value of one sample that is not finite does everywhere.
 
     Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's gradient is
     rounded once, to v's dtype. On CPU, one float64 latent makes everything float64. The result is deterministic, and a

@@ -53,6 +53,7 @@ def diffusion_nft_loss(
         beta: how far the implicit policies stand from the rollout policy, above 0 (released configurations: 1, or 0.1).
         adv_clip_max: c, above 0.
         kl_weight: weight of the reference term, at least 0, in velocity space (the trainer's ``train.beta``).
+        policy_weight: of everything but the reference term, at least 0.
         adaptive: False drops w+-, which leaves the paper's loss in prediction space at the code's scale. Its gradient
             is that of ``c * advantage_flow_loss(A / c, gamma="beta(beta-A)", beta=beta, lam=0) / beta``.
         mode: the trainer's ``adv_mode``, applied to the clipped advantages: "all"; "positive" and "negative" set the

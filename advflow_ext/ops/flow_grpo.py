@@ -47,14 +47,20 @@ def flow_grpo_loss(
             rounding of x'.
         table: the rollout's :class:`StepTable`. index: int64 ``[N]``, each transition's step in it.
         advantages: ``[N]``, see :func:`group_advantages`; every transition of an image has the image's.
-        clip: at least 0, below 1. Its unit is the mean-reduced ratio: 1e-4 is 6.6 nats at D = 65536.
+        clip: at least 0, below 1, or a pair (below, above) for 1-below and 1+above. Its unit is the mean-reduced ratio:
+            1e-4 is 6.6 nats at D = 65536.
         v_ref: velocity of the reference policy, shaped like v, or None.
-        kl_weight: weight of the reference term, at least 0.
+        kl_weight: weight of the reference term, at least 0; above 0 it needs v_ref.
         kl_convention: "exact" (m = 1, the paper's), "dt" (m = -dt, as yifan123/flow_grpo computes it) or
             "two_sigma_squared" (m = 2 sigma^2, the mean squared difference of IamCreateAI/FlowCPS).
+        policy_weight: multiplies the policy term, at least 0.
+        time_weight: multiplies it too, by the transition's own step: "none", "inverse_dt" (-1 / dt, GRPO-Guard),
+            "sigma" (TempFlow-GRPO's with policy_weight 2.25) or "inverse_kappa" (1 / |kappa|, Flash-GRPO's before its
+            normalisation).
         reduction: "mean" over N, "sum", or "none" for ``[N]``.
 
-    Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's gradient is
+    clip, kl_weight and policy_weight are numbers or tensors ``[]`` or ``[N]``, which may change at every step under
+    torch.compile. Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's gradient is
     rounded once, to v's dtype. On CPU, one float64 latent makes everything float64. The clip is decided on log r,
     bounds included. The result is deterministic, and a transition's loss and gradient are bitwise independent of the
     batch around it.

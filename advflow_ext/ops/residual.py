@@ -79,10 +79,8 @@ def residual_stats(
     only, not on batch or threads.
     """
     others = [_detached(tensor) for tensor in (target, noise, v_old, v_ref)]
-    mixes = None
-    if isinstance(mix, Tensor):
-        mix, mixes = 0.0, mix.detach().to(accumulate_dtype(v, *others))
-    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, mix, mixes)
+    one, each = (0.0, mix.detach().to(accumulate_dtype(v, *others))) if isinstance(mix, Tensor) else (mix, None)
+    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, one, each)
     return stats
 
 

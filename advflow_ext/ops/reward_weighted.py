@@ -54,6 +54,7 @@ def reward_weighted_loss(
             that is not finite is never the largest.
         kl_weight: weight of the reference term, at least 0. ORW-CFM-W2 recommends 1 or more; RWR and RAFT have no such
             term, which is ``v_ref=None``.
+        policy_weight: multiplies the weight of every method, at least 0.
 
     Dtypes, layouts, precision, non-finite samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`. In
     the metrics A stands for the reward, ``policy_term`` for the weighted term and ``rollout_deviation`` is 0.

@@ -68,8 +68,8 @@ def gradient_fits(weights: Sequence[Number], squares: Sequence[Tensor], v: Tenso
 
     ``squares`` are the means of the residuals' squares; an element is at most sqrt(D) times the root of its mean.
     """
-    most = sum(abs(weight) * square.double().sqrt() for weight, square in zip(weights, squares, strict=True))
-    assert isinstance(most, Tensor)
+    parts = [abs(weight) * square.double().sqrt() for weight, square in zip(weights, squares, strict=True)]
+    most = torch.stack(parts).sum(0)
     root = max(v[:1].numel() if v.shape[0] else 0, 1) ** 0.5
     # What is added up must fit too, before its factor 2 / D.
     return (most <= torch.finfo(v.dtype).max / 2 * root) & (most <= torch.finfo(squares[0].dtype).max / root)

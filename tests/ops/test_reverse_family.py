@@ -718,10 +718,12 @@ def test_metrics_say_what_happened(name, resolve, device):
         masked = away & (form.log_ratio.abs() > 1e-4)
         weight = -1 / step.dt if name == "grpo_guard" else 1
         policy = weight * torch.where(masked, -A * (1 + 1e-4 * A.sign()), -A * form.log_ratio.exp())
+    ratio = form.log_ratio.exp()
     assert 0 < masked.sum() < 8 and -form.log_ratio.min() > form.log_ratio.max()
     expected = {
         "loss": (policy + 0.04 * kl_ref).mean(),
         "policy_term": policy.mean(),
+        "unweighted_policy": (policy * -step.dt if name == "grpo_guard" else policy).mean(),
         "mean_log_ratio": form.log_ratio.mean(),
         "mean_kl_old": form.kl.mean(),
         "mean_kl_ref": kl_ref.mean(),
@@ -731,6 +733,14 @@ def test_metrics_say_what_happened(name, resolve, device):
         "masked_samples": masked.sum(),
         "nonfinite_samples": 0,
         "invalid_steps": 0,
+        "contrast_alive": 1,
+        "approx_kl": form.log_ratio.square().mean() / 2,
+        "ratio_mean": ratio.mean(),
+        "ratio_std": ratio.std(correction=0),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "clipped_above": 0 if name == "flow_dppo" else (ratio > 1 + 1e-4).double().mean(),
+        "clipped_below": 0 if name == "flow_dppo" else (ratio < 1 - 1e-4).double().mean(),
     }
     assert tuple(expected) == tuple(numbers)
     for key, value in expected.items():
