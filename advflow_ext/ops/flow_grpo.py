@@ -60,10 +60,10 @@ def flow_grpo_loss(
         reduction: "mean" over N, "sum", or "none" for ``[N]``.
 
     clip, kl_weight and policy_weight are numbers or tensors ``[]`` or ``[N]``, which may change at every step under
-    torch.compile. Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's gradient is
-    rounded once, to v's dtype. On CPU, one float64 latent makes everything float64. The clip is decided on log r,
-    bounds included. The result is deterministic, and a transition's loss and gradient are bitwise independent of the
-    batch around it.
+    torch.compile. Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's
+    gradient is rounded once, to v's dtype. On CPU, one float64 latent makes everything float64. The clip is decided on
+    log r, bounds included. The result is deterministic, and a transition's loss and gradient are bitwise independent of
+    the batch around it.
 
     A transition with a non-finite input, ratio or loss has zero loss and gradient, is counted in ``metrics`` and leaves
     every other untouched.

@@ -40,10 +40,10 @@ def grpo_guard_loss(
         d loss / dv = -w A r c_v / D eps, or 0 where clipped, + kl_weight kappa^2 / D (v-v_ref)
 
     ``time_weight`` is "inverse_dt" (w = -1 / dt, yifan123/flow_grpo, train_sd3_GRPO_Guard.py), "none" (w = 1,
-    X-GenGroup/Flow-Factory) or another of :func:`flow_grpo_loss`. The drift, sigma and dt are each transition's own; flow_grpo (@9745241) takes their means
-    over the batch, which is the same only in a batch of one. ``clip`` is 2e-6 there for OCR and GenEval, 4e-6 for
-    PickScore. Other arguments, result and errors are those of :func:`flow_grpo_loss`; the reference term is the exact
-    KL and carries no time weight.
+    X-GenGroup/Flow-Factory) or another of :func:`flow_grpo_loss`. The drift, sigma and dt are each transition's own;
+    flow_grpo (@9745241) takes their means over the batch, which is the same only in a batch of one. ``clip`` is 2e-6
+    there for OCR and GenEval, 4e-6 for PickScore. Other arguments, result and errors are those of
+    :func:`flow_grpo_loss`; the reference term is the exact KL and carries no time weight.
     """
     if not _native.serves(v, v_old, eps, index, advantages, v_ref):
         return reference.grpo_guard_loss(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
+from advflow_ext.ops._numbers import Number, per_sample
 from advflow_ext.ops.loss_summary import Ratio
 
 
@@ -68,11 +68,14 @@ def gradient_fits(weights: Sequence[Number], squares: Sequence[Tensor], v: Tenso
 
     ``squares`` are the means of the residuals' squares; an element is at most sqrt(D) times the root of its mean.
     """
-    parts = [abs(weight) * square.double().sqrt() for weight, square in zip(weights, squares, strict=True)]
+    parts = [
+        per_sample(weight, square).double().abs() * square.double().sqrt()
+        for weight, square in zip(weights, squares, strict=True)
+    ]
     most = torch.stack(parts).sum(0)
     root = max(v[:1].numel() if v.shape[0] else 0, 1) ** 0.5
     # What is added up must fit too, before its factor 2 / D.
-    return (most <= torch.finfo(v.dtype).max / 2 * root) & (most <= torch.finfo(squares[0].dtype).max / root)
+    return most <= min(torch.finfo(v.dtype).max / 2 * root, torch.finfo(squares[0].dtype).max / root)
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
