@@ -75,7 +75,8 @@ def gradient_fits(weights: Sequence[Number], squares: Sequence[Tensor], v: Tenso
     most = torch.stack(parts).sum(0)
     root = max(v[:1].numel() if v.shape[0] else 0, 1) ** 0.5
     # What is added up must fit too, before its factor 2 / D.
-    return most <= min(torch.finfo(v.dtype).max / 2 * root, torch.finfo(squares[0].dtype).max / root)
+    fits: Tensor = most <= min(torch.finfo(v.dtype).max / 2 * root, torch.finfo(squares[0].dtype).max / root)
+    return fits
 
 
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
