@@ -36,7 +36,9 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with ``+changes`` when the tree had any; outside git what ADVFLOW_COMMIT says."""
+    """What ADVFLOW_COMMIT says was measured, in a copy of the tree; else git's, with ``+changes`` where there are any."""
+    if named := os.environ.get("ADVFLOW_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -45,7 +47,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ADVFLOW_COMMIT", "unknown")
+        return "unknown"
 
 
 def slug(name: str) -> str:

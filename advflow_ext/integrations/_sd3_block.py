@@ -286,7 +286,7 @@ class FusedBlock:
     def _joint_qkv(
         self, attn: Module, image: tuple[Tensor, ...], text: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        streams, heads, eps = bool(text), attn.heads, attn.norm_q.eps
+        streams, heads, eps = len(text) > 0, attn.heads, attn.norm_q.eps
         trained = any(weight.requires_grad for weight in weights)
         keep = "outputs" if _without_zeros(attn, weights) and not trained else "inputs"
 

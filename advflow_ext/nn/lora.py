@@ -40,12 +40,24 @@ def _products(
     """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way."""
     # In the shape given, so that it is the base layer's own product to the bit.
     out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
-    rows, flat = out.view(-1, out.shape[-1]), _flat(x)
+    flat = _flat(x)
     products = []
     for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
         products.append(flat @ a.to(dtype).t())
-        rows.addmm_(products[-1], b.to(dtype).t(), alpha=scale)
+        out = _with_product(out, products[-1], b.to(dtype).t(), scale)
     return out, products
+
+
+def _with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``to + scale left right``, in place where a call is a call.
+
+    Traced, torch 2.11 takes an output changed through a view for one without a gradient: every gradient would be 0.
+    """
+    rows = to.view(-1, to.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.addmm(rows, left, right, alpha=scale).view(to.shape)
+    rows.addmm_(left, right, alpha=scale)
+    return to
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -88,7 +100,7 @@ class _LoraLinear(torch.autograd.Function):
             if needs_a or grad_x is not None:
                 inner = grad @ b.to(dtype)
                 if grad_x is not None:
-                    grad_x.addmm_(inner, a.to(dtype), alpha=scale)
+                    grad_x = _with_product(grad_x, inner, a.to(dtype), scale)
                 if needs_a:
                     grad_a = _weight_gradient(inner, _flat(x), scale, a.dtype)
             grads.append(grad_a)

@@ -73,7 +73,7 @@ def _apply(
 ) -> list[Tensor]:
     image, text = _backend.unit_stride(image), _backend.unit_stride(text)
     if _backend.differentiated((*image, *text, *weights)):
-        return list(_JointQKNorm.apply(heads, eps, bool(text), keep == "outputs", *image, *text, *weights))
+        return list(_JointQKNorm.apply(heads, eps, len(text) > 0, keep == "outputs", *image, *text, *weights))
     joint: list[Tensor] = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps, False)
     return joint
 

@@ -31,8 +31,8 @@ def test_nothing_is_spilled(compiled):
 
 
 def test_every_load_is_wide(compiled):
-    """But for the one float32 a row that stands beside the outputs, of q and of k."""
+    """But for the one float32 a row that stands beside the outputs, of q and of k; Triton 3.6 loads each twice."""
     narrow = {(row["kernel"], row["capability"]): row["loads"] - row["wide_loads"] for row in compiled}
     assert min(row["wide_loads"] for row in compiled) > 0
     for (kernel, _), count in narrow.items():
-        assert count == (2 if kernel.endswith("outputs") else 0), kernel
+        assert count in ((2, 4) if kernel.endswith("outputs") else (0,)), kernel

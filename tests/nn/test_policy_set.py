@@ -600,6 +600,7 @@ def test_parameters_that_have_been_replaced_are_said() -> None:
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_sharding_before_works_and_after_is_said(order: str, tmp_path: Path) -> None:
     from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = with_adapters("one", "two")
@@ -616,9 +617,10 @@ def test_sharding_before_works_and_after_is_said(order: str, tmp_path: Path) -> 
         "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
+        mesh = init_device_mesh("cpu", (1,))  # where there is a GPU the default is a mesh of it
         for block in model.transformer_blocks:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         if order == "after":
             with pytest.raises(RuntimeError, match="the parameters of 'learner' are not in the model any more"):
                 policies.activate("learner")
