@@ -24,7 +24,8 @@ demo: setup
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
 test: setup lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not sanitizer"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
+		-m "not slow and not gpu and not sanitizer"
 
 sanitize: setup
 	$(BIN)/python -m pytest -q -m sanitizer
