@@ -36,7 +36,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """What ADVFLOW_COMMIT says was measured, in a copy of the tree; else git's, with ``+changes`` where there are any."""
+    """What ADVFLOW_COMMIT says was measured, in a copy of a tree; else git's, with ``+changes`` where there are any."""
     if named := os.environ.get("ADVFLOW_COMMIT"):
         return named
     root = Path(__file__).resolve().parents[1]

@@ -60,7 +60,10 @@ def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., l
     @functools.wraps(kernel)
     def run(*arguments: Any) -> list[Tensor]:
         first = arguments[0]
-        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        if device.index == torch.cuda.current_device():  # a context costs as much as a launch
+            return kernel(*arguments)
+        with torch.cuda.device(device):
             return kernel(*arguments)
 
     return run

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advflow_ext.triton.launch import Launcher
+
 # Rows a program adds up before it writes its share of a modulation's gradient. It takes them one after the other: with
 # more of them a small batch leaves most of a GPU idle, with fewer the shares take an eighth of all bytes and up.
 ROWS_OF_A_PARTIAL = 16
@@ -153,6 +155,9 @@ def backward_kernel(
             tl.store(d_shift_2 + to, sum_shift_2, mask=inside)
 
 
+_launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_kernel)
+
+
 def forward(
     residual: Tensor,
     branches: Sequence[Tensor],
@@ -170,11 +175,13 @@ def forward(
     if residual.numel():
         per_token = _pair(residual, branches)
         per_sample = [each for group in (gates, scales, shifts) for each in _pair(residual, group)]
-        forward_kernel[(batch * tokens,)](
-            residual, *per_token, *per_sample, (h or y)[0], *_pair(residual, y), tokens, width, eps,
-            *_row_strides(residual, *per_token), *(each.stride(0) for each in per_sample),
-            GATES=len(gates), NORMS=len(scales), BLOCK=block, num_warps=warps(block, False),
-        )  # fmt: skip
+        _launch_forward(
+            (batch * tokens, 1, 1),
+            (residual, *per_token, *per_sample, (h or y)[0], *_pair(residual, y)),
+            (tokens, width, eps, *_row_strides(residual, *per_token), *(each.stride(0) for each in per_sample)),
+            (len(gates), len(scales), block),  # GATES, NORMS, BLOCK
+            warps(block, False),
+        )
     return [*h, *y]
 
 
@@ -206,13 +213,20 @@ def backward(
         d_gates, rest = partials[: len(gates)], partials[len(gates) :]
         d_scales, d_shifts = rest[: len(scales)], rest[len(scales) :]
         x, gate, scale, dy = (_pair(h, group) for group in (branches, gates, scales, d_y))
-        backward_kernel[(batch * chunks,)](
-            h, *x, *gate, *scale, h if d_h is None else d_h, *dy, (d_residual or d_branches)[0], *_pair(h, d_branches),
-            *_pair(h, d_gates), *_pair(h, d_scales), *_pair(h, d_shifts), tokens, width, eps, chunks,
-            *_row_strides(h, *x), *(each.stride(0) for each in (*gate, *scale)),
-            *_row_strides(h if d_h is None else d_h, *dy),
-            GATES=len(gates), NORMS=len(scales), HAS_D_H=d_h is not None, MODULATION_GRAD=modulation_grad,
-            ROWS=rows, BLOCK=block, num_warps=warps(block, modulation_grad),
+        added = h if d_h is None else d_h
+        _launch_backward(
+            (batch * chunks, 1, 1),
+            (
+                h, *x, *gate, *scale, added, *dy, (d_residual or d_branches)[0], *_pair(h, d_branches),
+                *_pair(h, d_gates), *_pair(h, d_scales), *_pair(h, d_shifts),
+            ),
+            (
+                tokens, width, eps, chunks, *_row_strides(h, *x), *(each.stride(0) for each in (*gate, *scale)),
+                *_row_strides(added, *dy),
+            ),
+            # GATES, NORMS, HAS_D_H, MODULATION_GRAD, ROWS, BLOCK
+            (len(gates), len(scales), d_h is not None, modulation_grad, rows, block),
+            warps(block, modulation_grad),
         )  # fmt: skip
     return [*d_residual, *d_branches, *([partials.sum(2)] if modulation_grad else [])]
 

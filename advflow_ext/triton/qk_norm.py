@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from advflow_ext.triton.launch import Launcher
+
 ROWS = 32
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 4
@@ -171,6 +173,9 @@ def backward_kernel(
         )  # fmt: skip
 
 
+_launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_kernel)
+
+
 def forward(
     image: Sequence[Tensor], text: Sequence[Tensor], weights: Sequence[Tensor], heads: int, eps: float, keep_rstd: bool
 ) -> list[Tensor]:
@@ -189,12 +194,15 @@ def forward(
     rows = batch * tokens * heads
     rstd = [q.new_empty((2, batch, tokens, heads), dtype=torch.float32)] if keep_rstd else []
     if rows:
-        forward_kernel[(triton.cdiv(rows, ROWS), len(image))](
-            q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, *(*joint, joint[0])[:3],
-            *(rstd[0] if rstd else joint[:2]),
-            rows, tokens, image_tokens, heads, eps,
-            *_strides(q, k, v, text_q, text_k, text_v),
-            KEEP_RSTD=keep_rstd, HAS_TEXT=bool(text), D=width // heads, ROWS=ROWS, num_warps=FORWARD_WARPS,
+        _launch_forward(
+            (triton.cdiv(rows, ROWS), len(image), 1),
+            (
+                q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, *(*joint, joint[0])[:3],
+                *(rstd[0] if rstd else joint[:2]),
+            ),
+            (rows, tokens, image_tokens, heads, eps, *_strides(q, k, v, text_q, text_k, text_v)),
+            (keep_rstd, bool(text), width // heads, ROWS),  # KEEP_RSTD, HAS_TEXT, D, ROWS
+            FORWARD_WARPS,
         )  # fmt: skip
     return joint + rstd
 
@@ -228,13 +236,19 @@ def backward(
     programs = triton.cdiv(rows, ROWS)
     d_weights = [wq.new_empty((programs if weight_grad else 0, 2, head_dim), dtype=torch.float32) for _ in range(2)]
     if rows:
-        backward_kernel[(programs, len(grads))](
-            *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
-            *(*d_image, d_image[0])[:3], *(d_text or d_image[:1] * 3), *d_weights,
-            rows, tokens, image_tokens, heads, eps,
-            *_head_strides(*(*grads, grads[0])[:3]), *_strides(q, k, text_q, text_k),
-            FROM_OUTPUT=rstd is not None, HAS_TEXT=has_text, WEIGHT_GRAD=weight_grad, D=head_dim, ROWS=ROWS,
-            num_warps=BACKWARD_WARPS,
+        _launch_backward(
+            (programs, len(grads), 1),
+            (
+                *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
+                *(*d_image, d_image[0])[:3], *(d_text or d_image[:1] * 3), *d_weights,
+            ),
+            (
+                rows, tokens, image_tokens, heads, eps,
+                *_head_strides(*(*grads, grads[0])[:3]), *_strides(q, k, text_q, text_k),
+            ),
+            # FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS
+            (rstd is not None, has_text, weight_grad, head_dim, ROWS),
+            BACKWARD_WARPS,
         )  # fmt: skip
     found: list[Tensor] = [*d_image, *d_text]
     if weight_grad:

@@ -198,9 +198,12 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     kernel = _backend.on_device_of_tensors(lambda *arguments: [*current, arguments[1]])
     x = torch.empty(1, device="meta")
     assert kernel(x, "one") == [x.device, "one"] and kernel([x, x], "list") == [x.device, "list"] and not current
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: x.device.index)
+    assert kernel(x, "one") == ["one"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
