@@ -37,14 +37,14 @@ def _products(
     scales: tuple[float, ...],
     adapters: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way."""
+    """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way; ``adapters`` are in ``dtype``."""
     # In the shape given, so that it is the base layer's own product to the bit.
     out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
     flat = _flat(x)
     products = []
     for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
-        products.append(flat @ a.to(dtype).t())
-        out = _with_product(out, products[-1], b.to(dtype).t(), scale)
+        products.append(flat @ a.t())
+        out = _with_product(out, products[-1], b.t(), scale)
     return out, products
 
 
@@ -77,12 +77,13 @@ class _LoraLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *adapters: Tensor,
     ) -> Tensor:
-        out, products = _products(x, weight, bias, dtype, scales, adapters)
+        cast = [adapter.to(dtype) for adapter in adapters]
+        out, products = _products(x, weight, bias, dtype, scales, cast)
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         kept = [product if needed else None for product, needed in zip(products, needs[1::2], strict=True)]
-        # Weights are saved by reference and cast again in the backward pass: only x and the products are activations.
-        ctx.save_for_backward(x if any(needs[::2]) else None, weight if needs_x else None, *adapters, *kept)
-        ctx.dtype, ctx.scales = dtype, scales
+        # The weight is saved by reference and cast again in the backward pass; of adapters, which are small, the copies.
+        ctx.save_for_backward(x if any(needs[::2]) else None, weight if needs_x else None, *cast, *kept)
+        ctx.dtype, ctx.scales, ctx.adapter_dtypes = dtype, scales, [adapter.dtype for adapter in adapters]
         return out
 
     @staticmethod
@@ -98,13 +99,14 @@ class _LoraLinear(torch.autograd.Function):
             needs_a, needs_b = needs[2 * pair], needs[2 * pair + 1]
             grad_a = None
             if needs_a or grad_x is not None:
-                inner = grad @ b.to(dtype)
+                inner = grad @ b
                 if grad_x is not None:
-                    grad_x = _with_product(grad_x, inner, a.to(dtype), scale)
+                    grad_x = _with_product(grad_x, inner, a, scale)
                 if needs_a:
-                    grad_a = _weight_gradient(inner, _flat(x), scale, a.dtype)
+                    grad_a = _weight_gradient(inner, _flat(x), scale, ctx.adapter_dtypes[2 * pair])
             grads.append(grad_a)
-            grads.append(_weight_gradient(grad, product, scale, b.dtype) if needs_b else None)
+            of_b = ctx.adapter_dtypes[2 * pair + 1]
+            grads.append(_weight_gradient(grad, product, scale, of_b) if needs_b else None)
         if grad_x is not None:
             grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
         return grad_x, None, None, None, None, *grads
@@ -124,7 +126,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
 
     Three matrix products forward; backward two, or four where ``x`` needs a gradient. Gradients flow to ``x``,
     ``lora_a`` and ``lora_b``, each only if it requires one; with a ``weight`` or ``bias`` that requires one this is
-    :func:`advflow_ext.reference.lora_linear`. Saved for backward: ``x``, ``x A^T`` and the parameters, by reference.
+    :func:`advflow_ext.reference.lora_linear`. Saved for backward: ``x``, ``x A^T``, the base weight by
+    reference, and the adapters as they were multiplied.
 
     Everything is computed in the dtype of ``x``, or in autocast's where that is on, as PEFT does there. The adapters
     may have any dtype: they are cast, not the activations, so an fp32 adapter on a bf16 base is multiplied in bf16, as
@@ -159,7 +162,7 @@ def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Seque
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
         out = _LoraLinear.apply(x, weight, bias, dtype, scales, *tensors)
     else:
-        out, _ = _products(x, weight, bias, dtype, scales, tensors)
+        out, _ = _products(x, weight, bias, dtype, scales, [tensor.to(dtype) for tensor in tensors])
     return out
 
 
