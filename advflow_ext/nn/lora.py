@@ -81,7 +81,7 @@ class _LoraLinear(torch.autograd.Function):
         out, products = _products(x, weight, bias, dtype, scales, cast)
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         kept = [product if needed else None for product, needed in zip(products, needs[1::2], strict=True)]
-        # The weight is saved by reference and cast again in the backward pass; of adapters, which are small, the copies.
+        # The weight is saved by reference and cast again in the backward pass; the adapters are small.
         ctx.save_for_backward(x if any(needs[::2]) else None, weight if needs_x else None, *cast, *kept)
         ctx.dtype, ctx.scales, ctx.adapter_dtypes = dtype, scales, [adapter.dtype for adapter in adapters]
         return out
