@@ -61,15 +61,18 @@ gpu_part() {
   # Tests and sanitizers share the device; what is timed has it alone.
   local shards=8 i tool limit=$((total - SECONDS - 260))
   for ((i = 0; i < shards; i++)); do
-    background "tests-$i" "$limit" "$python" -m pytest -m gpu -q -ra --durations=5 -p no:cacheprovider \
+    background "tests-$i" "$limit" "$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider \
       $(ls tests/{bench,kernels,nn,ops}/test_*.py | awk "NR % $shards == $i")
   done
   if command -v compute-sanitizer >/dev/null; then
+    local dtype
     for tool in memcheck racecheck initcheck synccheck; do
-      # Without the caching allocator every tensor is an allocation of its own, whose ends the sanitizer can see.
-      background "sanitizer-$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_every_op_gpu.py -k test_small
+      for dtype in 0 1 2; do # fp32, fp16, bf16: all in one process outlast the limit
+        # Without the caching allocator every tensor is an allocation of its own, whose ends the sanitizer can see.
+        background "sanitizer-$tool-$dtype" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+          compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          "$python" -m pytest -m gpu -v -p no:cacheprovider tests/ops/test_every_op_gpu.py -k "test_small and dtype$dtype"
+      done
     done
   else
     echo "== compute-sanitizer is not on PATH: memcheck, racecheck, initcheck and synccheck were left out" |
