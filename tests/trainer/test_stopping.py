@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _send(number: signal.Signals) -> Any:
-    return lambda: os.kill(os.getpid(), number)
+    return lambda: signal.raise_signal(number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -102,7 +101,7 @@ def test_a_signal_in_a_rollout_ends_it(whole: Path, tmp_path: Path, monkeypatch:
     def interrupted(self: Trainer, noise: torch.Tensor, embeddings: Any, iteration: int) -> Any:
         drawn.append(iteration)
         if iteration == 1 and len(drawn) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return sample(self, noise, embeddings, iteration)
 
     monkeypatch.setattr(Trainer, "_sample", interrupted)
@@ -117,8 +116,8 @@ def test_a_signal_in_a_rollout_ends_it(whole: Path, tmp_path: Path, monkeypatch:
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # raised in this thread: of two sent to the process, the second may be lost in the first
+            signal.raise_signal(signal.SIGINT)
         pytest.fail("went on after the second one")
 
     Red.at[3] = twice
