@@ -1,8 +1,9 @@
 """Exact, fused losses for reinforcement learning of rectified-flow models. Needs torch alone."""
 
 from advflow_ext import _native, nn, reference
+from advflow_ext.contract.outputs import LossMetrics, LossOutput, SdeStep
+from advflow_ext.contract.step_table import StepTable
 from advflow_ext.integrations.sd3 import SD3Patch, apply_to_sd3
-from advflow_ext.ops._outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
 from advflow_ext.ops.awm import awm_log_prob, awm_loss
@@ -16,7 +17,6 @@ from advflow_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
-from advflow_ext.ops.step_table import StepTable
 from advflow_ext.policy_set import Mismatch, PolicySet
 
 __version__ = "0.1.0" + _native.LABEL

@@ -12,7 +12,7 @@ from torch._inductor import list_mode_options
 
 import advflow_ext as af
 from advflow_ext import _native
-from advflow_ext.ops._sde_step_native import sde_step_op
+from advflow_ext.kernels.sde_step import sde_step_op
 from bench import public
 from bench.losses import AUTOTUNE, TRAINING, generator, step_table
 from bench.registry import (

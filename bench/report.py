@@ -20,7 +20,7 @@ import torch
 
 import advflow_ext as af
 from advflow_ext import _native
-from advflow_ext.nn import _backend
+from advflow_ext.kernels import triton_ops
 from bench.registry import OURS
 
 Row = dict[str, Any]
@@ -103,7 +103,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         # False: "ours" is the reference itself, and its row measures nothing new.
         "native": _native.serves(torch.empty(1, device=device)),
         # The same of a block's ops, lora_linear aside.
-        "triton_kernels": _backend.serves(torch.empty(1, device=device)),
+        "triton_kernels": triton_ops.serves(torch.empty(1, device=device)),
     }
 
 

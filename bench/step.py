@@ -34,7 +34,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from advflow_ext.nn import _backend
+from advflow_ext.kernels import triton_ops
 from bench import memory, report, timing
 from bench.cuda_choices import CudaChoices
 from bench.registry import choice_list
@@ -227,7 +227,7 @@ def first_line(error: Exception) -> str:
 def notes(device: torch.device) -> list[str]:
     """What a reader must know of the machine before the numbers."""
     found = []
-    if not _backend.serves(torch.empty(0, device=device)):
+    if not triton_ops.serves(torch.empty(0, device=device)):
         found.append(
             f"Triton does not run on {device.type} here: ours' blocks are the stock ones, and what it differs in are "
             "its low-rank layers, merged weights, shared modulation and loss."

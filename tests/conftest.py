@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from advflow_ext.ops import _outputs
+from advflow_ext.contract import outputs
 
 # Deterministic algorithms, which poisoned_memory switches on, need this of cuBLAS, before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def forget_warnings() -> Iterator[None]:
     """What is said once in a process is said once in each test."""
-    _outputs._already_warned.clear()
+    outputs._already_warned.clear()
     yield
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from advflow_ext.integrations._diffusers import Stock
 from advflow_ext.integrations._verify import Verifier
+from advflow_ext.kernels import triton_ops
 from advflow_ext.nn import (
-    _backend,
     gate_residual,
     gate_residual_layer_norm_modulate,
     joint_qk_norm,
@@ -162,7 +162,7 @@ class FusedBlock:
         Joint attention's arguments are handed on as they came: the block of diffusers 0.31 takes none.
         """
         foreign = any(joint_attention_kwargs) or any(more.values())
-        if foreign or not _backend.serves(hidden_states) or reason_to_keep(block, self._known) is not None:
+        if foreign or not triton_ops.serves(hidden_states) or reason_to_keep(block, self._known) is not None:
             return stock(block, hidden_states, encoder_hidden_states, temb, *joint_attention_kwargs, **more)
         image = self._norm1(block.norm1, hidden_states, temb)
         text = self._norm1(block.norm1_context, encoder_hidden_states, temb)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
+from advflow_ext.contract.checks import require_choice, require_flag
 from advflow_ext.integrations._diffusers import Exchanged, Stock, stock_classes
 from advflow_ext.integrations._sd3_block import (
     CHECKED_WEIGHTS,
@@ -27,11 +28,10 @@ from advflow_ext.integrations._sd3_block import (
     reason_to_keep_feed_forward,
 )
 from advflow_ext.integrations._verify import Verifier
-from advflow_ext.nn import _backend
+from advflow_ext.kernels import triton_ops
 from advflow_ext.nn._identity import MARK, STOCK, is_as_written, is_exactly, is_peft_linear, peft_linear
 from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle, merge_obstacle, merged_weight
 from advflow_ext.nn.modulation_cache import stamp
-from advflow_ext.ops._checks import require_choice, require_flag
 
 OPS = ("qk_norm", "adaln", "gate", "gelu", "lora")
 DISABLE = "ADVFLOW_DISABLE"
@@ -375,7 +375,7 @@ def _note_missing_triton(patch: SD3Patch, like: Tensor | None) -> bool:
     """Whether the kernels run on tensors like `like`; notes it where they do not."""
     if like is None:
         like = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-    served = _backend.serves(torch.empty(0, device=like.device, dtype=like.dtype))
+    served = triton_ops.serves(torch.empty(0, device=like.device, dtype=like.dtype))
     if not served:
         patch.kept["blocks"] = f"Triton does not run on {like.dtype} on {like.device.type} here; the stock blocks do"
     return served

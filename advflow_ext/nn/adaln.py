@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from advflow_ext import reference
-from advflow_ext.nn import _backend
-from advflow_ext.ops._block_checks import adaln_arguments
+from advflow_ext.kernels import triton_ops
+from advflow_ext.reference.adaln import adaln_arguments
 
 
 def layer_norm_modulate(
@@ -31,7 +31,7 @@ def layer_norm_modulate(
     Raises ValueError, naming argument, value and what is accepted.
     """
     adaln_arguments(x, None, modulations, eps, dtype, gated=False)
-    if not _backend.serves(x):
+    if not triton_ops.serves(x):
         return reference.layer_norm_modulate(x, *modulations, eps=eps, dtype=dtype)
     return _apply(x, (), modulations, eps, dtype)
 
@@ -50,7 +50,7 @@ def gate_residual(residual: Tensor, *branches: tuple[Tensor, Tensor]) -> Tensor:
     Raises ValueError, naming argument, value and what is accepted.
     """
     adaln_arguments(residual, branches, None)
-    if not _backend.serves(residual):
+    if not triton_ops.serves(residual):
         return reference.gate_residual(residual, *branches)
     return _apply(residual, branches, (), 0.0, None)[0]
 
@@ -69,7 +69,7 @@ def gate_residual_layer_norm_modulate(
     Arguments, gradients and errors are those of the two. Returns (h, y).
     """
     adaln_arguments(residual, branches, (modulation,), eps, dtype)
-    if not _backend.serves(residual):
+    if not triton_ops.serves(residual):
         return reference.gate_residual_layer_norm_modulate(residual, branches, modulation, eps=eps, dtype=dtype)
     h, y = _apply(residual, branches, (modulation,), eps, dtype)
     return h, y
@@ -84,11 +84,11 @@ def _apply(
 ) -> tuple[Tensor, ...]:
     columns = [*zip(*branches, strict=True)] or [(), ()]
     columns += [*zip(*modulations, strict=True)] or [(), ()]
-    groups = [_backend.unit_stride(column) for column in columns]
-    (residual,) = _backend.unit_stride((residual,))
+    groups = [triton_ops.unit_stride(column) for column in columns]
+    (residual,) = triton_ops.unit_stride((residual,))
     dtype = dtype or residual.dtype
     tensors = [tensor for group in groups for tensor in group]
-    if _backend.differentiated((residual, *tensors)):
+    if triton_ops.differentiated((residual, *tensors)):
         found: tuple[Tensor, ...] = _AdaLN.apply(len(branches), len(modulations), eps, dtype, residual, *tensors)
         return found
     return tuple(torch.ops.advflow.adaln(residual, *groups, eps, dtype))
@@ -113,7 +113,7 @@ class _AdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, norms = ctx.gates, ctx.norms
-        incoming = _backend.unit_stride(grads)
+        incoming = triton_ops.unit_stride(grads)
         d_h, d_y = (incoming[0], incoming[1:]) if gates else (None, incoming)
         saved = ctx.saved_tensors  # once: under gradient checkpointing each look at it is a recomputation
         normalised, kept = (saved[:1], saved[1:]) if norms else ((d_h,), saved)
@@ -174,15 +174,15 @@ def _backward_shapes(
     return found
 
 
-_backend.define(
+triton_ops.define(
     "adaln(Tensor residual, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor[] shifts, float eps, "
     "ScalarType dtype) -> Tensor[]",
-    _backend.launcher("adaln", "forward"),
+    triton_ops.launcher("adaln", "forward"),
     _forward_shapes,
 )
-_backend.define(
+triton_ops.define(
     "adaln_backward(Tensor h, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor? d_h, Tensor[] d_y, "
     "float eps, ScalarType branch_dtype, bool modulation_grad) -> Tensor[]",
-    _backend.launcher("adaln", "backward"),
+    triton_ops.launcher("adaln", "backward"),
     _backward_shapes,
 )

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from advflow_ext.nn._identity import is_peft_linear
-from advflow_ext.ops._block_checks import lora_linear_arguments
+from advflow_ext.reference.lora_linear import lora_linear_arguments
 
 PeftLayer = Any  # an nn.Module that `is_lora_layer`; what such a module holds is known by its names alone
 

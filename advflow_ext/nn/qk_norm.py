@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from advflow_ext import reference
-from advflow_ext.nn import _backend
-from advflow_ext.ops._block_checks import joint_qk_norm_arguments
+from advflow_ext.kernels import triton_ops
+from advflow_ext.reference.joint_qk_norm import joint_qk_norm_arguments
 
 
 def joint_qk_norm(
@@ -57,7 +57,7 @@ def joint_qk_norm(
     """
     joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights, keep)
     head_dim = q.shape[2] // heads
-    if not _backend.serves(q) or head_dim < 16 or head_dim & (head_dim - 1):
+    if not triton_ops.serves(q) or head_dim < 16 or head_dim & (head_dim - 1):
         return reference.joint_qk_norm(
             q, k, v, weight_q, weight_k, heads=heads, eps=eps, text=text, text_weights=text_weights
         )
@@ -71,8 +71,8 @@ def joint_qk_norm(
 def _apply(
     image: list[Tensor], text: list[Tensor], weights: list[Tensor], heads: int, eps: float, keep: str
 ) -> list[Tensor]:
-    image, text = _backend.unit_stride(image), _backend.unit_stride(text)
-    if _backend.differentiated((*image, *text, *weights)):
+    image, text = triton_ops.unit_stride(image), triton_ops.unit_stride(text)
+    if triton_ops.differentiated((*image, *text, *weights)):
         return list(_JointQKNorm.apply(heads, eps, len(text) > 0, keep == "outputs", *image, *text, *weights))
     joint: list[Tensor] = torch.ops.advflow.joint_qk_norm(image, text, weights, heads, eps, False)
     return joint
@@ -102,7 +102,7 @@ class _JointQKNorm(torch.autograd.Function):
         rstd, saved = (saved[0], saved[1:]) if ctx.keep_outputs else (None, saved)
         weight_grad = any(ctx.needs_input_grad[-len(weights) :])
         found = torch.ops.advflow.joint_qk_norm_backward(
-            _backend.unit_stride(grads), saved[:2], saved[2:], weights, rstd, ctx.image_tokens, ctx.eps, weight_grad
+            triton_ops.unit_stride(grads), saved[:2], saved[2:], weights, rstd, ctx.image_tokens, ctx.eps, weight_grad
         )
         latents = len(grads) * (2 if ctx.weights == 4 else 1)
         of_weights: list[Tensor | None] = [None] * len(weights)
@@ -139,14 +139,14 @@ def _backward_shapes(
     return found
 
 
-_backend.define(
+triton_ops.define(
     "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, bool keep_rstd) -> Tensor[]",
-    _backend.launcher("qk_norm", "forward"),
+    triton_ops.launcher("qk_norm", "forward"),
     _forward_shapes,
 )
-_backend.define(
+triton_ops.define(
     "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, Tensor? rstd, "
     "SymInt image_tokens, float eps, bool weight_grad) -> Tensor[]",
-    _backend.launcher("qk_norm", "backward"),
+    triton_ops.launcher("qk_norm", "backward"),
     _backward_shapes,
 )

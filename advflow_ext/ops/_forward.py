@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from advflow_ext.ops._checks import Samples
-from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
-from advflow_ext.ops.loss_summary import Ratio, loss_summary
-from advflow_ext.ops.residual import residual_loss
+from advflow_ext.contract.checks import Samples
+from advflow_ext.contract.outputs import LossMetrics, LossOutput, Ratio, forward_metrics
+from advflow_ext.kernels.loss_summary import loss_summary
+from advflow_ext.kernels.residual import residual_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # v, x0, noise, v_old, v_ref
 

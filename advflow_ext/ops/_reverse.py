@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import ClipRange, per_sample
-from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
-from advflow_ext.ops._transition_checks import TransitionScalars
-from advflow_ext.ops.loss_summary import Ratio, loss_summary
-from advflow_ext.ops.residual import TransitionStats, transition_loss
+from advflow_ext.contract.numbers import ClipRange, per_sample
+from advflow_ext.contract.outputs import TRANSITION_METRICS, LossMetrics, LossOutput, Ratio
+from advflow_ext.contract.transitions import TransitionScalars
+from advflow_ext.kernels.loss_summary import loss_summary
+from advflow_ext.kernels.residual import TransitionStats, transition_loss
 
 Latents = tuple[Tensor, Tensor, Tensor, Tensor | None]  # v, eps, v_old, v_ref
 

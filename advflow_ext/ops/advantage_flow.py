@@ -6,11 +6,12 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
-from advflow_ext.ops import _checks
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.kernels.residual import residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.residual import residual_stats
+from advflow_ext.reference.advantage_flow import advantage_flow_arguments
 
 _VU_ABS = STATS.index("vu_abs")
 
@@ -72,10 +73,10 @@ def advantage_flow_loss(
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, beta=beta, weighting=weighting, reduction=reduction,
         )  # fmt: skip
-    samples, quadratic = _checks.advantage_flow_arguments(
+    samples, quadratic = advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
-    _checks.require_native_dtype(samples.t.dtype, v, "advantage_flow_loss")
+    checks.require_native_dtype(samples.t.dtype, v, "advantage_flow_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
 
     coef = quadratic.weights

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import require_choice, require_flag, require_group_size
-from advflow_ext.ops._numbers import Number, Numbers
+from advflow_ext.contract.checks import require_choice, require_flag, require_group_size
+from advflow_ext.contract.numbers import Number, Numbers
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
 _HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
-from advflow_ext.ops import _checks
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.outputs import LossOutput, Ratio
+from advflow_ext.kernels.residual import residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.loss_summary import Ratio
-from advflow_ext.ops.residual import residual_stats
+from advflow_ext.reference.awm import awm_arguments, awm_log_prob_arguments
 
 _VU_SQ, _VU_ABS = STATS.index("vu_sq"), STATS.index("vu_abs")
 
@@ -90,11 +90,11 @@ def awm_loss(
             v_ema=v_ema, v_ref=v_ref, log_prob_old=log_prob_old, weighting=weighting, power=power, draws=draws,
             clip=clip, ema_weight=ema_weight, kl_weight=kl_weight, policy_weight=policy_weight, reduction=reduction,
         )  # fmt: skip
-    samples, numbers = _checks.awm_arguments(
+    samples, numbers = awm_arguments(
         v, x0, noise, t, advantages, v_ema, v_ref, log_prob_old, weighting, power, draws, clip, ema_weight, kl_weight,
         policy_weight, reduction,
     )  # fmt: skip
-    _checks.require_native_dtype(samples.t.dtype, v, "awm_loss")
+    checks.require_native_dtype(samples.t.dtype, v, "awm_loss")
     stats = residual_stats(v, x0, noise, v_ema, v_ref)
     _, vo_sq, vp_sq = stats[:, :3].unbind(1)
 
@@ -135,8 +135,8 @@ def awm_log_prob(
     """
     if not _native.serves(v, x0, noise, t):
         return reference.awm_log_prob(v, x0, noise, t, weighting=weighting, power=power)
-    t, exponent = _checks.awm_log_prob_arguments(v, x0, noise, t, weighting, power)
-    _checks.require_native_dtype(t.dtype, v, "awm_log_prob")
+    t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
+    checks.require_native_dtype(t.dtype, v, "awm_log_prob")
     return _log_prob(residual_stats(v, x0, noise, None, None), t, weighting, exponent)[0]
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext.ops import _checks
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.kernels.residual import residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.residual import residual_stats
+from advflow_ext.reference.diffusion_nft import diffusion_nft_arguments
 
 
 def diffusion_nft_loss(
@@ -69,11 +70,11 @@ def diffusion_nft_loss(
             v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight,
             policy_weight=policy_weight, adaptive=adaptive, mode=mode, reduction=reduction,
         )  # fmt: skip
-    samples, (scale, clip, kl_scale, policy_scale) = _checks.diffusion_nft_arguments(
+    samples, (scale, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,
     )  # fmt: skip
-    _checks.require_native_dtype(samples.t.dtype, v, "diffusion_nft_loss")
+    checks.require_native_dtype(samples.t.dtype, v, "diffusion_nft_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref, scale if adaptive else 0.0)
     vu_sq, vo_sq, vp_sq, ou_sq, _, _, plus_abs, minus_abs = stats.unbind(1)
 

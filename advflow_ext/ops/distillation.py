@@ -7,13 +7,13 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
-from advflow_ext.ops import _checks
-from advflow_ext.ops import _transition_checks as checks
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
-from advflow_ext.ops.loss_summary import loss_summary
-from advflow_ext.ops.residual import residual_loss, residual_stats
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.kernels.loss_summary import loss_summary
+from advflow_ext.kernels.residual import residual_loss, residual_stats
+from advflow_ext.reference.distillation import distillation_arguments
 
 _SQUARE = STATS.index("vu_sq")
 
@@ -52,8 +52,8 @@ def distillation_loss(
         return reference.distillation_loss(
             v, v_teacher, table, index, form=form, policy_weight=policy_weight, reduction=reduction
         )
-    factor, valid = checks.distillation_arguments(v, v_teacher, table, index, form, policy_weight, reduction)
-    _checks.require_native_dtype(factor.dtype, v, "distillation_loss")
+    factor, valid = distillation_arguments(v, v_teacher, table, index, form, policy_weight, reduction)
+    checks.require_native_dtype(factor.dtype, v, "distillation_loss")
     stats = residual_stats(v, v_teacher, None, None, None)
     zero = torch.zeros_like(factor)
     summary = loss_summary(

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
-from advflow_ext.ops import _checks
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.kernels.residual import residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.residual import residual_stats
+from advflow_ext.reference.flow_awr import flow_awr_arguments
 
 _VU_ABS = STATS.index("vu_abs")
 
@@ -63,10 +64,10 @@ def flow_awr_loss(
             v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, weighting=weighting,
             reduction=reduction,
         )  # fmt: skip
-    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+    samples, kl_scale, policy_scale = flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
     )
-    _checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
+    checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
     stats = residual_stats(v, x0, noise, v_old, v_ref)
     vu_sq, vo_sq, vp_sq, ou_sq = stats[:, :4].unbind(1)
 

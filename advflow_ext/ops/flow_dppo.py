@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext.ops import _checks
-from advflow_ext.ops import _transition_checks as checks
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.kernels.residual import transition_stats
 from advflow_ext.ops._reverse import Surrogate, reverse_output
-from advflow_ext.ops.residual import transition_stats
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.reference.flow_dppo import flow_dppo_arguments
 
 
 def flow_dppo_loss(
@@ -61,11 +61,11 @@ def flow_dppo_loss(
             threshold=threshold, direction=direction, mask=mask, step_size=step_size,
             v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars, limit, size = checks.flow_dppo_arguments(
+    scalars, limit, size = flow_dppo_arguments(
         v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, policy_weight,
         time_weight, reduction,
     )  # fmt: skip
-    _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_dppo_loss")
+    checks.require_native_dtype(scalars.advantages.dtype, v, "flow_dppo_loss")
     stats = transition_stats(v, eps, v_old, v_ref)
     A, kappa = scalars.advantages, scalars.step.kappa
     quadratic = kappa.square() / 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext.ops import _checks
-from advflow_ext.ops import _transition_checks as checks
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.kernels.residual import transition_stats
 from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
-from advflow_ext.ops.residual import transition_stats
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.reference.flow_grpo import flow_grpo_arguments
 
 
 def flow_grpo_loss(
@@ -78,11 +78,11 @@ def flow_grpo_loss(
             clip=clip, v_ref=v_ref, kl_weight=kl_weight, kl_convention=kl_convention, policy_weight=policy_weight,
             time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars, bounds = checks.flow_grpo_arguments(
+    scalars, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
-    _checks.require_native_dtype(scalars.advantages.dtype, v, "flow_grpo_loss")
+    checks.require_native_dtype(scalars.advantages.dtype, v, "flow_grpo_loss")
     stats = transition_stats(v, eps, v_old, v_ref)
     linear = scalars.step.kappa
     quadratic = linear.square() / 2

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
-from advflow_ext.ops import _checks
-from advflow_ext.ops import _transition_checks as checks
-from advflow_ext.ops._numbers import values_are_at_hand
-from advflow_ext.ops.residual import residual_loss, residual_stats
-from advflow_ext.ops.step_table import StepTable
-from advflow_ext.reference.gaussian_kl import kl_of_spreads, scaled_distance
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import values_are_at_hand
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.kernels.residual import residual_loss, residual_stats
+from advflow_ext.reference.gaussian_kl import (
+    gaussian_kl_arguments,
+    kl_of_spreads,
+    scaled_distance,
+    velocity_kl_arguments,
+)
 
 _SQUARE = STATS.index("vu_sq")
 # Within these the squares of a difference that matters and of a std, and one over it, are at home in float32.
@@ -42,9 +46,9 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
     """
     if not _native.serves(mean1):
         return reference.gaussian_kl(mean1, mean2, std1, std2)
-    sigma1, sigma2 = checks.gaussian_kl_arguments(mean1, mean2, std1, std2)
-    dtype = _checks.accumulate_dtype(mean1, mean2)
-    _checks.require_native_dtype(dtype, mean1, "gaussian_kl")
+    sigma1, sigma2 = gaussian_kl_arguments(mean1, mean2, std1, std2)
+    dtype = checks.accumulate_dtype(mean1, mean2)
+    checks.require_native_dtype(dtype, mean1, "gaussian_kl")
     return _scaled_distance(mean1, mean2, sigma2, kl_of_spreads(sigma1, sigma2), dtype)
 
 
@@ -57,8 +61,8 @@ def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index:
     """
     if not _native.serves(v):
         return reference.gaussian_kl_from_velocity(v, v_old, table, index)
-    kappa = checks.velocity_kl_arguments(v, v_old, table, index)
-    _checks.require_native_dtype(kappa.dtype, v, "gaussian_kl_from_velocity")
+    kappa = velocity_kl_arguments(v, v_old, table, index)
+    checks.require_native_dtype(kappa.dtype, v, "gaussian_kl_from_velocity")
     std = kappa.double().abs().reciprocal()
     return _scaled_distance(v, v_old.detach(), std, torch.zeros_like(std), kappa.dtype)
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext.ops import _checks
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.kernels.residual import residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.residual import residual_stats
+from advflow_ext.reference.reward_weighted import reward_weighted_arguments
 
 
 def reward_weighted_loss(
@@ -65,10 +66,10 @@ def reward_weighted_loss(
             method=method, tau=tau, group_size=group_size, v_ref=v_ref, kl_weight=kl_weight,
             policy_weight=policy_weight, reduction=reduction,
         )  # fmt: skip
-    samples, (scale, kl_scale, policy_scale), unbounded = _checks.reward_weighted_arguments(
+    samples, (scale, kl_scale, policy_scale), unbounded = reward_weighted_arguments(
         v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, policy_weight, reduction
     )
-    _checks.require_native_dtype(samples.t.dtype, v, "reward_weighted_loss")
+    checks.require_native_dtype(samples.t.dtype, v, "reward_weighted_loss")
     stats = residual_stats(v, x0, noise, None, v_ref)
 
     weight = samples.advantages

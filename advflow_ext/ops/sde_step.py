@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext.ops import _checks
-from advflow_ext.ops._outputs import SdeStep
-from advflow_ext.ops._sde_step_native import sde_step_op
-from advflow_ext.ops._transition_checks import sde_step_arguments
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract import checks
+from advflow_ext.contract.outputs import SdeStep
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.kernels.sde_step import sde_step_op
+from advflow_ext.reference.sde_step import sde_step_arguments
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def sde_step(
     if not _native.serves(v):
         return reference.sde_step(v, x, table, index, noise, generator, dtype=dtype)
     step, dtype = sde_step_arguments(v, x, table, index, noise, generator, dtype)
-    _checks.require_native_dtype(step.sigma.dtype, v, "sde_step")
+    checks.require_native_dtype(step.sigma.dtype, v, "sde_step")
     seed = None
     if noise is None:
         limits = torch.iinfo(torch.int64)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import Samples
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossMetrics, LossOutput, forward_metrics
-from advflow_ext.ops.loss_summary import Ratio
+from advflow_ext.contract.checks import Samples
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossMetrics, LossOutput, Ratio, forward_metrics
 from advflow_ext.reference._summary import gradient_fits, reduce_losses, summarise
 
 

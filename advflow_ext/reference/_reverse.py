@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import ClipRange, Number, per_sample
-from advflow_ext.ops._outputs import TRANSITION_METRICS, LossMetrics, LossOutput
-from advflow_ext.ops._transition_checks import TransitionScalars
-from advflow_ext.ops.loss_summary import Ratio
+from advflow_ext.contract.numbers import ClipRange, Number, per_sample
+from advflow_ext.contract.outputs import TRANSITION_METRICS, LossMetrics, LossOutput, Ratio
+from advflow_ext.contract.transitions import TransitionScalars
 from advflow_ext.reference._forward import mean
 from advflow_ext.reference._summary import gradient_fits, reduce_losses, summarise
 
@@ -45,7 +44,9 @@ class Transitions(NamedTuple):
         return mean((self.mu - anchor).square() / (2 * self.sigma.square()))
 
 
-def transitions(scalars: TransitionScalars, v: Tensor, v_old: Tensor, eps: Tensor, v_ref: Tensor | None) -> Transitions:
+def transitions_of(
+    scalars: TransitionScalars, v: Tensor, v_old: Tensor, eps: Tensor, v_ref: Tensor | None
+) -> Transitions:
     def flat(latent: Tensor) -> Tensor:
         return latent.flatten(1).to(scalars.advantages.dtype)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops.loss_summary import Ratio
+from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.outputs import Ratio
 
 
 def summarise(
@@ -23,7 +23,7 @@ def summarise(
     contrast: Tensor | None = None,  # [B], <(v-v_old)^2>
     ratio: Ratio | None = None,
 ) -> Tensor:
-    """The metrics in the order of :func:`advflow_ext.ops.loss_summary.loss_summary`."""
+    """The metrics in the order of :func:`advflow_ext.kernels.loss_summary.loss_summary`."""
     usable = finite & valid
     columns = torch.stack([*means, advantages, advantages.abs()], 1).detach()
     averages = torch.where(usable[:, None], columns, 0).sum(0) / usable.sum().clamp(min=1)
@@ -40,7 +40,7 @@ def summarise(
 
 
 def _of_ratio(ratio: Ratio, usable: Tensor, share: Tensor) -> Tensor:
-    """:data:`advflow_ext.ops._outputs.RATIO_METRICS`."""
+    """:data:`advflow_ext.contract.outputs.RATIO_METRICS`."""
     log_ratio = torch.where(usable, ratio.log_ratio.detach(), 0)
     # In float64: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
     x = log_ratio.double().clamp(max=80)

@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+    is_number,
+    per_sample,
+)
+from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
+
+
+class Quadratic(NamedTuple):
+    """The weights of AdvantageFlow's three terms."""
+
+    weights: Tensor  # [B, 3]: beta A, gamma, lam
+    curvature: Tensor  # [B], their sum
+    nonconvex: Tensor  # [B] bool
+    unbounded: str  # what to say of nonconvex samples
+
+
+def advantage_flow_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    gamma: Number | str,
+    lam: Number,
+    beta: Number,
+    weighting: str,
+    reduction: str,
+) -> tuple[checks.Samples, Quadratic]:
+    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
+    scale = numbers.read("beta", beta, low=0.0, exclusive=True)
+    lams = numbers.weight_of("lam", lam, "v_ref", v_ref, default=1e-3)
+    checks.require_choice("weighting", weighting, checks.WEIGHTINGS)
+    A = samples.advantages
+    accepted = 'number, a [B] tensor, a 0-dim tensor, "1-A" and "beta(beta-A)"'
+    if isinstance(gamma, str):
+        if gamma not in ("1-A", "beta(beta-A)"):
+            raise ValueError(f"gamma is {gamma!r}; accepted are a {accepted}.")
+        gammas = 1 - A if gamma == "1-A" else scale * (scale - A)
+    elif isinstance(gamma, Tensor) or is_number(gamma, A.dtype):
+        gammas = per_sample(numbers.read("gamma", gamma), A)
+    else:
+        raise ValueError(f"gamma is {gamma!r}; accepted are a finite {accepted}.")
+    weights = torch.stack([scale * A, gammas, per_sample(lams, A)], 1)
+    unbounded = (
+        f"{{count}} sample(s) have {'A' if isinstance(scale, float) and scale == 1 else 'beta A'} + gamma + lam "
+        "<= 0 (smallest {lowest:.6g}): their loss is unbounded below and pushes the policy away without limit. Use "
+        "gamma above the largest |beta A| (1.1 for advantages clipped to [-1, 1] and beta = 1), "
+        'gamma="1-A" or gamma="beta(beta-A)". Said once; metrics.nonconvex_samples keeps counting.'
+    )
+    curvature = weights.sum(1)
+    nonconvex = curvature <= 0
+    checks.warn_on_cpu(unbounded, curvature, nonconvex)
+    samples = samples.usable_with(numbers, curvature)
+    return samples, Quadratic(weights, curvature, nonconvex, unbounded)
 
 
 def advantage_flow_loss(
@@ -30,7 +89,7 @@ def advantage_flow_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    samples, quadratic = _checks.advantage_flow_arguments(
+    samples, quadratic = advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
     latents = flatten(samples, v, x0, noise, v_old, v_ref)

@@ -2,14 +2,100 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops.loss_summary import Ratio
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import (
+    ClipRange,
+    Number,
+    Numbers,
+    constant,
+    per_sample,
+    values_are_at_hand,
+)
+from advflow_ext.contract.outputs import LossOutput, Ratio
 from advflow_ext.reference._forward import flatten, forward_output, mean
+
+AWM_WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber", "adaptive")
+
+
+class AwmNumbers(NamedTuple):
+    power: Number
+    clip: ClipRange
+    ema_weight: Number
+    kl_weight: Number
+    policy_weight: Number
+
+
+def awm_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_ema: Tensor | None,
+    v_ref: Tensor | None,
+    log_prob_old: Tensor | None,
+    weighting: str,
+    power: Number,
+    draws: int,
+    clip: Number | tuple[Number, Number],
+    ema_weight: Number,
+    kl_weight: Number,
+    policy_weight: Number,
+    reduction: str,
+) -> tuple[checks.Samples, AwmNumbers]:
+    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_ema=v_ema, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
+    given = AwmNumbers(
+        _awm_power(numbers, weighting, power),
+        numbers.clip("clip", clip, exclusive=True),
+        numbers.weight_of("ema_weight", ema_weight, "v_ema", v_ema, default=1.0),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
+    samples = samples.usable_with(numbers)
+    if log_prob_old is not None:
+        checks.require_per_sample("log_prob_old", log_prob_old, v)
+        samples = samples.usable_with(numbers, constant(log_prob_old, samples.t.dtype))
+    return _one_advantage_an_image(samples, draws), given
+
+
+def awm_log_prob_arguments(
+    v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: str, power: Number
+) -> tuple[Tensor, Number]:
+    """t in the accumulate dtype, and the power."""
+    dtype = checks.require_latents(v, x0=x0, noise=noise)
+    numbers = Numbers(v, dtype)
+    exponent = _awm_power(numbers, weighting, power)
+    return numbers.contain(checks.timesteps(t, v, dtype)[0]), exponent
+
+
+def _awm_power(numbers: Numbers, weighting: str, power: Number) -> Number:
+    checks.require_choice("weighting", weighting, AWM_WEIGHTINGS)
+    return numbers.read("power", power, low=0.0, exclusive=True)
+
+
+def _one_advantage_an_image(samples: checks.Samples, draws: int) -> checks.Samples:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws is {draws!r}; accepted is an integer of at least 1.")
+    if draws == 1:
+        return samples
+    A = samples.advantages
+    if A.shape[0] % draws:
+        raise ValueError(f"advantages has shape {list(A.shape)}; accepted is [N*draws], a multiple of draws {draws}.")
+    first = A[::draws].repeat_interleave(draws)
+    other = A.isfinite() & first.isfinite() & (A != first)
+    if values_are_at_hand(A) and other.any():
+        row = int(other.nonzero()[0])
+        raise ValueError(
+            f"advantages[{row}] is {A[row].item():.6g} beside {first[row].item():.6g} of the same image; accepted is "
+            f"one advantage for the {draws} consecutive draws of an image."
+        )
+    return samples._replace(advantages=torch.where(other, torch.nan, A))
 
 
 def awm_loss(
@@ -32,7 +118,7 @@ def awm_loss(
     reduction: str = "mean",
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.awm_loss`, by PyTorch autograd."""
-    samples, numbers = _checks.awm_arguments(
+    samples, numbers = awm_arguments(
         v, x0, noise, t, advantages, v_ema, v_ref, log_prob_old, weighting, power, draws, clip, ema_weight, kl_weight,
         policy_weight, reduction,
     )  # fmt: skip
@@ -71,7 +157,7 @@ def awm_log_prob(
     v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: Number = 0.25
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.awm_log_prob`."""
-    t, exponent = _checks.awm_log_prob_arguments(v, x0, noise, t, weighting, power)
+    t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
     error = v.flatten(1).to(t.dtype) - (noise.to(t.dtype) - x0.to(t.dtype)).flatten(1)
     return _log_prob(mean(error.square()), mean(error.abs()), t, weighting, exponent)
 

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+    per_sample,
+)
+from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
+
+NFT_MODES = ("all", "positive", "negative", "one", "binary")
+
+
+class NftNumbers(NamedTuple):
+    beta: Number
+    adv_clip_max: Number
+    kl_weight: Number
+    policy_weight: Number
+
+
+def diffusion_nft_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    beta: Number,
+    adv_clip_max: Number,
+    kl_weight: Number,
+    policy_weight: Number,
+    adaptive: bool,
+    mode: str,
+    reduction: str,
+) -> tuple[checks.Samples, NftNumbers]:
+    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
+    given = NftNumbers(
+        numbers.read("beta", beta, low=0.0, exclusive=True),
+        numbers.read("adv_clip_max", adv_clip_max, low=0.0, exclusive=True),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=1e-4),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
+    checks.require_flag("adaptive", adaptive)
+    checks.require_choice("mode", mode, NFT_MODES)
+    return samples.usable_with(numbers), given
 
 
 def diffusion_nft_loss(
@@ -33,7 +77,7 @@ def diffusion_nft_loss(
     x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits as t goes to 0 (about
     1e-7 / t relative), which the fused op does not lose.
     """
-    samples, (beta, clip, kl_scale, policy_scale) = _checks.diffusion_nft_arguments(
+    samples, (beta, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,
     )  # fmt: skip

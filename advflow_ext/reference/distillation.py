@@ -5,12 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
-from advflow_ext.ops._transition_checks import distillation_arguments
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+)
+from advflow_ext.contract.outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
+from advflow_ext.contract.step_table import StepRows, StepTable
 from advflow_ext.reference._forward import mean
 from advflow_ext.reference._summary import reduce_losses
+
+FORMS = ("sde", "ode")
+
+
+def distillation_arguments(
+    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, policy_weight: Number, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The factor of <(v-v_teacher)^2> ``[N]``, and which steps can be trained."""
+    checks.require_latent("v", v)
+    checks.require_like_v("v_teacher", v_teacher, v)
+    checks.require_choice("form", form, FORMS)
+    checks.require_choice("reduction", reduction, checks.REDUCTIONS)
+    dtype = checks.accumulate_dtype(v, v_teacher)
+    numbers = Numbers(v, dtype)
+    weight = numbers.read("policy_weight", policy_weight, low=0.0)
+    columns, valid = transitions.steps_of(v, table, index, dtype, stochastic=form == "sde")
+    step = StepRows(*torch.where(valid[:, None], columns, 1).unbind(1))
+    factor = weight * (step.kappa if form == "sde" else step.c_v).square() / 2
+    return numbers.contain(factor), valid
 
 
 def distillation_loss(

@@ -5,10 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import Number, per_sample
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+    per_sample,
+)
+from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
+
+
+def flow_awr_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    v_old: Tensor,
+    v_ref: Tensor | None,
+    kl_weight: Number,
+    policy_weight: Number,
+    weighting: str,
+    reduction: str,
+) -> tuple[checks.Samples, Number, Number]:
+    """The samples, kl_weight and policy_weight."""
+    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+    checks.require_choice("weighting", weighting, checks.WEIGHTINGS)
+    numbers = Numbers(v, samples.t.dtype)
+    kl = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
+    policy = numbers.read("policy_weight", policy_weight, low=0.0)
+    return samples.usable_with(numbers), kl, policy
 
 
 def flow_awr_loss(
@@ -30,7 +56,7 @@ def flow_awr_loss(
     Unless ``weighting="velocity"``, x_t and the x0-predictions are formed as in the trainer. In float32 that costs
     digits as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
     """
-    samples, kl_scale, policy_scale = _checks.flow_awr_arguments(
+    samples, kl_scale, policy_scale = flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
     )
     latents = flatten(samples, v, x0, noise, v_old, v_ref)

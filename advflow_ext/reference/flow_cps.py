@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import flow_grpo_arguments
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
 from advflow_ext.reference._forward import mean
-from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions
+from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions_of
+from advflow_ext.reference.flow_grpo import flow_grpo_arguments
 
 
 def flow_cps_loss(
@@ -36,7 +36,7 @@ def flow_cps_loss(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
-    at = transitions(scalars, v, v_old, eps, v_ref)
+    at = transitions_of(scalars, v, v_old, eps, v_ref)
     # The log-probability of the released code: variance and constants are left out.
     log_ratio = mean(-(at.x_next - at.mu).square()) - mean(-(at.x_next - at.mu_old).square())
     log_ratio, finite = finite_ratio(log_ratio, at.clean)

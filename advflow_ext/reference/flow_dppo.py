@@ -5,11 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import flow_dppo_arguments
-from advflow_ext.ops.step_table import StepTable
-from advflow_ext.reference._reverse import finite_ratio, reverse_output, transitions
+from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+)
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.reference._reverse import finite_ratio, reverse_output, transitions_of
+
+DIRECTIONS = ("ratio", "log_ratio_minus_kl")
+
+
+MASKS = ("current", "predictive")
+
+
+def flow_dppo_arguments(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    threshold: Number,
+    direction: str,
+    mask: str,
+    step_size: Number | None,
+    v_ref: Tensor | None,
+    kl_weight: Number,
+    policy_weight: Number,
+    time_weight: str,
+    reduction: str,
+) -> tuple[transitions.TransitionScalars, Number, Number | None]:
+    """The scalars, the threshold and the step size."""
+    dtype = transitions.require_latents(v, v_old, eps, v_ref)
+    numbers = Numbers(v, dtype)
+    limit = numbers.read("threshold", threshold, low=0.0)
+    checks.require_choice("direction", direction, DIRECTIONS)
+    checks.require_choice("mask", mask, MASKS)
+    step = None
+    if mask == "predictive":
+        step = numbers.read("step_size", step_size, low=0.0, exclusive=True)
+    elif step_size is not None:
+        raise ValueError(f"step_size is {step_size!r}; accepted with mask 'current' is None.")
+    scalars = transitions.scalars_of(
+        numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
+    )
+    return scalars, limit, step
 
 
 def flow_dppo_loss(
@@ -38,7 +80,7 @@ def flow_dppo_loss(
         v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, policy_weight,
         time_weight, reduction,
     )  # fmt: skip
-    at = transitions(scalars, v, v_old, eps, v_ref)
+    at = transitions_of(scalars, v, v_old, eps, v_ref)
     A = scalars.advantages
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)
     ratio = log_ratio.exp()

@@ -4,11 +4,47 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import flow_grpo_arguments
-from advflow_ext.ops.step_table import StepTable
-from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions
+from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.numbers import (
+    ClipRange,
+    Number,
+    Numbers,
+)
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions_of
+
+KL_CONVENTIONS = ("exact", "dt", "two_sigma_squared")
+
+
+def flow_grpo_arguments(
+    v: Tensor,
+    v_old: Tensor,
+    eps: Tensor,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    clip: Number | tuple[Number, Number],
+    v_ref: Tensor | None,
+    kl_weight: Number,
+    kl_convention: str,
+    policy_weight: Number,
+    time_weight: str,
+    reduction: str,
+) -> tuple[transitions.TransitionScalars, ClipRange]:
+    """Flow-CPS and, without a KL convention of its own, GRPO-Guard take the same arguments."""
+    dtype = transitions.require_latents(v, v_old, eps, v_ref)
+    numbers = Numbers(v, dtype)
+    bounds = numbers.clip("clip", clip, most=1.0)
+    checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)
+    scalars = transitions.scalars_of(
+        numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
+    )
+    if kl_convention == "dt":
+        scalars = scalars._replace(kl_scale=scalars.kl_scale * -scalars.step.dt)
+    elif kl_convention == "two_sigma_squared":
+        scalars = scalars._replace(kl_scale=scalars.kl_scale * (2 * scalars.step.sigma.square()))
+    return scalars, bounds
 
 
 def flow_grpo_loss(
@@ -36,7 +72,7 @@ def flow_grpo_loss(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
-    at = transitions(scalars, v, v_old, eps, v_ref)
+    at = transitions_of(scalars, v, v_old, eps, v_ref)
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)
     policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)
     return reverse_output(at, scalars, log_ratio, policy_term, masked, finite, reduction, clip=bounds)

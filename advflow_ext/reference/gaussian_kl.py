@@ -5,10 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import accumulate_dtype
-from advflow_ext.ops._transition_checks import gaussian_kl_arguments, velocity_kl_arguments
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.checks import accumulate_dtype
+from advflow_ext.contract.numbers import (
+    require_number,
+    values_are_at_hand,
+)
+from advflow_ext.contract.step_table import StepRows, StepTable
 from advflow_ext.reference._forward import mean
+
+
+def gaussian_kl_arguments(
+    mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both standard deviations in float64, ``[N]``: the difference of their logarithms cancels."""
+    checks.require_latent("mean1", mean1)
+    checks.require_float_tensor("mean2", mean2)
+    if mean2.shape != mean1.shape:
+        raise ValueError(f"mean2 has shape {list(mean2.shape)}; accepted is that of mean1, {list(mean1.shape)}.")
+    if mean2.device != mean1.device:
+        raise ValueError(f"mean2 is on {mean2.device}; accepted is the device of mean1, {mean1.device}.")
+    first = _std_per_sample("std1", std1, mean1)
+    return first, first if std2 is None else _std_per_sample("std2", std2, mean1)
+
+
+def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
+    if not isinstance(std, Tensor):
+        require_number(name, std, low=0.0, exclusive=True)
+        # An addition: torch.full would keep the number in a graph, which one that changes compiles anew.
+        return mean.new_zeros(mean.shape[:1], dtype=torch.float64) + 1.0 * std
+    single = std.dim() == 0
+    here = std.device == mean.device or (single and std.device.type == "cpu")
+    if not std.is_floating_point() or not (single or std.shape == mean.shape[:1]) or not here:
+        raise ValueError(
+            f"{name} is {std.dtype} {list(std.shape)} on {std.device}; accepted are a number and a floating-point "
+            f"tensor [{mean.shape[0]}] on {mean.device}."
+        )
+    std = std.detach().to(mean.device, torch.float64).expand(mean.shape[:1])
+    if values_are_at_hand(std) and (wrong := ~((std > 0) & std.isfinite())).any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"{name}[{first}] is {std[first].item():.6g}; accepted are numbers above 0 that are finite.")
+    return std
+
+
+def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+    """kappa of the transitions in the accumulate dtype."""
+    checks.require_latent("v", v)
+    checks.require_like_v("v_old", v_old, v)
+    columns, _ = transitions.steps_of(v, table, index, checks.accumulate_dtype(v, v_old))
+    return StepRows(*columns.unbind(1)).kappa
 
 
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
-from advflow_ext.ops._transition_checks import flow_grpo_arguments
-from advflow_ext.ops.step_table import StepTable
-from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import LossOutput
+from advflow_ext.contract.step_table import StepTable
+from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions_of
+from advflow_ext.reference.flow_grpo import flow_grpo_arguments
 
 
 def grpo_guard_loss(
@@ -33,7 +33,7 @@ def grpo_guard_loss(
     scalars, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, "exact", policy_weight, time_weight, reduction
     )
-    at = transitions(scalars, v, v_old, eps, v_ref)
+    at = transitions_of(scalars, v, v_old, eps, v_ref)
     # RatioNorm (eq. 8): the gradient flows through the added KL too.
     log_ratio = scalars.step.sigma * (at.log_ratio() + at.kl(at.mu_old))
     log_ratio, finite = finite_ratio(log_ratio, at.clean)

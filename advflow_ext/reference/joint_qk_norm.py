@@ -7,7 +7,51 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._block_checks import joint_qk_norm_arguments
+from advflow_ext.contract import blocks, checks
+
+_MOST_ROWS = 2**31 - 2**10  # the kernel counts them in int32, and up to the end of its last tile
+
+
+def joint_qk_norm_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    heads: int,
+    eps: float,
+    text: tuple[Tensor, Tensor, Tensor] | None,
+    text_weights: tuple[Tensor, Tensor] | None,
+    keep: str,
+) -> None:
+    blocks.require_tokens("q", q)
+    for name, value in {"k": k, "v": v}.items():
+        blocks.require_shape(name, value, q.shape, "that of q", q)
+    width = q.shape[2]
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(f"heads is {heads!r}; accepted is a positive divisor of q's width {width}.")
+    blocks.require_eps(eps, q)
+    blocks.require_dtype_of("q", q, {"k": k, "v": v})
+    weights = {"weight_q": weight_q, "weight_k": weight_k}
+    if (text is None) != (text_weights is None):
+        raise ValueError("text and text_weights are given together or not at all.")
+    if text is not None and text_weights is not None:
+        blocks.require_several("text", text, ("q", "k", "v"))
+        blocks.require_several("text_weights", text_weights, ("weight of q", "weight of k"))
+        blocks.require_tokens("text[0]", text[0])
+        blocks.require_shape("text[0]", text[0], (q.shape[0], text[0].shape[1], width), "[B, M, width of q]", q)
+        for name, value in (("text[1]", text[1]), ("text[2]", text[2])):
+            blocks.require_shape(name, value, text[0].shape, "that of text[0]", q)
+        blocks.require_dtype_of("q", q, {"text[0]": text[0], "text[1]": text[1], "text[2]": text[2]})
+        weights |= {"text_weights[0]": text_weights[0], "text_weights[1]": text_weights[1]}
+    for name, weight in weights.items():
+        blocks.require_shape(name, weight, (width // heads,), "[width of q / heads]", q)
+    checks.require_choice("keep", keep, ("inputs", "outputs"))
+    if keep == "outputs" and any(weight.requires_grad for weight in weights.values()):
+        raise ValueError("keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'.")
+    rows = q.shape[0] * heads * (q.shape[1] + (text[0].shape[1] if text is not None else 0))
+    if rows >= _MOST_ROWS:
+        raise ValueError(f"q and text hold {rows} heads of tokens; accepted are fewer than {_MOST_ROWS}.")
 
 
 def joint_qk_norm(

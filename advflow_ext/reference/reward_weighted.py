@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from advflow_ext.ops import _checks
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import LossOutput
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import (
+    Number,
+    Numbers,
+)
+from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output
+
+REWARD_METHODS = ("exp", "linear", "best")
+
+
+class RewardNumbers(NamedTuple):
+    tau: Number
+    kl_weight: Number
+    policy_weight: Number
+
+
+def reward_weighted_arguments(
+    v: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    rewards: Tensor,
+    method: str,
+    tau: Number,
+    group_size: int | None,
+    v_ref: Tensor | None,
+    kl_weight: Number,
+    policy_weight: Number,
+    reduction: str,
+) -> tuple[checks.Samples, RewardNumbers, str]:
+    """The samples, the numbers, and what to say where weight + kl_weight is negative."""
+    samples = checks.samples_of(v, t, "rewards", rewards, reduction, x0=x0, noise=noise, v_ref=v_ref)
+    numbers = Numbers(v, samples.t.dtype)
+    checks.require_choice("method", method, REWARD_METHODS)
+    given = RewardNumbers(
+        numbers.read("tau", tau, low=0.0, exclusive=True),
+        numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=1.0),
+        numbers.read("policy_weight", policy_weight, low=0.0),
+    )
+    if method == "best" or group_size is not None:
+        checks.require_group_size(group_size, rewards)
+    unbounded = (
+        "{count} sample(s) have reward + kl_weight < 0 (smallest {lowest:.6g}): their loss is unbounded below and "
+        'pushes the policy away without limit. Use rewards of at least 0, or method="exp". Said once; '
+        "metrics.nonconvex_samples keeps counting."
+    )
+    if method == "linear":
+        curvature = given.policy_weight * samples.advantages + given.kl_weight
+        checks.warn_on_cpu(unbounded, curvature, curvature < 0)
+    return samples.usable_with(numbers), given, unbounded
 
 
 def reward_weighted_loss(
@@ -27,7 +76,7 @@ def reward_weighted_loss(
     reduction: str = "mean",
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.reward_weighted_loss`, by PyTorch autograd."""
-    samples, (scale, kl_scale, policy_scale), unbounded = _checks.reward_weighted_arguments(
+    samples, (scale, kl_scale, policy_scale), unbounded = reward_weighted_arguments(
         v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, policy_weight, reduction
     )
     R = samples.advantages

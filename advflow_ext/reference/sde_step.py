@@ -5,10 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._outputs import SdeStep
-from advflow_ext.ops._transition_checks import sde_step_arguments
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.numbers import (
+    values_are_at_hand,
+)
+from advflow_ext.contract.outputs import SdeStep
+from advflow_ext.contract.step_table import StepRows, StepTable
 from advflow_ext.reference._reverse import log_prob
+
+
+def sde_step_arguments(
+    v: Tensor,
+    x: Tensor,
+    table: StepTable,
+    index: int | Tensor,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+) -> tuple[StepRows, torch.dtype]:
+    """The coefficients, one row a sample, and the dtype of the next x."""
+    checks.require_latent("v", v)
+    checks.require_like_v("x", x, v)
+    if noise is not None:
+        checks.require_like_v("noise", noise, v)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator is a {type(generator).__name__}; accepted are a torch.Generator and None.")
+        if noise is not None:
+            raise ValueError("generator is given beside noise; accepted is one of them, or neither.")
+        if generator.device.type != v.device.type:
+            raise ValueError(f"generator is on {generator.device}; accepted is the device of v, {v.device}.")
+    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted are float32, float16, bfloat16, float64 and None.")
+    transitions.require_table(table)
+    if isinstance(index, Tensor):
+        transitions.require_index(index, v)
+    else:
+        is_step = isinstance(index, int) and not isinstance(index, bool)
+        if not is_step or not 0 <= index < table.steps:
+            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
+            raise ValueError(
+                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
+            )
+        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
+    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
+    dtype = dtype or x.dtype
+    accumulate = torch.float64 if dtype == torch.float64 else checks.accumulate_dtype(v, x, noise)
+    return table.rows(index, accumulate), dtype
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from advflow_ext.ops.step_table import StepTable
+from advflow_ext.contract.step_table import StepTable
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from advflow_ext.nn import _backend
+from advflow_ext.kernels import triton_ops
 from bench import plans, timing
 from bench.__main__ import main
 from bench.blocks import BLOCKS, FORWARD, HEAD_DIM, LIGER, TRAINED, Block, LoraLinear, operands, shape_obstacle
@@ -165,7 +165,7 @@ def test_a_tiny_run(
     out = tmp_path / "run.json"
     words = f"--device cpu --ops {OPS} --shapes 1x2x64 --dtypes fp32 --rounds 1 --only ours,eager,copy --json {out}"
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1" if interpreted else "0"}):
-        assert _backend.serves(torch.empty(1)) == interpreted
+        assert triton_ops.serves(torch.empty(1)) == interpreted
         assert main(words.split()) == 0
     said = capsys.readouterr().out
     assert ("'ours' is the reference in the ops of a block" in said) != interpreted
@@ -180,7 +180,7 @@ def test_the_kernels_and_not_the_reference_are_what_is_timed(monkeypatch: pytest
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("where there is a GPU, kernels are compiled")
-    from advflow_ext.triton import adaln
+    from advflow_ext.kernels import adaln
 
     block = BLOCKS["layer_norm_modulate"]
     arguments = block.arguments(Case("layer_norm_modulate", (1, 2, 64), "fp32", None), CPU, 0)

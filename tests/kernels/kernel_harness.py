@@ -347,7 +347,7 @@ class SummaryKernels(Kernels):
         return int(self._lib.advflow_loss_summary_cuda(ctypes.byref(raw), *pointers, self._stream()))
 
     def summary(self, inputs: dict[str, Any], stat_means: int, largest: bool, reduction: str) -> list[torch.Tensor]:
-        """``inputs`` as :func:`advflow_ext.ops.loss_summary.loss_summary` takes them, stats and coef contiguous."""
+        """``inputs`` as :func:`advflow_ext.kernels.loss_summary.loss_summary` takes them, stats and coef contiguous."""
         batch = len(inputs["valid"])
         sizes = (batch if reduction == "none" else 1, batch * 3, len(inputs["means"]) + stat_means + 6)
         outputs = [poisoned(size, torch.float32, self.device) for size in sizes]

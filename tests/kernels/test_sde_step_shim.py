@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kernel_harness import UNSUPPORTED_DTYPE, SdeStepKernels, StepInputs, StepOutputs, placed
 
-from advflow_ext.ops._sde_step_native import sde_step_op
+from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.testing import UNIT_ROUNDOFF
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from advflow_ext.triton import adaln, qk_norm
+from advflow_ext.kernels import adaln, qk_norm
 
 CAPABILITIES = (80, 90)
 # Pointers that are always of another type than the activations: sums of gradients, and factors kept for them.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
-from advflow_ext.nn import _backend
+from advflow_ext.kernels import triton_ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,7 +199,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kernel = _backend.on_device_of_tensors(lambda *arguments: [*current, arguments[1]])
+    kernel = triton_ops.on_device_of_tensors(lambda *arguments: [*current, arguments[1]])
     x = torch.empty(1, device="meta")
     assert kernel(x, "one") == [x.device, "one"] and kernel([x, x], "list") == [x.device, "list"] and not current
     monkeypatch.setattr(torch.cuda, "current_device", lambda: x.device.index)

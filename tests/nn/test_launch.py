@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from advflow_ext.triton import launch
-from advflow_ext.triton.launch import Launcher
+from advflow_ext.kernels import launch
+from advflow_ext.kernels.launch import Launcher
 
 GRID = (3, 1, 1)
 

@@ -382,7 +382,7 @@ def test_what_is_not_covered_is_kept_and_said(stock):
 
 
 def test_without_triton_the_stock_blocks_run_and_the_report_says_so(model, stock, monkeypatch):
-    monkeypatch.setattr(_sd3_block._backend, "_HAS_TRITON", False)
+    monkeypatch.setattr(_sd3_block.triton_ops, "_HAS_TRITON", False)
     with af.apply_to_sd3(model, lora=False) as patch, RecordedOps() as recorded:
         assert patch.kept["blocks"].startswith("Triton does not run on") and not patch.replaced
         for one, other in zip(run(model, inputs()), stock, strict=True):

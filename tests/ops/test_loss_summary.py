@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops.loss_summary import LossSummary, loss_summary
+from advflow_ext.kernels.loss_summary import LossSummary, loss_summary
 from advflow_ext.reference._summary import reduce_losses, summarise
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="nothing compiled")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advflow_ext import _native
-from advflow_ext.ops._sde_step_native import sde_step_op
+from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.testing import ACCUMULATED_ERROR, UNIT_ROUNDOFF
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
 

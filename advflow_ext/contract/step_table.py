@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from advflow_ext.ops._checks import require_choice
-from advflow_ext.ops._numbers import require_number
+from advflow_ext.contract.checks import require_choice
+from advflow_ext.contract.numbers import require_number
 
 SAMPLERS = ("flow_sde", "dance_sde", "cps", "ode", "flash_sde")
 CONVENTIONS = ("next_sigma", "clamp_0.99")

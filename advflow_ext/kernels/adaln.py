@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from advflow_ext.triton.launch import Launcher
+from advflow_ext.kernels.launch import Launcher
 
 # Rows a program adds up before it writes its share of a modulation's gradient. It takes them one after the other: with
 # more of them a small batch leaves most of a GPU idle, with fewer the shares take an eighth of all bytes and up.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native
-from advflow_ext.ops._checks import FLOAT_DTYPES
-from advflow_ext.ops._raw_checks import check_latents, check_like, check_scalars, check_served
+from advflow_ext.contract.checks import FLOAT_DTYPES
+from advflow_ext.kernels.raw_checks import check_latents, check_like, check_scalars, check_served
 
 
 def _register_fake() -> None:

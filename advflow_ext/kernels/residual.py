@@ -15,9 +15,9 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops._checks import accumulate_dtype
-from advflow_ext.ops._numbers import Number, made_in_inference_mode
-from advflow_ext.ops._raw_checks import check_column, check_latents, check_scalars
+from advflow_ext.contract.checks import accumulate_dtype
+from advflow_ext.contract.numbers import Number, made_in_inference_mode
+from advflow_ext.kernels.raw_checks import check_column, check_latents, check_scalars
 
 
 def _register_fakes() -> None:

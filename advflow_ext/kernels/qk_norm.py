@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from advflow_ext.triton.launch import Launcher
+from advflow_ext.kernels.launch import Launcher
 
 ROWS = 32
 FORWARD_WARPS = 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from advflow_ext.ops._checks import FLOAT_DTYPES, accumulate_dtype
+from advflow_ext.contract.checks import FLOAT_DTYPES, accumulate_dtype
 
 _FLOATS = "float32, float16, bfloat16 and float64"
 

@@ -70,10 +70,10 @@ def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., l
 
 
 def launcher(module: str, name: str) -> Callable[..., list[Tensor]]:
-    """``advflow_ext.triton.<module>.<name>``, imported when it is first called: nothing needs Triton before."""
+    """``advflow_ext.kernels.<module>.<name>``, imported when it is first called: nothing needs Triton before."""
 
     def launch(*arguments: Any) -> list[Tensor]:
-        found: list[Tensor] = getattr(importlib.import_module(f"advflow_ext.triton.{module}"), name)(*arguments)
+        found: list[Tensor] = getattr(importlib.import_module(f"advflow_ext.kernels.{module}"), name)(*arguments)
         return found
 
     return launch

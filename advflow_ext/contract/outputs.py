@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from advflow_ext.contract.numbers import Number
+
 # Of a ratio r of two policies' probabilities.
 RATIO_METRICS = (
     "approx_kl",
@@ -123,6 +125,14 @@ TRANSITION_METRICS = (
     "contrast_alive",
     *RATIO_METRICS,
 )
+
+
+class Ratio(NamedTuple):
+    """A ratio of two policies' probabilities, and where it is clipped; None: nowhere."""
+
+    log_ratio: Tensor  # [B]
+    log_lowest: Number | None = None
+    log_highest: Number | None = None
 
 
 class LossOutput(NamedTuple):

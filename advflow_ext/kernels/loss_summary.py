@@ -10,21 +10,13 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.ops._checks import REDUCTIONS
-from advflow_ext.ops._numbers import Number
-from advflow_ext.ops._outputs import RATIO_METRICS
-from advflow_ext.ops._raw_checks import check_device, check_float, check_like, check_served
+from advflow_ext.contract.checks import REDUCTIONS
+from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.outputs import RATIO_METRICS, Ratio
+from advflow_ext.kernels.raw_checks import check_device, check_float, check_like, check_served
 
 # As csrc/launchers.h bounds them.
 _MOST = {"means": 8, "required": 4, "stat_means": 3}
-
-
-class Ratio(NamedTuple):
-    """A ratio of two policies' probabilities, and where it is clipped; None: nowhere."""
-
-    log_ratio: Tensor  # [B]
-    log_lowest: Number | None = None
-    log_highest: Number | None = None
 
 
 class LossSummary(NamedTuple):

@@ -1,0 +1,102 @@
+"""Argument checks of the ops on sampler steps, so that native and reference refuse the same calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advflow_ext.contract import checks
+from advflow_ext.contract.numbers import Number, Numbers, constant, values_are_at_hand
+from advflow_ext.contract.step_table import StepRows, StepTable, listed_steps
+
+TIME_WEIGHTS = ("inverse_dt", "none", "sigma", "inverse_kappa")
+_SIGMA = StepRows._fields.index("sigma")
+
+
+class TransitionScalars(NamedTuple):
+    """What every reverse-process loss knows of its transitions, detached and in the accumulate dtype. All [N]."""
+
+    step: StepRows  # harmless numbers where the step is not valid
+    advantages: Tensor
+    valid_step: Tensor  # bool: the step is in the table and stochastic
+    policy_scale: Number  # of the policy term: policy_weight and time_weight
+    kl_scale: Number  # what the loss adds of KL(policy || reference)
+
+
+def require_latents(v: Tensor, v_old: Tensor, eps: Tensor, v_ref: Tensor | None) -> torch.dtype:
+    """The accumulate dtype of latents that fit together."""
+    checks.require_latent("v", v)
+    checks.require_like_v("v_old", v_old, v)
+    checks.require_like_v("eps", eps, v)
+    if v_ref is not None:
+        checks.require_like_v("v_ref", v_ref, v)
+    return checks.accumulate_dtype(v, v_old, eps, v_ref)
+
+
+def scalars_of(
+    numbers: Numbers,
+    v: Tensor,
+    v_ref: Tensor | None,
+    table: StepTable,
+    index: Tensor,
+    advantages: Tensor,
+    kl_weight: Number,
+    policy_weight: Number,
+    time_weight: str,
+    reduction: str,
+    dtype: torch.dtype,
+) -> TransitionScalars:
+    checks.require_per_sample("advantages", advantages, v)
+    kl_scale = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
+    policy_scale = numbers.read("policy_weight", policy_weight, low=0.0)
+    checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
+    checks.require_choice("reduction", reduction, checks.REDUCTIONS)
+    columns, valid_step = steps_of(v, table, index, dtype)
+    step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
+    if time_weight == "inverse_dt":
+        policy_scale = policy_scale / -step.dt
+    elif time_weight == "sigma":
+        policy_scale = policy_scale * step.sigma
+    elif time_weight == "inverse_kappa":
+        policy_scale = policy_scale / step.kappa.abs()
+    return TransitionScalars(step, numbers.contain(constant(advantages, dtype)), valid_step, policy_scale, kl_scale)
+
+
+def steps_of(
+    v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``[N, 5]``, the columns of :class:`StepRows`, and which of them belong to a step that can be trained."""
+    require_table(table)
+    require_index(index, v)
+    columns = table.columns(index, dtype)
+    sigma = columns[:, _SIGMA]
+    valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
+    if values_are_at_hand(index) and not valid.all():
+        first = int((~valid).nonzero()[0])
+        step = int(index[first])
+        if 0 <= step < table.steps:
+            reason = "a deterministic step (sigma = 0)"
+        else:
+            reason = f"outside the table of {table.steps} steps"
+        accepted = f"steps 0 to {table.steps - 1}"
+        if stochastic:
+            accepted = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
+        raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the {accepted}.")
+    return columns, valid
+
+
+def require_table(table: object) -> None:
+    if not isinstance(table, StepTable):
+        raise ValueError(f"table is a {type(table).__name__}; accepted is a StepTable.")
+
+
+def require_index(index: object, v: Tensor) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        kind = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}"
+        raise ValueError(f"index is {kind}; accepted is an int64 tensor, each transition's step in the table.")
+    if index.shape != v.shape[:1]:
+        raise ValueError(f"index has shape {list(index.shape)}; accepted is one step a transition, [{v.shape[0]}].")
+    if index.device != v.device:
+        raise ValueError(f"index is on {index.device}; accepted is the device of v, {v.device}.")
