@@ -3,7 +3,6 @@
 from advflow_ext import _native, nn, reference
 from advflow_ext.contract.outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.integrations.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
 from advflow_ext.ops.awm import awm_log_prob, awm_loss
@@ -17,7 +16,8 @@ from advflow_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
-from advflow_ext.policy_set import Mismatch, PolicySet
+from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
+from advflow_ext.policies.policy_set import Mismatch, PolicySet
 
 __version__ = "0.1.0" + _native.LABEL
 

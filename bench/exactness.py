@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance import flow_sde, log_prob, shifted_once, shifted_twice
+from advflow_ext.conformance.rollout import flow_sde, log_prob, shifted_once, shifted_twice
 from bench import report
 
 SHAPE = (16, 64, 64)  # a 512-pixel image of Stable Diffusion 3.5

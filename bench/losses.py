@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance import shifted_twice
+from advflow_ext.conformance.rollout import shifted_twice
 from bench import public
 from bench.registry import (
     DTYPES,

@@ -15,7 +15,7 @@ import advflow_ext as af
 from advflow.batch import Needs
 from advflow.config import ModelConfig, RuntimeConfig
 from advflow.sampling import PromptEmbeddings, timesteps, velocity_at
-from advflow_ext.policy_parameters import move_towards, places_of, require_in_place
+from advflow_ext.policies.parameters import move_towards, places_of, require_in_place
 
 Role = Literal["learner", "rollout", "reference"]
 

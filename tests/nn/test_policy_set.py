@@ -160,7 +160,7 @@ def test_without_gradients_a_policy_runs_on_merged_weights() -> None:
 
 
 def test_merged_weights_are_made_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    import advflow_ext.policy_set as module
+    import advflow_ext.policies.policy_set as module
 
     made: list[str] = []
     real = module.merged_weight
@@ -520,7 +520,7 @@ def test_a_policy_that_cannot_be_put_in_force_leaves_the_one_before(monkeypatch:
     def full(*_: object) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr("advflow_ext.policy_set.merged_weight", full)
+    monkeypatch.setattr("advflow_ext.policies.policy_set.merged_weight", full)
     with torch.no_grad(), pytest.raises(MemoryError), policies.use("rollout"):
         pass
     assert policies.active == "learner" and torch.equal(run(model), stock["learner"])

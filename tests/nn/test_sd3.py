@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import advflow_ext as af
-from advflow_ext.integrations import _sd3_block
+from advflow_ext.patches import _sd3_block
 from advflow_ext.testing import relative_error
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")

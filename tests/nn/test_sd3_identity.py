@@ -28,7 +28,7 @@ from diffusers.models.normalization import AdaLayerNormZero, RMSNorm  # noqa: E4
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from sd3_models import assert_same, inputs, run, transformer  # noqa: E402
 
-from advflow_ext.integrations import _diffusers, _sd3_block  # noqa: E402
+from advflow_ext.patches import _diffusers, _sd3_block  # noqa: E402
 
 BLOCK = "transformer_blocks.1"
 

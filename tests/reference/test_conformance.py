@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from advflow_ext import conformance
-from advflow_ext.conformance import TRANSITIONS, Row
+from advflow_ext.conformance import rollout
+from advflow_ext.conformance.__main__ import main
+from advflow_ext.conformance.grpo_guard import guard_of_means
+from advflow_ext.conformance.rows import SOURCES, TRANSITIONS, Inputs, Row
 
 CONVENTIONS = Path(__file__).resolve().parents[2] / "docs" / "conventions.md"
 
@@ -43,15 +47,15 @@ def test_every_trainer_of_the_page_is_compared(compared):
         "flow_grpo", "FlowCPS", "DanceGRPO", "MixGRPO", "GRPO-Guard (flow_grpo)", "GRPO-Guard (Flow-Factory)",
         "UniRL Flow-DPPO", "verl-omni", "DiffusionNFT", "AWM", "FlowAWR", "ORW-CFM", "AdvantageFlow",
     }  # fmt: skip
-    assert {each.trainer for each in compared} == set(conformance.SOURCES)
+    assert {each.trainer for each in compared} == set(SOURCES)
 
 
 def test_every_row_carries_its_commit(compared, capsys):
     dated = re.compile(r"[\w.-]+/[\w.-]+ @[0-9a-f]{7}|arXiv \d{4}\.\d{5}")
     assert [each for each in compared if not dated.fullmatch(each.commit)] == []
-    assert conformance.main([]) == 0
+    assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {source}\n" in printed for source in conformance.SOURCES.values())
+    assert all(f"\n  {source}\n" in printed for source in SOURCES.values())
 
 
 # What a schedule alone decides, and counts, may be the same for other inputs.
@@ -73,15 +77,15 @@ def test_rows_are_computed(compared, seed):
 def test_guard_of_flow_grpo_averages_its_drift_over_the_batch():
     """Its line takes the mean over ``range(1, 1)``, no dimension, which PyTorch reads as all of them."""
     assert torch.arange(6.0).view(2, 3).mean(dim=()) == 2.5
-    inputs = conformance.Inputs()
-    at = conformance.Rollout("", inputs, "flow_sde", 0.7, conformance.shifted_twice(10), torch.full((TRANSITIONS,), 3))
+    inputs = Inputs()
+    at = rollout.Rollout("", inputs, "flow_sde", 0.7, rollout.shifted_twice(10), torch.full((TRANSITIONS,), 3))
     sigma = (at.std / at.h.sqrt()).mean() * at.h.sqrt().mean()
     mu, mu_old = at.step(inputs.v)[0], at.step(inputs.v_old)[0]
     bias = (mu - mu_old).pow(2).mean(dim=()) / (2 * sigma**2)
     ratio = ((at.log_ratio(inputs.v) + bias) * sigma).exp()
     worse = torch.maximum(-inputs.A * ratio, -inputs.A * ratio.clamp(1 - 2e-6, 1 + 2e-6))
     expected = worse.mean() / at.h.sqrt().mean() ** 2
-    torch.testing.assert_close(conformance.guard_of_means(at, True, inputs.v), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(guard_of_means(at, True, inputs.v), expected, rtol=1e-14, atol=0)
 
 
 def test_the_page_has_the_rows_of_the_table(compared):
@@ -100,7 +104,7 @@ def test_the_page_has_the_rows_of_the_table(compared):
 
 def test_the_page_dates_every_trainer(compared):
     sections = {part.partition("\n")[0]: part for part in CONVENTIONS.read_text().split("\n### ")[1:]}
-    undated = [name for name, source in conformance.SOURCES.items() if source not in " ".join(sections[name].split())]
+    undated = [name for name, source in SOURCES.items() if source not in " ".join(sections[name].split())]
     assert undated == []
 
 
@@ -119,7 +123,7 @@ def test_a_row_that_compares_nothing_does_not_agree(pair):
 
 def test_a_wrong_row_fails_the_run_and_is_written(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(conformance, "TRAINERS", (lambda inputs: [row(1, 1), row(1, 2, "it halves"), row(1, 1.001)],))
-    assert conformance.main(["--json", str(tmp_path / "table.json")]) == 1
+    assert main(["--json", str(tmp_path / "table.json")]) == 1
     text = capsys.readouterr().out
     assert "1 of 3 rows agree" in text and "1 show where a trainer departs, 1 are wrong" in text
     assert "no: it halves" in text and "3.0  NO" in text
@@ -129,16 +133,21 @@ def test_a_wrong_row_fails_the_run_and_is_written(monkeypatch, capsys, tmp_path)
 
 def test_a_departure_alone_does_not_fail_the_run(monkeypatch, capsys):
     monkeypatch.setattr(conformance, "TRAINERS", (lambda inputs: [row(1, 1), row(1, 2, "it halves")],))
-    assert conformance.main([]) == 0
+    assert main([]) == 0
 
 
 @pytest.mark.parametrize(
-    ("formula", "wrong"),
+    ("module", "formula", "wrong"),
     [
-        ("log_prob", lambda x_next, gaussian: conformance.log_prob_without_variance(x_next, gaussian)),
-        ("clipped", lambda ratio, A, clip: torch.minimum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip)).mean()),
+        ("rollout", "log_prob", lambda x_next, gaussian: rollout.log_prob_without_variance(x_next, gaussian)),
+        (
+            "dance_grpo",
+            "clipped",
+            lambda ratio, A, clip: torch.minimum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip)).mean(),
+        ),
     ],
 )
-def test_a_wrong_formula_is_noticed(monkeypatch, formula, wrong):
-    monkeypatch.setattr(conformance, formula, wrong)
-    assert not all(each.agrees for each in conformance.dance_grpo(conformance.Inputs()))
+def test_a_wrong_formula_is_noticed(monkeypatch, module, formula, wrong):
+    # A trainer's function has the name of its module, and hides it.
+    monkeypatch.setattr(sys.modules[f"advflow_ext.conformance.{module}"], formula, wrong)
+    assert not all(each.agrees for each in conformance.dance_grpo(Inputs()))

@@ -17,8 +17,12 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from advflow_ext.contract.checks import require_choice, require_flag
-from advflow_ext.integrations._diffusers import Exchanged, Stock, stock_classes
-from advflow_ext.integrations._sd3_block import (
+from advflow_ext.kernels import triton_ops
+from advflow_ext.nn._identity import MARK, STOCK, is_as_written, is_exactly, is_peft_linear, peft_linear
+from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle, merge_obstacle, merged_weight
+from advflow_ext.nn.modulation_cache import stamp
+from advflow_ext.patches._diffusers import Exchanged, Stock, stock_classes
+from advflow_ext.patches._sd3_block import (
     CHECKED_WEIGHTS,
     WITHOUT_ZEROS,
     FusedBlock,
@@ -27,11 +31,7 @@ from advflow_ext.integrations._sd3_block import (
     reason_to_keep_attention,
     reason_to_keep_feed_forward,
 )
-from advflow_ext.integrations._verify import Verifier
-from advflow_ext.kernels import triton_ops
-from advflow_ext.nn._identity import MARK, STOCK, is_as_written, is_exactly, is_peft_linear, peft_linear
-from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle, merge_obstacle, merged_weight
-from advflow_ext.nn.modulation_cache import stamp
+from advflow_ext.patches._verify import Verifier
 
 OPS = ("qk_norm", "adaln", "gate", "gelu", "lora")
 DISABLE = "ADVFLOW_DISABLE"

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from advflow_ext.contract.step_table import StepTable
 from advflow_ext.nn.lora import PeftLayer, is_lora_layer, merge_obstacle, merged_weight
 from advflow_ext.nn.modulation_cache import stamp
-from advflow_ext.policy_parameters import Place, move_towards, places_of, require_in_place
+from advflow_ext.policies.parameters import Place, move_towards, places_of, require_in_place
 
 # What would take merged weights for the base's, and PEFT's own switching: while weights are merged, each of them first
 # puts the bases back. The walk is that of parameters(), of PEFT's calls on a whole model, and of many others.

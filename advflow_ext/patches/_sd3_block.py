@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from advflow_ext.integrations._diffusers import Stock
-from advflow_ext.integrations._verify import Verifier
 from advflow_ext.kernels import triton_ops
 from advflow_ext.nn import (
     gate_residual,
@@ -29,6 +27,8 @@ from advflow_ext.nn import (
 from advflow_ext.nn._identity import is_as_written, is_exactly
 from advflow_ext.nn.lora import has_hooks
 from advflow_ext.nn.modulation_cache import stamp
+from advflow_ext.patches._diffusers import Stock
+from advflow_ext.patches._verify import Verifier
 
 # On an attention module whose norms' weights were found to have none, and what they were then, by their stamps.
 WITHOUT_ZEROS = "_advflow_norms_without_zeros"

@@ -1,0 +1,62 @@
+"""scxue/advantage_weighted_matching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import advflow_ext as af
+from advflow_ext.conformance.rollout import (
+    clipped,
+)
+from advflow_ext.conformance.rows import (
+    Inputs,
+    Row,
+    advantage_row,
+    loss_row,
+    mean,
+    shown,
+)
+
+
+def awm(inputs: Inputs) -> Iterator[Row]:
+    """train_sd3_awm.py."""
+    name, A, t = "AWM", inputs.A, inputs.t
+
+    def lp(v: Tensor, weighting: str) -> Tensor:
+        error = mean((v - inputs.u) ** 2)
+        if weighting == "huber":
+            return -t * ((error + 1e-10).sqrt() - 1e-5)
+        if weighting == "ghuber":
+            return -t * ((error + 1e-10).pow(0.25) - math.pow(1e-10, 0.25)) / 0.25
+        weight = {"uniform": torch.ones_like(t), "t": t, "t2": t.square()}[weighting]
+        return -error * weight
+
+    def loss(v: Tensor, weighting: str, lp_old: Tensor | None = None, clip: float = 1.0) -> Tensor:
+        denominator = lp(v, weighting).detach() if lp_old is None else lp_old
+        policy = clipped((lp(v, weighting) - denominator).exp(), A, clip)
+        return policy + 3e-3 * mean((v - inputs.v_ref) ** 2).mean() + mean((v - inputs.v_ema) ** 2).mean()
+
+    anchors = {"v_ema": inputs.v_ema, "v_ref": inputs.v_ref, "kl_weight": 3e-3}
+    for weighting in ("uniform", "t", "t2", "huber", "ghuber"):
+        ours = af.awm_log_prob(*inputs.forward(A)[:4], weighting=weighting)
+        call = shown(af.awm_log_prob, {"weighting": weighting})
+        yield Row(name, f"log-probability, {weighting}", call, (ours,), (lp(inputs.v, weighting),))
+        yield loss_row(
+            name, f"on-policy loss, {weighting}", af.awm_loss, inputs.forward(A), partial(loss, weighting=weighting),
+            weighting=weighting, clip=1.0, **anchors,
+        )  # fmt: skip
+    lp_old = lp(inputs.v_old, "ghuber")
+    yield loss_row(
+        name, "off-policy loss, exp_first", af.awm_loss, inputs.forward(A),
+        partial(loss, weighting="ghuber", lp_old=lp_old, clip=1e-4),
+        log_prob_old=lp_old, weighting="ghuber", clip=1e-4, **anchors,
+    )  # fmt: skip
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row(
+        name, inputs, (inputs.centred / std).clamp(-5, 5) / 5, norm="raw_global_std", clip=5.0, clip_mode="clip_divide"
+    )

@@ -1,0 +1,49 @@
+"""IamCreateAI/FlowCPS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+import advflow_ext as af
+from advflow_ext.conformance.rollout import (
+    Rollout,
+    clipped,
+    log_prob_without_variance,
+    shifted_twice,
+)
+from advflow_ext.conformance.rows import (
+    STEPS,
+    Inputs,
+    Row,
+    advantage_row,
+)
+
+
+def flow_cps(inputs: Inputs) -> Iterator[Row]:
+    """train_sd3.py."""
+    at = Rollout("FlowCPS", inputs, "cps", 0.8, shifted_twice(10), STEPS % 9)
+    log_ratio = at.log_ratio(inputs.v, log_prob_without_variance)
+    kl = at.squared_drift(inputs.v, inputs.v_ref)
+
+    def loss(v: Tensor) -> Tensor:
+        ratio = at.log_ratio(v, log_prob_without_variance).exp()
+        return clipped(ratio, inputs.A, 1e-4) + 0.04 * at.squared_drift(v, inputs.v_ref).mean()
+
+    yield at.kl_of_a_change(8, "shift 3 twice")
+    yield at.next_x()
+    yield at.mean_log_ratio(
+        af.flow_grpo_loss, log_ratio, "its log-probabilities lack 1 / (2 sigma^2); flow_cps_loss gives it"
+    )
+    yield at.mean_log_ratio(af.flow_cps_loss, log_ratio)
+    yield at.clipped_count(af.flow_cps_loss, log_ratio, 1e-4)
+    yield at.kl_ref(
+        af.flow_cps_loss, kl, "it lacks 1 / (2 sigma^2) as well; kl_convention='two_sigma_squared' gives it"
+    )
+    yield at.kl_ref(af.flow_cps_loss, kl, kl_convention="two_sigma_squared")
+    yield at.loss(
+        af.flow_cps_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="two_sigma_squared"
+    )
+    std = inputs.rewards.std(correction=0) + 1e-4
+    yield advantage_row("FlowCPS", inputs, (inputs.centred / std).clamp(-5, 5), norm="raw_global_std", clip=5.0)

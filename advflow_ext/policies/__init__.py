@@ -1,0 +1,1 @@
+"""Several policies on one base model: who is in force, who follows whom."""
