@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,41 @@ RATIO_METRICS = (
     "clipped_above",
     "clipped_below",
 )
+
+
+# How the metrics of parts of a batch become those of the whole: a mean weighted by the parts' shares, the root of that of
+# squares, the sum of counts, the smallest or the largest.
+Join = Literal["mean", "root_mean_square", "sum", "min", "max"]
+JOINS: dict[str, Join] = {
+    "loss": "mean",
+    "policy_term": "mean",
+    "unweighted_policy": "mean",
+    "clipped_fraction": "mean",
+    "target_error": "mean",
+    "rollout_deviation": "mean",
+    "reference_deviation": "mean",
+    "teacher_deviation": "mean",
+    "mean_log_ratio": "mean",
+    "mean_kl_old": "mean",
+    "mean_kl_ref": "mean",
+    "mean_advantage": "mean",
+    "mean_abs_advantage": "mean",
+    "min_curvature": "min",
+    "max_abs_log_ratio": "max",
+    "masked_samples": "sum",
+    "nonconvex_samples": "sum",
+    "nonfinite_samples": "sum",
+    "invalid_timesteps": "sum",
+    "invalid_steps": "sum",
+    "contrast_alive": "mean",
+    "approx_kl": "mean",
+    "ratio_mean": "mean",
+    "ratio_std": "root_mean_square",
+    "ratio_min": "min",
+    "ratio_max": "max",
+    "clipped_above": "mean",
+    "clipped_below": "mean",
+}
 
 
 class LossMetrics(NamedTuple):
@@ -78,6 +113,11 @@ class LossMetrics(NamedTuple):
     values: Tensor
     names: tuple[str, ...]
     unbounded: str = ""  # what to say of nonconvex samples where that makes the loss unbounded below
+
+    @property
+    def joins(self) -> tuple[Join, ...]:
+        """How each metric of several micro-batches, of equal names, becomes one of the batch."""
+        return tuple(JOINS[name] for name in self.names)
 
     def as_dict(self) -> dict[str, float]:
         """All metrics as Python floats; waits for the device once, and gives the warnings the step could not."""

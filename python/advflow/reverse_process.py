@@ -181,10 +181,8 @@ class ReverseProcess:
         Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes
         from the network giving other numbers in another batch, and a trust region below it cannot work.
         """
-        floor = {"first_max_log_ratio": first["max_abs_log_ratio"], "first_kl": first["mean_kl_old"]}
-        limit, value = self._trust_region(), floor["first_max_log_ratio"]
-        if self._config.algorithm == "flow_dppo":
-            value = floor["first_kl"]
+        metric, limit = self._trust_region()
+        value = first[metric]
         if value >= limit and not self._warned:
             self._warned = True
             merged = "runtime.merge_lora=images, " if self._config.runtime.merge_lora == "all" else ""
@@ -195,12 +193,12 @@ class ReverseProcess:
                 UserWarning,
                 stacklevel=2,
             )
-        return floor
+        return {"first_max_log_ratio": first["max_abs_log_ratio"], "first_kl": first["mean_kl_old"]}
 
-    def _trust_region(self) -> float:
-        config = self._config
-        return {
-            "flow_cps": math.log1p(config.flow_cps.clip),
-            "grpo_guard": math.log1p(config.grpo_guard.clip),
-            "flow_dppo": config.flow_dppo.threshold,
-        }.get(config.algorithm, math.log1p(config.flow_grpo.clip))
+    def _trust_region(self) -> tuple[str, float]:
+        """The metric that the method bounds, and the bound."""
+        algorithm = REVERSE[self._config.algorithm]
+        region = algorithm.LOSS.trust_region
+        assert region is not None, f"{algorithm.LOSS.name} has no trust region"
+        option = float(getattr(algorithm.settings(self._config), region.option))
+        return region.metric, math.log1p(option) if region.of_ratio else option

@@ -36,6 +36,7 @@ from advflow.rewards import load_reward
 from advflow.run import CHECKPOINTS, Run
 from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
 from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
+from advflow_ext.contract.outputs import Join
 
 WeightedMetrics = tuple[af.LossMetrics, float]
 
@@ -207,24 +208,27 @@ class Trainer:
 def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
     """One set of metrics from those of several micro-batches and their weights; waits for the device once.
 
-    Means are weighted, variances too, extremes are the extreme, and counts are added up.
+    :attr:`advflow_ext.LossMetrics.joins` says how.
     """
-    names = parts[0][0].names
+    first = parts[0][0]
     values = torch.stack([metrics.values for metrics, _ in parts]).cpu()
     weights = torch.tensor([weight for _, weight in parts])
     joined: dict[str, float] = {}
-    for name, column in zip(names, values.unbind(1), strict=True):
-        if name.startswith("min_") or name == "ratio_min":
-            joined[name] = column.min().item()
-        elif name.startswith("max_") or name == "ratio_max":
-            joined[name] = column.max().item()
-        elif name == "ratio_std":
-            joined[name] = (column.square() * weights).sum().sqrt().item()
-        elif name.endswith(("_samples", "_steps", "_timesteps")):
-            joined[name] = column.sum().item()
-        else:
-            joined[name] = (column * weights).sum().item()
+    for name, how, column in zip(first.names, first.joins, values.unbind(1), strict=True):
+        joined[name] = _joined(how, column, weights).item()
     return joined
+
+
+def _joined(how: Join, column: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if how == "min":
+        return column.min()
+    if how == "max":
+        return column.max()
+    if how == "sum":
+        return column.sum()
+    if how == "root_mean_square":
+        return (column.square() * weights).sum().sqrt()
+    return (column * weights).sum()
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

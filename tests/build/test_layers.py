@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A room may import what stands before it, and nothing of its own row.
 FLOORS = (
-    ("_native",),
+    ("_native", "losses"),
     ("contract",),
     ("reference", "kernels"),
     ("ops", "nn", "testing"),

@@ -11,24 +11,19 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
+from advflow_ext.losses import LOSSES
 from advflow_ext.testing.strategies import arrange
 from advflow_ext.testing.transition_strategies import TABLES
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
 
-FORWARD: dict[str, tuple[str, ...]] = {
-    "advantage_flow_loss": ("v", "x0", "noise", "v_old", "v_ref"),
-    "diffusion_nft_loss": ("v", "x0", "noise", "v_old", "v_ref"),
-    "awm_loss": ("v", "x0", "noise", "v_ema", "v_ref"),
-    "flow_awr_loss": ("v", "x0", "noise", "v_old", "v_ref"),
-    "reward_weighted_loss": ("v", "x0", "noise", "v_ref"),
-}
-REVERSE = ("flow_grpo_loss", "grpo_guard_loss", "flow_cps_loss", "flow_dppo_loss")
+FORWARD = tuple(name for name, loss in LOSSES.items() if loss.family == "forward")
+REVERSE = tuple(name for name, loss in LOSSES.items() if loss.family == "reverse")
 LATENTS: dict[str, tuple[str, ...]] = {
-    **FORWARD,
+    **{name: LOSSES[name].latents for name in FORWARD},
     "awm_log_prob": ("v", "x0", "noise"),
-    **{name: ("v", "v_old", "eps", "v_ref") for name in REVERSE},
+    **{name: LOSSES[name].latents for name in REVERSE},
     "distillation_loss": ("v", "v_teacher"),
     "sde_step": ("v", "x", "noise"),
     "gaussian_kl": ("mean1", "mean2"),

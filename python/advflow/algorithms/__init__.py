@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import advflow_ext as af
     from advflow.batch import ForwardBatch, Needs, TransitionBatch
     from advflow.config import TrainConfig
+    from advflow_ext.losses import Loss
 
 
 class ForwardAlgorithm(Protocol):
@@ -36,6 +37,11 @@ class ForwardAlgorithm(Protocol):
 
 
 class ReverseAlgorithm(Protocol):
+    LOSS: Loss
+
+    def settings(self, config: TrainConfig) -> object:
+        """Its section, which holds the option of the loss's trust region."""
+
     def needs(self, config: TrainConfig) -> Needs: ...
 
     def loss(self, batch: TransitionBatch, config: TrainConfig) -> af.LossOutput: ...

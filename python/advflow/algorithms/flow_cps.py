@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.batch import Needs, TransitionBatch
-from advflow.config import TrainConfig
+from advflow.config import FlowCPSConfig, TrainConfig
+from advflow_ext.losses import LOSSES
+
+LOSS = LOSSES["flow_cps_loss"]
+
+
+def settings(config: TrainConfig) -> FlowCPSConfig:
+    return config.flow_cps
 
 
 def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=config.flow_cps.kl_weight > 0)
+    return Needs(old=True, reference=settings(config).kl_weight > 0)
 
 
 def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
-    choice = config.flow_cps
+    choice = settings(config)
     return af.flow_cps_loss(
         batch.v,
         batch.v_old,

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.batch import Needs, TransitionBatch
-from advflow.config import TrainConfig
+from advflow.config import GRPOGuardConfig, TrainConfig
+from advflow_ext.losses import LOSSES
+
+LOSS = LOSSES["grpo_guard_loss"]
+
+
+def settings(config: TrainConfig) -> GRPOGuardConfig:
+    return config.grpo_guard
 
 
 def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=config.grpo_guard.kl_weight > 0)
+    return Needs(old=True, reference=settings(config).kl_weight > 0)
 
 
 def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
-    choice = config.grpo_guard
+    choice = settings(config)
     return af.grpo_guard_loss(
         batch.v,
         batch.v_old,
