@@ -1,8 +1,4 @@
-# make demo: post-train the embedded world; make test: what CI checks. Each sets up .venv by itself.
-# make test-newest: the package installed for the newest torch and diffusers (requirements-newest.txt), in .venv-newest, and
-# part of the tests against it; CI runs it too. Its torch is one with CUDA, of several GB, where no other is offered.
-# make sanitize: the operators' tests with the compiled module under AddressSanitizer and UBSan.
-# make gpu-check: build, test and measure on a GPU, with $(PYTHON) as it is and without a network.
+# Everything that is done here by one word; "make help" lists it. Each sets up .venv by itself but for gpu-check.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Waiting OpenMP threads must not spin: two cores are soon shared with something else.
@@ -18,20 +14,24 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
 	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-newest sanitize setup lint bench gpu-check clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest sanitize setup lint bench gpu-check clean
 
-demo: setup
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
+
+demo: setup ## post-train the embedded world: minutes on two cores, ends with a report
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
-test: setup lint
+test: setup lint ## what CI checks: linters, types, and every test that needs no GPU and is not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
 		-m "not slow and not gpu and not sanitizer"
 
-sanitize: setup
+sanitize: setup ## the operators' tests with the compiled module under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -m sanitizer
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
-test-newest: $(NEWEST)/.installed
+test-newest: $(NEWEST)/.installed ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers
 	$(NEWEST)/bin/pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NEWEST_TESTS)
 
 $(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
@@ -41,7 +41,7 @@ $(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(
 	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt ./python
 	touch $@
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed ## .venv with everything in it
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; PYTHON=... names another interpreter"; exit 1; }
@@ -53,17 +53,17 @@ $(VENV)/.installed: $(VENV)/.torch python/pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' --editable python
 	touch $@
 
-lint: setup
+lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
-bench: setup
+bench: setup ## this machine's plan of the bench
 	$(BIN)/python -m bench
 
-gpu-check:
+gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and without a network
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
-clean:
+clean: ## what was built or installed here
 	rm -rf $(VENV) $(NEWEST) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so

@@ -21,7 +21,7 @@ RATIO_METRICS = (
 )
 
 
-# How the metrics of parts of a batch become those of the whole: a mean weighted by the parts' shares, the root of that of
+# How metrics of parts of a batch become those of the whole: a mean weighted by the parts' shares, the root of that of
 # squares, the sum of counts, the smallest or the largest.
 Join = Literal["mean", "root_mean_square", "sum", "min", "max"]
 JOINS: dict[str, Join] = {

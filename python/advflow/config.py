@@ -191,14 +191,6 @@ class AdvantageFlowConfig:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
-            isinstance(self.gamma, str) or self.gamma >= 0,
-            "advantage_flow.gamma",
-            self.gamma,
-            'zero, a positive number, "1-A" or "beta(beta-A)"',
-        )
-        _require(self.lam >= 0, "advantage_flow.lam", self.lam, "zero or a positive number")
-        _require(self.beta > 0, "advantage_flow.beta", self.beta, "a positive number")
         _require(self.offset >= 0, "advantage_flow.offset", self.offset, "zero or a positive number")
 
 
@@ -220,11 +212,6 @@ class DiffusionNFTConfig:
     adaptive: bool = True
     mode: Literal["all", "positive", "negative", "one", "binary"] = "all"
 
-    def __post_init__(self) -> None:
-        _require(self.beta > 0, "diffusion_nft.beta", self.beta, "a positive number")
-        _require(self.adv_clip_max > 0, "diffusion_nft.adv_clip_max", self.adv_clip_max, "a positive number")
-        _require(self.kl_weight >= 0, "diffusion_nft.kl_weight", self.kl_weight, "zero or a positive number")
-
 
 @dataclass
 class AWMConfig:
@@ -242,11 +229,6 @@ class AWMConfig:
     ema_weight: float = 1.0
     kl_weight: float = 1e-3
 
-    def __post_init__(self) -> None:
-        _require(self.power > 0, "awm.power", self.power, "a positive number")
-        _require(self.ema_weight >= 0, "awm.ema_weight", self.ema_weight, "zero or a positive number")
-        _require(self.kl_weight >= 0, "awm.kl_weight", self.kl_weight, "zero or a positive number")
-
 
 @dataclass
 class FlowAWRConfig:
@@ -259,9 +241,6 @@ class FlowAWRConfig:
 
     kl_weight: float = 1e-4
     weighting: Literal["adaptive", "prediction", "velocity"] = "adaptive"
-
-    def __post_init__(self) -> None:
-        _require(self.kl_weight >= 0, "flow_awr.kl_weight", self.kl_weight, "zero or a positive number")
 
 
 @dataclass
@@ -278,10 +257,6 @@ class RewardWeightedConfig:
     tau: float = 0.5
     kl_weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        _require(self.tau > 0, "reward_weighted.tau", self.tau, "a positive number")
-        _require(self.kl_weight >= 0, "reward_weighted.kl_weight", self.kl_weight, "zero or a positive number")
-
 
 @dataclass
 class FlowGRPOConfig:
@@ -296,10 +271,6 @@ class FlowGRPOConfig:
     clip: float = 1e-4
     kl_weight: float = 0.0
     kl_convention: Literal["exact", "dt", "two_sigma_squared"] = "exact"
-
-    def __post_init__(self) -> None:
-        _require(self.clip > 0, "flow_grpo.clip", self.clip, "a positive number")
-        _require(self.kl_weight >= 0, "flow_grpo.kl_weight", self.kl_weight, "zero or a positive number")
 
 
 @dataclass
@@ -316,10 +287,6 @@ class GRPOGuardConfig:
     kl_weight: float = 0.0
     time_weight: Literal["inverse_dt", "none"] = "inverse_dt"
 
-    def __post_init__(self) -> None:
-        _require(self.clip > 0, "grpo_guard.clip", self.clip, "a positive number")
-        _require(self.kl_weight >= 0, "grpo_guard.kl_weight", self.kl_weight, "zero or a positive number")
-
 
 @dataclass
 class FlowCPSConfig:
@@ -332,10 +299,6 @@ class FlowCPSConfig:
 
     clip: float = 1e-4
     kl_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(self.clip > 0, "flow_cps.clip", self.clip, "a positive number")
-        _require(self.kl_weight >= 0, "flow_cps.kl_weight", self.kl_weight, "zero or a positive number")
 
 
 @dataclass
@@ -355,19 +318,6 @@ class FlowDPPOConfig:
     mask: Literal["current", "predictive"] = "current"
     step_size: float | None = None
     kl_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(self.threshold > 0, "flow_dppo.threshold", self.threshold, "a positive number")
-        _require(
-            (self.mask == "predictive") == (self.step_size is not None),
-            "flow_dppo.step_size",
-            self.step_size,
-            "a number for mask predictive, null otherwise",
-        )
-        _require(
-            self.step_size is None or self.step_size > 0, "flow_dppo.step_size", self.step_size, "a positive number"
-        )
-        _require(self.kl_weight >= 0, "flow_dppo.kl_weight", self.kl_weight, "zero or a positive number")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import advflow_ext as af
-from advflow.algorithms import REVERSE
+from advflow.algorithms import REVERSE, check_settings
 from advflow.batch import Rollout, Transitions
 from advflow.checkpoint import RunState, load_newest
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
@@ -251,6 +251,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     where they are not, and SystemExit where a signal has ended the run early.
     """
     folder, stop = Path(config.out), StopRequest()
+    check_settings(config)
     check_folder(config, resume)
     new = not folder.exists()
     with FolderLock(folder) as lock:

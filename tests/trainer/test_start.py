@@ -16,8 +16,9 @@ import advflow.train as train_module
 import pytest
 import torch
 from advflow import provenance
+from advflow.algorithms import FORWARD, REVERSE, check_settings
 from advflow.cli import main
-from advflow.config import ModelConfig
+from advflow.config import FlowGRPOConfig, ModelConfig, TrainConfig
 from advflow.model import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
 from advflow.rewards import Scores
 from runs import SMALL
@@ -278,3 +279,44 @@ def test_the_embedded_pipeline_passes_its_own_check() -> None:
                 ValueError, match=rf"model.resolution is {resolution}; this pipeline needs a multiple of"
             ):
                 check()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "option", "sentence"),
+    [
+        ("flow_grpo", "--flow_grpo.clip=1.5", "flow_grpo.clip is 1.5; accepted is a number of at least 0 and below 1."),
+        ("dance_grpo", "--flow_grpo.clip=-1", "flow_grpo.clip is -1.0; accepted is a finite number of at least 0 and"),
+        ("grpo_guard", "--grpo_guard.kl_weight=-1", "grpo_guard.kl_weight is -1.0; accepted is a finite number of at"),
+        ("flow_cps", "--flow_cps.clip=1", "flow_cps.clip is 1.0; accepted is a number of at least 0 and below 1."),
+        ("flow_dppo", "--flow_dppo.mask=predictive", "flow_dppo.step_size is None; accepted is a finite number above"),
+        ("flow_dppo", "--flow_dppo.step_size=1", "flow_dppo.step_size is 1.0; accepted with mask 'current' is None."),
+        (
+            "advantage_flow",
+            "--advantage_flow.beta=0",
+            "advantage_flow.beta is 0.0; accepted is a finite number above",
+        ),
+        ("diffusion_nft", "--diffusion_nft.adv_clip_max=0", "diffusion_nft.adv_clip_max is 0.0; accepted is a finite"),
+        ("awm", "--awm.power=0", "awm.power is 0.0; accepted is a finite number above 0."),
+        (
+            "flow_awr",
+            "--flow_awr.kl_weight=-1",
+            "flow_awr.kl_weight is -1.0; accepted is a finite number of at",
+        ),
+        ("reward_weighted", "--reward_weighted.tau=0", "reward_weighted.tau is 0.0; accepted is a finite number above"),
+    ],
+)
+def test_what_the_op_refuses_is_refused_before_anything_exists(
+    algorithm: str, option: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advflow.train.Trainer", lambda *_: pytest.fail("made a trainer"))
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        main(["train", "--algorithm", algorithm, option, "--out", str(folder)])
+    assert not folder.exists()
+
+
+def test_what_the_op_takes_is_taken() -> None:
+    """A clip of 0 leaves every ratio that has moved its bound."""
+    for algorithm in (*FORWARD, *REVERSE):
+        check_settings(TrainConfig(algorithm=algorithm))
+    check_settings(TrainConfig(algorithm="flow_grpo", flow_grpo=FlowGRPOConfig(clip=0.0)))

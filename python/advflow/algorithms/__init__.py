@@ -9,8 +9,12 @@ from the sampler steps that made them. Every module has
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
+import advflow_ext as af
 from advflow.algorithms import (
     advantage_flow,
     awm,
@@ -22,10 +26,10 @@ from advflow.algorithms import (
     grpo_guard,
     reward_weighted,
 )
+from advflow.batch import ForwardBatch, TransitionBatch
 
 if TYPE_CHECKING:
-    import advflow_ext as af
-    from advflow.batch import ForwardBatch, Needs, TransitionBatch
+    from advflow.batch import Needs
     from advflow.config import TrainConfig
     from advflow_ext.losses import Loss
 
@@ -64,3 +68,33 @@ REVERSE: dict[str, ReverseAlgorithm] = {
     "grpo_guard": grpo_guard,
     "flow_dppo": flow_dppo,
 }
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Calls the method's own op on a group of images of four elements with the run's settings, before anything exists.
+
+    Raises ValueError with what the op has to say, its option by its place in the configuration.
+    """
+    name = config.algorithm
+    section = "flow_grpo" if name in REVERSE and REVERSE[name] is flow_grpo else name
+    try:
+        _loss_of_ones(config)
+    except ValueError as error:
+        options = {field.name for field in fields(getattr(config, section))}
+        text = str(error).replace(", or such a tensor of shape [] or [B]", "")  # which no configuration holds
+        raise ValueError(f"{section}.{text}" if text.split(" ")[0] in options else f"{name}: {text}") from error
+
+
+def _loss_of_ones(config: TrainConfig) -> None:
+    count = config.rollout.images_per_prompt
+    latent, ones = torch.ones(count, 4), torch.ones(count)
+    v = latent.clone().requires_grad_()
+    if config.algorithm in FORWARD:
+        forward = FORWARD[config.algorithm]
+        v_ref = latent if forward.needs(config).reference else None
+        forward.loss(ForwardBatch(v, latent, v_ref, latent, latent, ones, ones, ones, reference_scale=1.0), config)
+        return
+    reverse = REVERSE[config.algorithm]
+    table, index = af.StepTable([0.9, 0.6, 0.3, 0.0]), torch.ones(count, dtype=torch.int64)
+    v_ref = latent if reverse.needs(config).reference else None
+    reverse.loss(TransitionBatch(v, latent, v_ref, latent, table, index, ones), config)
