@@ -191,6 +191,13 @@ class AdvantageFlowConfig:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
+        # The op takes any number, which one a sample may be below 0; one for all samples drives the policy away.
+        _require(
+            isinstance(self.gamma, str) or self.gamma >= 0,
+            "advantage_flow.gamma",
+            self.gamma,
+            'zero, a positive number, "1-A" or "beta(beta-A)"',
+        )
         _require(self.offset >= 0, "advantage_flow.offset", self.offset, "zero or a positive number")
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from advflow.algorithms import FORWARD, REVERSE, check_settings
 from advflow.config import TrainConfig
 from advflow.world.settings import FlowStage, PretrainSettings
 
@@ -28,10 +29,14 @@ ZERO_IS_FINE = {
     "awm.kl_weight",
     "flow_awr.kl_weight",
     "reward_weighted.kl_weight",
+    "flow_grpo.clip",
     "flow_grpo.kl_weight",
+    "grpo_guard.clip",
     "grpo_guard.kl_weight",
+    "flow_cps.clip",
     "flow_cps.kl_weight",
     "flow_dppo.kl_weight",
+    "flow_dppo.threshold",
 }
 
 
@@ -57,6 +62,13 @@ def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
     return replace(config, **{name: value})
 
 
+def _checked(path: tuple[str, ...], value: Any) -> None:
+    """The setting at `path` as a run's: of a method's own section the method's op has the word."""
+    config = _with(TrainConfig(), path, value)
+    if path[0] in (*FORWARD, *REVERSE):
+        check_settings(replace(config, algorithm=path[0]))
+
+
 SETTINGS = dict(_numbers(TrainConfig()))
 
 
@@ -75,12 +87,12 @@ def test_a_number_that_is_none_is_refused(path: tuple[str, ...]) -> None:
         wrong.append(0)
     for value in wrong:
         with pytest.raises(ValueError, match=rf"{name} is .*accepted"):
-            _with(TrainConfig(), path, value)
+            _checked(path, value)
 
 
 @pytest.mark.parametrize("name", sorted(ZERO_IS_FINE))
 def test_zero_is_a_number(name: str) -> None:
-    _with(TrainConfig(), tuple(name.split(".")), 0)
+    _checked(tuple(name.split(".")), 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, True, -1, 0])
