@@ -29,7 +29,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answers the first signal at once, in words; the second one acts as it would have without this."""
+        """Answers the first signal at once, in words; the second one acts as it would have without this.
+
+        One that was ignored when the run began, as SIGINT is of what a script puts in the background, stays so.
+        """
 
         def ask(signum: int, frame: FrameType | None) -> None:
             self.asked = True
@@ -38,7 +41,8 @@ class StopRequest:
             # Not print(): the signal may have come while the stream was being written to.
             os.write(2, f"\n{signal.Signals(signum).name}: {answer}. A second one stops at once.\n".encode())
 
-        previous = {number: signal.signal(number, ask) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, ask) for number in heard}
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from advflow.run import Run
 from advflow.run_log import EVALS, METRICS
 from advflow.train import Trainer
 from runs import SMALL, assert_same_run, rows
+
+
+@pytest.fixture(autouse=True)
+def interrupts_count() -> Iterator[None]:
+    """Also where the tests themselves run in the background of a script, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Red:
@@ -112,6 +121,13 @@ def test_a_signal_in_a_rollout_ends_it(whole: Path, tmp_path: Path, monkeypatch:
     main(["train", "--out", str(folder), "--resume", "--checkpoint_every", "1"])
     assert drawn == [0, 1, 1, 2]
     assert_same_run(whole, folder)
+
+
+def test_what_was_ignored_stays_so(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Red.at[3] = lambda: signal.raise_signal(signal.SIGINT)
+    main(["train", "--out", str(tmp_path / "run"), *WORDS])
+    assert (tmp_path / "run/summary.json").exists() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
