@@ -15,7 +15,7 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest sanitize setup lint bench gpu-check clean
+.PHONY: help demo test test-newest setup-newest sanitize setup lint bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -31,8 +31,10 @@ sanitize: setup ## the operators' tests with the compiled module under AddressSa
 	$(BIN)/python -m pytest -q -m sanitizer
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
-test-newest: $(NEWEST)/.installed ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers
+test-newest: setup-newest ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers
 	$(NEWEST)/bin/pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NEWEST_TESTS)
+
+setup-newest: $(NEWEST)/.installed
 
 $(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
 	$(PYTHON) -m venv $(NEWEST)
