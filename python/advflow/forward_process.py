@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import FORWARD
 from advflow.batch import ForwardBatch, Rollout, WeightedLoss
@@ -14,6 +15,7 @@ from advflow.model import LatentShape
 from advflow.policies import Policies, policy_velocities
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl
+from advflow.sampling import PromptEmbeddings, sample_latents
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,36 @@ class Draws:
 class ForwardProcess:
     """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, draws: Draws, control: ReferenceControl) -> None:
+    for_images = True
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policies: Policies,
+        draws: Draws,
+        sigmas: list[float],
+        control: ReferenceControl,
+    ) -> None:
         self._config, self._policies, self._draws, self._control = config, policies, draws, control
+        self._sigmas = sigmas
         self._algorithm = FORWARD[config.algorithm]
         self._needs = self._algorithm.needs(config)
+
+    def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        return noise
+
+    def sample(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: torch.Tensor,
+        prompts: PromptEmbeddings,
+        iteration: int,
+        first_image: int,
+    ) -> tuple[torch.Tensor, None]:
+        return sample_latents(transformer, noise, self._sigmas, prompts, self._config.rollout.solver), None
+
+    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
+        return {}
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""

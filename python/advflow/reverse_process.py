@@ -116,11 +116,28 @@ def join(parts: list[Transitions]) -> Transitions:
 class ReverseProcess:
     """Turns the sampler steps of a rollout into optimiser steps of a reverse-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, sigmas: list[float]) -> None:
-        self._config, self._policies, self._sigmas = config, policies, sigmas
+    def __init__(
+        self, config: TrainConfig, policies: Policies, sampler: StochasticSampler, sigmas: list[float]
+    ) -> None:
+        self._config, self._policies, self._sampler, self._sigmas = config, policies, sampler, sigmas
+        # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
+        self.for_images = config.sde.anchor == "replay"
         self._algorithm = REVERSE[config.algorithm]
         self._needs = Needs(config.sde.anchor == "replay", self._algorithm.needs(config).reference)
         self._warned = False
+
+    def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        return self._sampler.starting_noise(noise)
+
+    def sample(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: torch.Tensor,
+        prompts: PromptEmbeddings,
+        iteration: int,
+        first_image: int,
+    ) -> tuple[torch.Tensor, Transitions]:
+        return self._sampler.sample(transformer, noise, prompts, iteration, first_image)
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1.
@@ -175,7 +192,7 @@ class ReverseProcess:
             v_old = replayed
         return TransitionBatch(v, v_old, v_ref, eps, steps.table, index, rollout.advantages[image])
 
-    def mismatch(self, first: dict[str, float]) -> dict[str, float]:
+    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
         """What the metrics of an iteration's first update say about the forward pass itself.
 
         Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes

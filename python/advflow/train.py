@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 import advflow_ext as af
-from advflow.algorithms import REVERSE, check_settings
+from advflow.algorithms import check_settings
 from advflow.batch import Rollout, Transitions
 from advflow.checkpoint import RunState, load_newest
 from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
-from advflow.forward_process import Draws, ForwardProcess
 from advflow.interrupt import StopRequest
 from advflow.model import (
     LatentShape,
@@ -28,14 +27,15 @@ from advflow.model import (
     pick_device,
 )
 from advflow.policies import follow, make_policies
+from advflow.process import make_process
 from advflow.prompts import check_prompts, load_training_prompts
 from advflow.randomness import generator
 from advflow.reference_control import ReferenceControl, reference_target
-from advflow.reverse_process import ReverseProcess, StochasticSampler, join
+from advflow.reverse_process import join
 from advflow.rewards import load_reward
 from advflow.run import CHECKPOINTS, Run
 from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
-from advflow.sampling import PromptEmbeddings, decode, sample_latents, sigma_grid
+from advflow.sampling import PromptEmbeddings, decode, sigma_grid
 from advflow_ext.contract.outputs import Join
 
 WeightedMetrics = tuple[af.LossMetrics, float]
@@ -66,15 +66,8 @@ class Trainer:
         self.policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
-        self.stochastic_sampler: StochasticSampler | None = None
-        self.process: ForwardProcess | ReverseProcess
         self.reference_control = ReferenceControl(reference_target(config))
-        if config.algorithm in REVERSE:
-            self.stochastic_sampler = StochasticSampler(config, self.sigmas)
-            self.process = ReverseProcess(config, self.policies, self.sigmas)
-        else:
-            draws = Draws(config.draws, self.sampler.latent, self.sigmas, config.seed)
-            self.process = ForwardProcess(config, self.policies, draws, self.reference_control)
+        self.process = make_process(config, self.policies, self.sampler.latent, self.sigmas, self.reference_control)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -152,22 +145,17 @@ class Trainer:
         self, noise: torch.Tensor, embeddings: PromptEmbeddings, iteration: int
     ) -> tuple[torch.Tensor, Transitions | None]:
         """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
-        config = self.config.rollout
-        # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
-        for_images = self.stochastic_sampler is None or self.config.sde.anchor == "replay"
-        transformer = self.policies.transformer(config.policy, for_images=for_images)
-        if self.stochastic_sampler is not None:
-            noise = self.stochastic_sampler.starting_noise(noise)
+        config, process = self.config.rollout, self.process
+        transformer = self.policies.transformer(config.policy, for_images=process.for_images)
+        noise = process.starting_noise(noise)
         latents, transitions = [], []
         for start in range(0, len(noise), config.batch):
             self._between_batches()
             rows = slice(start, start + config.batch)
-            if self.stochastic_sampler is None:
-                x0 = sample_latents(transformer, noise[rows], self.sigmas, embeddings[rows], config.solver)
-            else:
-                x0, steps = self.stochastic_sampler.sample(transformer, noise[rows], embeddings[rows], iteration, start)
-                transitions.append(steps)
+            x0, steps = process.sample(transformer, noise[rows], embeddings[rows], iteration, start)
             latents.append(x0)
+            if steps is not None:
+                transitions.append(steps)
         return torch.cat(latents), join(transitions) if transitions else None
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -191,8 +179,7 @@ class Trainer:
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
-        if isinstance(self.process, ReverseProcess):
-            row |= self.process.mismatch(join_metrics(updates[0]))
+        row |= self.process.diagnose(join_metrics(updates[0]))
         row |= self.reference_control.update(row)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import advflow.forward_process as forward_module
 import advflow.reverse_process as reverse_module
 import advflow.sampling as sampling_module
-import advflow.train as train_module
 import pytest
 import torch
 from advflow.checkpoint import checkpoints
@@ -191,8 +191,8 @@ def test_rewards_that_are_all_bad_end_the_run(tmp_path: Path, told: pytest.Monke
 
 
 def test_images_that_are_all_broken_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, folder = train_module.sample_latents, tmp_path / "run"
-    monkeypatch.setattr(train_module, "sample_latents", lambda *arguments: real(*arguments) * torch.nan)
+    real, folder = forward_module.sample_latents, tmp_path / "run"
+    monkeypatch.setattr(forward_module, "sample_latents", lambda *arguments: real(*arguments) * torch.nan)
     with pytest.raises(SystemExit, match="of 6 in the last one, number 3, 6 are not finite and 0 got a reward"):
         main(["train", "--out", str(folder), *SMALL, "--evaluation.every", "100", "--iterations", "9"])
 

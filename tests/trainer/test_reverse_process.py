@@ -111,7 +111,7 @@ def test_a_share_of_the_steps(small_config: Make) -> None:
     trainer = _trainer(small_config, sde=SDEConfig(steps=2, trained_share=0.5), optim=OptimConfig(micro_batch=100))
     rollout = _rollout(trainer)
     assert rollout.transitions is not None
-    kept = trainer.process._trained(0, rollout.transitions)  # type: ignore[union-attr]
+    kept = trainer.process._trained(0, rollout.transitions)  # type: ignore[attr-defined]
     assert kept.index.shape == (12, 1) and set(kept.index.flatten().tolist()) == {0, 1}
     losses = [list(step) for step in trainer.process.steps(0, rollout)]
     assert [[loss.weight for loss in step] for step in losses] == [[1.0]]
@@ -120,20 +120,19 @@ def test_a_share_of_the_steps(small_config: Make) -> None:
 def test_a_trust_region_below_the_rounding_is_warned_of(small_config: Make) -> None:
     trainer = _trainer(small_config)
     with pytest.warns(UserWarning, match="sde.anchor=replay"):
-        trainer.process.mismatch({"max_abs_log_ratio": 1e-3, "mean_kl_old": 0.0})  # type: ignore[union-attr]
+        trainer.process.diagnose({"max_abs_log_ratio": 1e-3, "mean_kl_old": 0.0})
 
 
 def test_images_of_nan_do_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = _trainer(small_config)
-    assert trainer.stochastic_sampler is not None
-    starting_noise = trainer.stochastic_sampler.starting_noise
+    starting_noise = trainer.process.starting_noise
 
     def with_nan(noise: torch.Tensor) -> torch.Tensor:
         noise = starting_noise(noise).clone()
         noise[0] = torch.nan
         return noise
 
-    monkeypatch.setattr(trainer.stochastic_sampler, "starting_noise", with_nan)
+    monkeypatch.setattr(trainer.process, "starting_noise", with_nan)
     row = trainer.iterate(0)
     assert row["broken_images"] == 1 and row["nonfinite_samples"] > 0 and row["skipped_steps"] == 0
     assert all(torch.isfinite(p).all() for p in trainer.policies.learner)

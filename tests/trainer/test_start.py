@@ -153,7 +153,7 @@ def test_what_a_model_raises_keeps_its_traceback(tmp_path: Path, monkeypatch: py
     def fails(*_: object, **__: object) -> Any:
         return json.loads("not JSON")  # a ValueError raised in a library
 
-    monkeypatch.setattr(train_module, "sample_latents", fails)
+    monkeypatch.setattr("advflow.forward_process.sample_latents", fails)
     monkeypatch.setattr("advflow.evaluate.sample_latents", fails)
     with pytest.raises(json.JSONDecodeError):
         main(["train", "--out", str(tmp_path / "run"), *SMALL])

@@ -271,7 +271,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(small_config: Make, tmp_p
 
 def test_a_broken_sample_does_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image of NaN costs its own contribution and shows up in the count."""
-    import advflow.train as module
+    import advflow.forward_process as module
 
     real = module.sample_latents
 

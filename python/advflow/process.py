@@ -1,0 +1,51 @@
+"""What the loop asks of a process: to draw images with the rollout policy, to learn from them, to look at itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from advflow.algorithms import REVERSE
+from advflow.batch import Rollout, Transitions, WeightedLoss
+from advflow.config import TrainConfig
+from advflow.forward_process import Draws, ForwardProcess
+from advflow.model import LatentShape
+from advflow.policies import Policies
+from advflow.reference_control import ReferenceControl
+from advflow.reverse_process import ReverseProcess, StochasticSampler
+from advflow.sampling import PromptEmbeddings
+
+
+class Process(Protocol):
+    # Whether images may be drawn on merged weights; what a ratio is anchored on may not.
+    for_images: bool
+
+    def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        """The noise [N, C, H, W] that an iteration's images start from, of what was drawn for them."""
+
+    def sample(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise: torch.Tensor,
+        prompts: PromptEmbeddings,
+        iteration: int,
+        first_image: int,
+    ) -> tuple[torch.Tensor, Transitions | None]:
+        """Latents [B, C, H, W] of some images, the first being the iteration's `first_image`, and the steps to them."""
+
+    def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
+
+    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
+        """What the metrics of an iteration's first update say about the forward pass itself."""
+
+
+def make_process(
+    config: TrainConfig, policies: Policies, latent: LatentShape, sigmas: list[float], control: ReferenceControl
+) -> Process:
+    if config.algorithm in REVERSE:
+        return ReverseProcess(config, policies, StochasticSampler(config, sigmas), sigmas)
+    return ForwardProcess(config, policies, Draws(config.draws, latent, sigmas, config.seed), sigmas, control)
