@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ class _AdaLN(torch.autograd.Function):
 def _groups(tensors: tuple[Tensor, ...], gates: int, norms: int) -> tuple[tuple[Tensor, ...], ...]:
     """Branches, gates, scales, shifts."""
     ends = (0, gates, 2 * gates, 2 * gates + norms, 2 * gates + 2 * norms)
-    return tuple(tensors[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True))
+    return tuple(tensors[start:end] for start, end in itertools.pairwise(ends))
 
 
 def _forward_shapes(

@@ -133,9 +133,8 @@ def _cacheable(model: nn.Module) -> Iterator[nn.Module]:
     }
     embedding = model.time_text_embed
     assert isinstance(embedding, nn.Module)
-    if not any(is_lora_layer(module) for module in embedding.modules()):
-        if embedding not in compiled:
-            yield embedding
+    if not any(is_lora_layer(module) for module in embedding.modules()) and embedding not in compiled:
+        yield embedding
     for module in model.modules():
         silu, linear = getattr(module, "silu", None), getattr(module, "linear", None)
         if type(silu) is nn.SiLU and type(linear) is nn.Linear and not {silu, linear} & compiled:

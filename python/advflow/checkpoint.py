@@ -31,7 +31,7 @@ class RunState:
     reference_scale: float = 1.0
 
 
-class DamagedCheckpoint(ValueError):  # noqa: N818
+class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written."""
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):  # noqa: N818  no error: it was asked for
+class Interrupted(Exception):
     """Raised between two batches of a rollout or an evaluation, whose beginning a later run repeats."""
 
 

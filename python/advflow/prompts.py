@@ -84,8 +84,8 @@ def check_prompts(data: DataConfig, reward: Reward) -> list[str]:
     Raises ValueError naming the field, the file, the line and the prompt.
     """
     remarks = []
-    training = dict.fromkeys((p.text for p in training_prompts()), [0])
-    held_out = dict.fromkeys((p.text for p in held_out_prompts()), [0])
+    training = {key: [0] for key in (p.text for p in training_prompts())}
+    held_out = {key: [0] for key in (p.text for p in held_out_prompts())}
     if data.prompts != EMBEDDED:
         training = read_prompts(data.prompts, "data.prompts")
     if data.eval_prompts != EMBEDDED:

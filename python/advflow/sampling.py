@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def sample_latents(
     """Integrates dx = v dsigma from `noise` [B, C, H, W] at sigma 1 to the latent at sigma 0, in fp32."""
     x = noise.float()
     step = MultistepDPM(sigmas) if solver == "dpm" else euler_step
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         t = torch.full((len(x),), sigma, device=x.device)
         x = step(x, velocity(transformer, x, t, prompts).float(), sigma, next_sigma)
     return x

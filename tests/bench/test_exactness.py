@@ -12,8 +12,8 @@ import torch
 from advflow_ext import _native
 
 pytest.importorskip("matplotlib", reason="bench.exactness draws with matplotlib")
-from bench import exactness  # noqa: E402
-from bench.exactness import LIMITS, METHODS, OURS, TARGETS, find  # noqa: E402
+from bench import exactness
+from bench.exactness import LIMITS, METHODS, OURS, TARGETS, find
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,15 +15,15 @@ import torch
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from torch._C._autograd import DeviceType  # noqa: E402
+from torch._C._autograd import DeviceType
 
-from bench import roofline, sd3_model, step, step_profile, step_variants  # noqa: E402
-from bench.account import OTHER  # noqa: E402
-from bench.roofline import NO_GRAD, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total  # noqa: E402
-from bench.sd3_model import SIZES, Work  # noqa: E402
-from bench.sd3_sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES  # noqa: E402
-from bench.step_profile import COMPILED, LOSS, PROFILE_SITES, UPDATE  # noqa: E402
-from bench.step_variants import Outcome, Variant  # noqa: E402
+from bench import roofline, sd3_model, step, step_profile, step_variants
+from bench.account import OTHER
+from bench.roofline import NO_GRAD, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
+from bench.sd3_model import SIZES, Work
+from bench.sd3_sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES
+from bench.step_profile import COMPILED, LOSS, PROFILE_SITES, UPDATE
+from bench.step_variants import Outcome, Variant
 
 CPU = torch.device("cpu")
 WORK = Work("tiny", 3, 32, 10)

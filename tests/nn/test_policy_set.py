@@ -19,8 +19,8 @@ from advflow_ext.nn import merged_weight
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import fill, inputs, layer, transformer, with_adapters  # noqa: E402
-from peft import (  # noqa: E402
+from lora_models import fill, inputs, layer, transformer, with_adapters
+from peft import (
     LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,

@@ -19,11 +19,11 @@ from advflow_ext.testing import relative_error
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-from diffusers import SD3Transformer2DModel  # noqa: E402
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0  # noqa: E402
-from diffusers.models.normalization import RMSNorm  # noqa: E402
-from peft import get_peft_model, get_peft_model_state_dict  # noqa: E402
-from sd3_models import adapters, assert_same, inputs, run, tiny, transformer  # noqa: E402
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.normalization import RMSNorm
+from peft import get_peft_model, get_peft_model_state_dict
+from sd3_models import adapters, assert_same, inputs, run, tiny, transformer
 
 HALF_PRECISION_RATIO = 1.5
 
@@ -56,7 +56,7 @@ def test_tiny_model_with_adapters(model, stock):
     # Verified once for each kind of call and run once for each call: what counts is that nothing was left out.
     assert {"joint_qk_norm", "joint_qk_norm_backward", "adaln", "adaln_backward"} == set(names)
     assert_same(patched, stock)
-    assert {name: True for name in state} == {
+    assert dict.fromkeys(state, True) == {
         name: torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()
     }
     patch.unapply()

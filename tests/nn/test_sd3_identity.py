@@ -20,15 +20,15 @@ import advflow_ext as af
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-import diffusers  # noqa: E402
-from diffusers.models.activations import GELU  # noqa: E402
-from diffusers.models.attention import FeedForward, JointTransformerBlock  # noqa: E402
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0  # noqa: E402
-from diffusers.models.normalization import AdaLayerNormZero, RMSNorm  # noqa: E402
-from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
-from sd3_models import assert_same, inputs, run, transformer  # noqa: E402
+import diffusers
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.normalization import AdaLayerNormZero, RMSNorm
+from peft.tuners.lora.layer import Linear as LoraLinear
+from sd3_models import assert_same, inputs, run, transformer
 
-from advflow_ext.patches import _diffusers, _sd3_block  # noqa: E402
+from advflow_ext.patches import _diffusers, _sd3_block
 
 BLOCK = "transformer_blocks.1"
 

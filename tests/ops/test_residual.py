@@ -288,7 +288,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, shape, device):
     step_stats, step_grad = transition_stats_op(v, noise, o, p), transition_grad_op(v, noise, o, p, coef)
     for rows in ([2], [2, 0], [1, 2, 1]):
         part = [x[rows] for x in (v, x0, noise, o, p)]
-        v_, x0_, noise_, o_, p_ = part
+        v_, _, noise_, o_, p_ = part
         assert torch.equal(stats_op(*part, 0.7), stats[rows])
         assert torch.equal(grad_op(*part, coef[rows]), grad[rows])
         assert torch.equal(transition_stats_op(v_, noise_, o_, p_), step_stats[rows])

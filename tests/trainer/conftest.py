@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-from advflow.config import (  # noqa: E402
+from advflow.config import (
     DrawConfig,
     EvalConfig,
     ModelConfig,

@@ -153,7 +153,7 @@ def test_the_sd35_config_trains_the_tiny_pipeline(tmp_path: Path) -> None:
 
 
 class MeanRed:
-    def __call__(self, images: torch.Tensor, prompts: list[str]):  # noqa: ANN204
+    def __call__(self, images: torch.Tensor, prompts: list[str]):
         from advflow.rewards import Scores
 
         red = images[:, 0].mean((1, 2)).cpu()

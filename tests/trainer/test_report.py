@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -431,7 +432,7 @@ def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
     chart = Chart("k", "label", [0, 1], series, end_labels=True)
     heights = sorted(float(found["y"] or 0) for found in Page(draw(chart, 900, 400)).find("text", **{"class": "name"}))
     assert len(heights) == 8
-    assert min(after - before for before, after in zip(heights, heights[1:], strict=False)) >= 14.9
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 14.9
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_gaps() -> None:

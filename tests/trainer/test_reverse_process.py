@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import get_args
@@ -145,7 +146,7 @@ def test_dpm_is_of_second_order_and_beats_euler() -> None:
         grid = [1.0 - i / steps for i in range(steps)] + [0.0]
         step = MultistepDPM(grid) if solver == "dpm" else euler_step
         x = torch.tensor([[2.0]], dtype=torch.float64)
-        for s, following in zip(grid, grid[1:], strict=False):
+        for s, following in itertools.pairwise(grid):
             variance = 0.25 * (1 - s) ** 2 + s**2
             centred = x - 1.5 * (1 - s)
             v = s / variance * centred - (1.5 + 0.25 * (1 - s) / variance * centred)
