@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 from advflow.cli import resolve_configs, to_config, train_parser
-from advflow.config import TrainConfig
-from advflow.progress import show_progress
-from advflow.train import Trainer
+from advflow.run.progress import show_progress
+from advflow.run.train import Trainer
+from advflow.settings.config import TrainConfig
 from torch import Tensor
 
 from bench import report

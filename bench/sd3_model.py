@@ -52,7 +52,7 @@ def _sd35_medium() -> dict[str, Any]:
 
 
 def _tiny() -> dict[str, Any]:
-    from advflow.model import EMBEDDED, pipeline_folder
+    from advflow.models.sd3 import EMBEDDED, pipeline_folder
 
     config = json.loads((Path(pipeline_folder(EMBEDDED)) / "transformer" / "config.json").read_text())
     return {name: value for name, value in config.items() if not name.startswith("_")}
@@ -73,7 +73,7 @@ class Work:
 
 def lora_config() -> Any:
     """PEFT's, of the adapters that `advflow` trains."""
-    from advflow.config import ModelConfig
+    from advflow.settings.config import ModelConfig
     from peft import LoraConfig
 
     settings = ModelConfig()

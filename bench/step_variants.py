@@ -1,6 +1,6 @@
 """One step of reinforcement learning on SD3.5's transformer in each of the ways that `bench.step` compares.
 
-The steps are the loop's own: :func:`advflow.sampling.sample_latents` for the rollout and
+The steps are the loop's own: :func:`advflow.samplers.sampling.sample_latents` for the rollout and
 :func:`advflow.policies.policy_velocities` for training. Variants differ in who holds the policies, in what the blocks
 run on and in who wrote the loss.
 """
@@ -18,11 +18,11 @@ from unittest import mock
 
 import torch
 from advflow.algorithms import FORWARD
-from advflow.batch import ForwardBatch, Needs
-from advflow.config import ModelConfig, RuntimeConfig, TrainConfig
-from advflow.forward_process import Draw
 from advflow.policies import Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
-from advflow.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
+from advflow.processes.batch import ForwardBatch, Needs
+from advflow.processes.forward import Draw
+from advflow.samplers.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
+from advflow.settings.config import ModelConfig, RuntimeConfig, TrainConfig
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 

@@ -14,12 +14,12 @@ from typing import get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 
-from advflow.arguments import Parser
-from advflow.config import Algorithm, TrainConfig
-from advflow.cpu_memory import keep_freed_memory
-from advflow.run_folder import CONFIG, MAY_CHANGE
-from advflow.suggest import did_you_mean
-from advflow.yaml_files import read_yaml
+from advflow.core.cpu_memory import keep_freed_memory
+from advflow.run.folder import CONFIG, MAY_CHANGE
+from advflow.settings.arguments import Parser
+from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.suggest import did_you_mean
+from advflow.settings.yaml_files import read_yaml
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -230,7 +230,7 @@ def _train(arguments: Namespace) -> None:
     _quiet_libraries()
     keep_freed_memory()
     from advflow.report import write_report
-    from advflow.train import train
+    from advflow.run.train import train
 
     summary = train(config, resume)
     report = write_report(Path(config.out))
@@ -250,7 +250,7 @@ def _score(value: float | None) -> str:
 def _eval(arguments: Namespace) -> None:
     config = load_run_config(arguments.run)
     _quiet_libraries()
-    from advflow.inference import evaluate_run, load_run
+    from advflow.run.inference import evaluate_run, load_run
 
     result = evaluate_run(load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint))
     print(f"overall {result.overall:.4f}")
@@ -264,8 +264,8 @@ def _sample(arguments: Namespace) -> None:
     _check_sample(arguments)
     config = load_run_config(arguments.run)
     _quiet_libraries()
-    from advflow.inference import draw_images, load_run
-    from advflow.run_log import image_grid
+    from advflow.run.inference import draw_images, load_run
+    from advflow.run.log import image_grid
 
     run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
     images = draw_images(run, arguments.prompt, arguments.count, arguments.steps, arguments.seed)

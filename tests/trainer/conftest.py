@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-from advflow.config import (
+from advflow.settings.config import (
     DrawConfig,
     EvalConfig,
     ModelConfig,

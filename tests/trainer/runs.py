@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from advflow.checkpoint import checkpoints
-from advflow.run_log import EVALS, METRICS, read_rows
+from advflow.run.checkpoint import checkpoints
+from advflow.run.log import EVALS, METRICS, read_rows
 from safetensors.torch import load_file
 
 SMALL = (

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 from advflow.cli import load_run_config, main, packaged_configs, resolve_configs, to_config, train_parser
-from advflow.config import Algorithm, TrainConfig
+from advflow.settings.config import Algorithm, TrainConfig
 
 METHODS = get_args(Algorithm)
 PARSER = train_parser()

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import advflow.forward_process as forward_module
-import advflow.reverse_process as reverse_module
-import advflow.sampling as sampling_module
+import advflow.processes.forward as forward_module
+import advflow.processes.reverse as reverse_module
+import advflow.samplers.sampling as sampling_module
 import pytest
 import torch
-from advflow.checkpoint import checkpoints
 from advflow.cli import load_run_config, main
-from advflow.config import Algorithm, DataConfig, EvalConfig, RolloutConfig, SDEConfig, TrainConfig
-from advflow.evaluate import finite_mean
-from advflow.inference import draw_images, load_run
 from advflow.report import write_report
 from advflow.rewards import Scores
-from advflow.run_log import EVALS, METRICS, to_json
-from advflow.train import Trainer
+from advflow.run.checkpoint import checkpoints
+from advflow.run.evaluate import finite_mean
+from advflow.run.inference import draw_images, load_run
+from advflow.run.log import EVALS, METRICS, to_json
+from advflow.run.train import Trainer
+from advflow.settings.config import Algorithm, DataConfig, EvalConfig, RolloutConfig, SDEConfig, TrainConfig
 from runs import SMALL, rows, strict_json
 
 Make = Callable[..., TrainConfig]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from advflow.checkpoint import RunState, checkpoints, load_newest, save_checkpoint
 from advflow.cli import main
-from advflow.config import ModelConfig, TrainConfig
-from advflow.evaluate import Evaluation
-from advflow.run_log import METRICS
-from advflow.train import Trainer
+from advflow.run.checkpoint import RunState, checkpoints, load_newest, save_checkpoint
+from advflow.run.evaluate import Evaluation
+from advflow.run.log import METRICS
+from advflow.run.train import Trainer
+from advflow.settings.config import ModelConfig, TrainConfig
 from advflow.world.pretrain import pretrain
 from advflow.world.settings import FlowStage, PretrainSettings
 from runs import SMALL, rows

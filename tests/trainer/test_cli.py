@@ -17,10 +17,10 @@ from advflow.cli import (
     to_config,
     train_parser,
 )
-from advflow.config import Algorithm, TrainConfig
-from advflow.model import pipeline_folder
+from advflow.models.sd3 import pipeline_folder
 from advflow.rewards import load_reward
-from advflow.train import Trainer
+from advflow.run.train import Trainer
+from advflow.settings.config import Algorithm, TrainConfig
 from PIL import Image
 
 SMALL = (

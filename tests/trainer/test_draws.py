@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from advflow.batch import Rollout
-from advflow.config import DrawConfig
-from advflow.forward_process import Draws
-from advflow.model import LatentShape
-from advflow.sampling import PromptEmbeddings
+from advflow.models.sd3 import LatentShape
+from advflow.processes.batch import Rollout
+from advflow.processes.forward import Draws
+from advflow.samplers.sampling import PromptEmbeddings
+from advflow.settings.config import DrawConfig
 
 LATENT = LatentShape(2, 4)
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from advflow.config import TrainConfig
-from advflow.model import encode_prompts, load_pipeline, pipeline_folder
-from advflow.sampling import decode
-from advflow.train import Trainer
+from advflow.models.sd3 import encode_prompts, load_pipeline, pipeline_folder
+from advflow.run.train import Trainer
+from advflow.samplers.sampling import decode
+from advflow.settings.config import TrainConfig
 from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, caption_words, pretrain
 from advflow.world.reward import score
 from advflow.world.scene import CATEGORIES, all_prompts, render, sample_scene

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from advflow import progress
+from advflow.run import progress
 
 HIDDEN = "import sys; sys.modules['advflow_ext'] = None; sys.argv = ['/somewhere/bin/advflow', 'train']\n"
 SENTENCE = (
@@ -73,7 +73,7 @@ def test_the_command_without_the_extension_is_a_sentence():
     assert (result.returncode, result.stderr.strip()) == (1, SENTENCE)
 
 
-@pytest.mark.parametrize("module", ["advflow", "advflow.train", "advflow.config", "advflow.cli"])
+@pytest.mark.parametrize("module", ["advflow", "advflow.run.train", "advflow.settings.config", "advflow.cli"])
 def test_an_import_without_the_extension_raises_the_sentence(module):
     code = f"{HIDDEN}sys.argv = ['mine.py']\ntry:\n    import {module}\nexcept ImportError as error:\n    print(error)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == SENTENCE

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from advflow.config import TrainConfig
-from advflow.evaluate import Evaluation
 from advflow.report import write_report
 from advflow.report.charts import Chart, Series, draw, smooth, tick_text, value_axis
 from advflow.report.data import evenly_spaced
 from advflow.report.panels import MOST_POINTS, bin_size, binned
 from advflow.report.text import duration_text, gain_text, times_text, value_text
-from advflow.run_log import RunLog, image_grid
+from advflow.run.evaluate import Evaluation
+from advflow.run.log import RunLog, image_grid
+from advflow.settings.config import TrainConfig
 from PIL import Image
 
 CATEGORIES = ("single_object", "counting", "color_attribution")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from advflow.cli import load_run_config, main
-from advflow.config import AdvantageFlowConfig, TrainConfig, flatten
-from advflow.run_folder import MAY_CHANGE, FolderLock, check_folder, write_config
-from advflow.run_log import EVALS, METRICS
-from advflow.train import Trainer
+from advflow.run.folder import MAY_CHANGE, FolderLock, check_folder, write_config
+from advflow.run.log import EVALS, METRICS
+from advflow.run.train import Trainer
+from advflow.settings.config import AdvantageFlowConfig, TrainConfig, flatten
 from runs import SMALL, assert_same_run, files, rows
 
 OTHER: dict[str, Any] = {  # another valid value of settings that have few

@@ -10,8 +10,11 @@ from typing import get_args
 import pytest
 import torch
 from advflow.algorithms import FORWARD, REVERSE
-from advflow.batch import Rollout
-from advflow.config import (
+from advflow.processes.batch import Rollout
+from advflow.processes.reverse import stochastic_steps
+from advflow.run.train import Trainer
+from advflow.samplers.sampling import MultistepDPM, euler_step
+from advflow.settings.config import (
     REVERSE_PROCESS,
     Algorithm,
     OptimConfig,
@@ -20,9 +23,6 @@ from advflow.config import (
     SDEConfig,
     TrainConfig,
 )
-from advflow.reverse_process import stochastic_steps
-from advflow.sampling import MultistepDPM, euler_step
-from advflow.train import Trainer
 
 Make = Callable[..., TrainConfig]
 # On-policy as the published methods are: the rollout policy becomes the learner after every iteration.

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from advflow.algorithms import FORWARD, REVERSE
-from advflow.config import (
+from advflow.policies import LoraPolicies
+from advflow.run.train import Trainer
+from advflow.settings.config import (
     FlowGRPOConfig,
     ModelConfig,
     OptimConfig,
@@ -20,8 +22,6 @@ from advflow.config import (
     SDEConfig,
     TrainConfig,
 )
-from advflow.policies import LoraPolicies
-from advflow.train import Trainer
 from diffusers import SD3Transformer2DModel
 from torch import nn
 

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from advflow.algorithms import FORWARD, REVERSE, check_settings
-from advflow.config import TrainConfig
+from advflow.settings.config import TrainConfig
 from advflow.world.settings import FlowStage, PretrainSettings
 
 ZERO_IS_FINE = {

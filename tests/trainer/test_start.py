@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import advflow.inference as inference_module
-import advflow.train as train_module
+import advflow.run.inference as inference_module
+import advflow.run.train as train_module
 import pytest
 import torch
-from advflow import provenance
 from advflow.algorithms import FORWARD, REVERSE, check_settings
 from advflow.cli import main
-from advflow.config import FlowGRPOConfig, ModelConfig, TrainConfig
-from advflow.model import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
+from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
 from advflow.rewards import Scores
+from advflow.run import provenance
+from advflow.settings.config import FlowGRPOConfig, ModelConfig, TrainConfig
 from runs import SMALL
 
 
@@ -153,8 +153,8 @@ def test_what_a_model_raises_keeps_its_traceback(tmp_path: Path, monkeypatch: py
     def fails(*_: object, **__: object) -> Any:
         return json.loads("not JSON")  # a ValueError raised in a library
 
-    monkeypatch.setattr("advflow.forward_process.sample_latents", fails)
-    monkeypatch.setattr("advflow.evaluate.sample_latents", fails)
+    monkeypatch.setattr("advflow.processes.forward.sample_latents", fails)
+    monkeypatch.setattr("advflow.run.evaluate.sample_latents", fails)
     with pytest.raises(json.JSONDecodeError):
         main(["train", "--out", str(tmp_path / "run"), *SMALL])
 
@@ -308,7 +308,7 @@ def test_the_embedded_pipeline_passes_its_own_check() -> None:
 def test_what_the_op_refuses_is_refused_before_anything_exists(
     algorithm: str, option: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advflow.train.Trainer", lambda *_: pytest.fail("made a trainer"))
+    monkeypatch.setattr("advflow.run.train.Trainer", lambda *_: pytest.fail("made a trainer"))
     folder = tmp_path / "run"
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         main(["train", "--algorithm", algorithm, option, "--out", str(folder)])

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from advflow.checkpoint import checkpoints
 from advflow.cli import main
 from advflow.rewards import Scores
-from advflow.run import Run
-from advflow.run_log import EVALS, METRICS
-from advflow.train import Trainer
+from advflow.run.checkpoint import checkpoints
+from advflow.run.log import EVALS, METRICS
+from advflow.run.run import Run
+from advflow.run.train import Trainer
 from runs import SMALL, assert_same_run, rows
 
 

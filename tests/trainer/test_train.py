@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from advflow.algorithms import FORWARD
-from advflow.batch import ForwardBatch
-from advflow.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
-from advflow.config import (
+from advflow.control.reference import ReferenceControl
+from advflow.models.sd3 import PromptEncoder, load_pipeline
+from advflow.policies import Policies, follow, make_policies
+from advflow.processes.batch import ForwardBatch
+from advflow.run.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
+from advflow.run.log import EVALS, METRICS, SAMPLES, read_rows
+from advflow.run.train import Trainer, join_metrics, learning_rate, rollout_decay, train
+from advflow.samplers.sampling import velocity
+from advflow.settings.config import (
     AdvantageConfig,
     DiffusionNFTConfig,
     FlowAWRConfig,
@@ -24,12 +30,6 @@ from advflow.config import (
     SDEConfig,
     TrainConfig,
 )
-from advflow.model import PromptEncoder, load_pipeline
-from advflow.policies import Policies, follow, make_policies
-from advflow.reference_control import ReferenceControl
-from advflow.run_log import EVALS, METRICS, SAMPLES, read_rows
-from advflow.sampling import velocity
-from advflow.train import Trainer, join_metrics, learning_rate, rollout_decay, train
 from safetensors.torch import load_file
 
 import advflow_ext as af
@@ -271,7 +271,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(small_config: Make, tmp_p
 
 def test_a_broken_sample_does_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image of NaN costs its own contribution and shows up in the count."""
-    import advflow.forward_process as module
+    import advflow.processes.forward as module
 
     real = module.sample_latents
 

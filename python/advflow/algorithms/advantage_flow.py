@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.batch import ForwardBatch, Needs
-from advflow.config import TrainConfig
+from advflow.processes.batch import ForwardBatch, Needs
+from advflow.settings.config import TrainConfig
 
 
 def needs(config: TrainConfig) -> Needs:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.batch import Needs, TransitionBatch
-from advflow.config import FlowCPSConfig, TrainConfig
+from advflow.processes.batch import Needs, TransitionBatch
+from advflow.settings.config import FlowCPSConfig, TrainConfig
 from advflow_ext.losses import LOSSES
 
 LOSS = LOSSES["flow_cps_loss"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.batch import Needs, TransitionBatch
-from advflow.config import FlowDPPOConfig, TrainConfig
+from advflow.processes.batch import Needs, TransitionBatch
+from advflow.settings.config import FlowDPPOConfig, TrainConfig
 from advflow_ext.losses import LOSSES
 
 LOSS = LOSSES["flow_dppo_loss"]

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from advflow.config import TrainConfig, flatten
-from advflow.run_log import EVALS, METRICS, SAMPLE_PROMPTS, SAMPLES, read_rows
-from advflow.yaml_files import read_yaml
+from advflow.run.log import EVALS, METRICS, SAMPLE_PROMPTS, SAMPLES, read_rows
+from advflow.settings.config import TrainConfig, flatten
+from advflow.settings.yaml_files import read_yaml
 
 _MOST_GRIDS = 12
 _GRID_WIDTH = 760  # pixels; what a half-width column shows on a dense screen

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from advflow.suggest import did_you_mean
+from advflow.settings.suggest import did_you_mean
 
 _BUILT_IN = {
     "embedded": "advflow.rewards.embedded:EmbeddedReward",

@@ -12,12 +12,10 @@ import torch
 
 import advflow_ext as af
 from advflow.algorithms import check_settings
-from advflow.batch import Rollout, Transitions
-from advflow.checkpoint import RunState, load_newest
-from advflow.config import OptimConfig, RolloutPolicyConfig, TrainConfig
-from advflow.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
-from advflow.interrupt import StopRequest
-from advflow.model import (
+from advflow.control.reference import ReferenceControl, reference_target
+from advflow.core.randomness import generator
+from advflow.data.prompts import check_prompts, load_training_prompts
+from advflow.models.sd3 import (
     LatentShape,
     PromptEncoder,
     Sampler,
@@ -27,15 +25,17 @@ from advflow.model import (
     pick_device,
 )
 from advflow.policies import follow, make_policies
-from advflow.process import make_process
-from advflow.prompts import check_prompts, load_training_prompts
-from advflow.randomness import generator
-from advflow.reference_control import ReferenceControl, reference_target
-from advflow.reverse_process import join
+from advflow.processes.batch import Rollout, Transitions
+from advflow.processes.process import make_process
+from advflow.processes.reverse import join
 from advflow.rewards import load_reward
-from advflow.run import CHECKPOINTS, Run
-from advflow.run_folder import FolderLock, check_folder, make_folder, write_config
-from advflow.sampling import PromptEmbeddings, decode, sigma_grid
+from advflow.run.checkpoint import RunState, load_newest
+from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
+from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
+from advflow.run.interrupt import StopRequest
+from advflow.run.run import CHECKPOINTS, Run
+from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
+from advflow.settings.config import OptimConfig, RolloutPolicyConfig, TrainConfig
 from advflow_ext.contract.outputs import Join
 
 WeightedMetrics = tuple[af.LossMetrics, float]

@@ -9,14 +9,14 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import REVERSE
-from advflow.batch import Rollout, Transitions, WeightedLoss
-from advflow.config import TrainConfig
-from advflow.forward_process import Draws, ForwardProcess
-from advflow.model import LatentShape
+from advflow.control.reference import ReferenceControl
+from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies
-from advflow.reference_control import ReferenceControl
-from advflow.reverse_process import ReverseProcess, StochasticSampler
-from advflow.sampling import PromptEmbeddings
+from advflow.processes.batch import Rollout, Transitions, WeightedLoss
+from advflow.processes.forward import Draws, ForwardProcess
+from advflow.processes.reverse import ReverseProcess, StochasticSampler
+from advflow.samplers.sampling import PromptEmbeddings
+from advflow.settings.config import TrainConfig
 
 
 class Process(Protocol):

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from advflow.checkpoint import RunState, save_checkpoint
-from advflow.config import TrainConfig
-from advflow.interrupt import Interrupted, StopRequest
-from advflow.progress import show_progress
-from advflow.provenance import commit, versions
-from advflow.run_folder import write_atomically
-from advflow.run_log import EVALS, RunLog, best_iteration, read_rows, to_json
+from advflow.run.checkpoint import RunState, save_checkpoint
+from advflow.run.folder import write_atomically
+from advflow.run.interrupt import Interrupted, StopRequest
+from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
+from advflow.run.progress import show_progress
+from advflow.run.provenance import commit, versions
+from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
-    from advflow.train import Trainer
+    from advflow.run.train import Trainer
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"

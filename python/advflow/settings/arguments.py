@@ -12,8 +12,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
-from advflow.suggest import did_you_mean
-from advflow.yaml_files import read_yaml
+from advflow.settings.suggest import did_you_mean
+from advflow.settings.yaml_files import read_yaml
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 _NOT_SETTINGS = ("help", "config", "resume", "print_config", "version", "subcommand")

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from advflow.run_folder import write_atomically
+from advflow.run.folder import write_atomically
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
-    from advflow.evaluate import Evaluation
+    from advflow.run.evaluate import Evaluation
     from advflow_ext import SD3Patch
 
 METRICS = "metrics.jsonl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from advflow.algorithms import FORWARD
-from advflow.config import TrainConfig
+from advflow.settings.config import TrainConfig
 
 _GAIN = 0.1  # with _ERROR the constants of the adaptive KL penalty: at most 2 % an iteration
 _ERROR = 0.2

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import SD3Transformer2DModel
 
-from advflow.config import TrainConfig
-from advflow.model import EMBEDDED, Sampler
-from advflow.prompts import load_eval_prompts
-from advflow.randomness import generator
+from advflow.core.randomness import generator
+from advflow.data.prompts import load_eval_prompts
+from advflow.models.sd3 import EMBEDDED, Sampler
 from advflow.rewards import Reward
-from advflow.sampling import PromptEmbeddings, decode, sample_latents
+from advflow.samplers.sampling import PromptEmbeddings, decode, sample_latents
+from advflow.settings.config import TrainConfig
 
 _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the same noise
 

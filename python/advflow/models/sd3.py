@@ -14,8 +14,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from advflow.config import ModelConfig
-from advflow.sampling import PromptEmbeddings
+from advflow.samplers.sampling import PromptEmbeddings
+from advflow.settings.config import ModelConfig
 
 EMBEDDED = "embedded"
 

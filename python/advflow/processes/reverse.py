@@ -11,11 +11,11 @@ from diffusers import SD3Transformer2DModel
 
 import advflow_ext as af
 from advflow.algorithms import REVERSE
-from advflow.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
-from advflow.config import SDEConfig, TrainConfig
+from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
-from advflow.randomness import generator
-from advflow.sampling import PromptEmbeddings, euler_step, velocity
+from advflow.processes.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
+from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
+from advflow.settings.config import SDEConfig, TrainConfig
 
 
 def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed: int) -> list[int]:

@@ -9,13 +9,13 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import FORWARD
-from advflow.batch import ForwardBatch, Rollout, WeightedLoss
-from advflow.config import DrawConfig, TrainConfig, require_grid
-from advflow.model import LatentShape
+from advflow.control.reference import ReferenceControl
+from advflow.core.randomness import generator
+from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies, policy_velocities
-from advflow.randomness import generator
-from advflow.reference_control import ReferenceControl
-from advflow.sampling import PromptEmbeddings, sample_latents
+from advflow.processes.batch import ForwardBatch, Rollout, WeightedLoss
+from advflow.samplers.sampling import PromptEmbeddings, sample_latents
+from advflow.settings.config import DrawConfig, TrainConfig, require_grid
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from advflow.config import TrainConfig, flatten
+from advflow.settings.config import TrainConfig, flatten
 
 CONFIG = "config.yaml"
 MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")

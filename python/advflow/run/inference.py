@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from advflow.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
-from advflow.config import TrainConfig
-from advflow.evaluate import Evaluation, evaluate, evaluation_prompts
-from advflow.model import LatentShape, Sampler, check_pipeline, encode_prompts, load_pipeline, pick_device
+from advflow.core.randomness import generator
+from advflow.models.sd3 import LatentShape, Sampler, check_pipeline, encode_prompts, load_pipeline, pick_device
 from advflow.policies import Policies, make_policies
-from advflow.randomness import generator
 from advflow.rewards import load_reward
-from advflow.run import CHECKPOINTS
-from advflow.run_log import best_iteration
-from advflow.sampling import decode, sample_latents, sigma_grid
+from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
+from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts
+from advflow.run.log import best_iteration
+from advflow.run.run import CHECKPOINTS
+from advflow.samplers.sampling import decode, sample_latents, sigma_grid
+from advflow.settings.config import TrainConfig
 
 
 @dataclass(frozen=True)

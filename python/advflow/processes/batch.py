@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import advflow_ext as af
-from advflow.sampling import PromptEmbeddings
+from advflow.samplers.sampling import PromptEmbeddings
 
 
 @dataclass(frozen=True)

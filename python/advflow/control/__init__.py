@@ -1,0 +1,1 @@
+"""What adapts while a run goes on."""

@@ -1,0 +1,1 @@
+"""Prompts, embedded and in files."""

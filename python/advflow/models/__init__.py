@@ -1,0 +1,1 @@
+"""Model families: what the loop has to know of each."""

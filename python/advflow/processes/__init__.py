@@ -1,0 +1,1 @@
+"""What a run learns from: images met again at noise, or the steps that made them."""

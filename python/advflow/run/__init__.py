@@ -1,0 +1,1 @@
+"""A run: rounds, evaluations, its folder, stopping and going on."""

@@ -1,0 +1,1 @@
+"""Drawing images by the ODE."""

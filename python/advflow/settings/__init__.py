@@ -1,0 +1,1 @@
+"""What a run may be told: sections, the command line, files. Needs no torch."""
