@@ -73,7 +73,7 @@ class Work:
 
 def lora_config() -> Any:
     """PEFT's, of the adapters that `advflow` trains."""
-    from advflow.settings.config import ModelConfig
+    from advflow.settings.model import ModelConfig
     from peft import LoraConfig
 
     settings = ModelConfig()

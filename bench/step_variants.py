@@ -22,7 +22,8 @@ from advflow.policies import Policies, Role, _compile_blocks, follow, make_polic
 from advflow.processes.batch import ForwardBatch, Needs
 from advflow.processes.forward import Draw
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
-from advflow.settings.config import ModelConfig, RuntimeConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.model import ModelConfig, RuntimeConfig
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 

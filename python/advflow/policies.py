@@ -14,7 +14,7 @@ from peft import LoraConfig
 import advflow_ext as af
 from advflow.processes.batch import Needs
 from advflow.samplers.sampling import PromptEmbeddings, timesteps, velocity_at
-from advflow.settings.config import ModelConfig, RuntimeConfig
+from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow_ext.policies.parameters import move_towards, places_of, require_in_place
 
 Role = Literal["learner", "rollout", "reference"]

@@ -7,14 +7,11 @@ import pytest
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-from advflow.settings.config import (
-    DrawConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    RolloutConfig,
-    TrainConfig,
-)
+from advflow.settings.config import TrainConfig
+from advflow.settings.data import EvalConfig, RolloutConfig
+from advflow.settings.model import ModelConfig
+from advflow.settings.optim import OptimConfig
+from advflow.settings.processes import DrawConfig
 
 
 @pytest.fixture

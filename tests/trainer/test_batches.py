@@ -20,7 +20,9 @@ from advflow.run.evaluate import finite_mean
 from advflow.run.inference import draw_images, load_run
 from advflow.run.log import EVALS, METRICS, to_json
 from advflow.run.train import Trainer
-from advflow.settings.config import Algorithm, DataConfig, EvalConfig, RolloutConfig, SDEConfig, TrainConfig
+from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
+from advflow.settings.processes import SDEConfig
 from runs import SMALL, rows, strict_json
 
 Make = Callable[..., TrainConfig]

@@ -15,7 +15,8 @@ from advflow.run.checkpoint import RunState, checkpoints, load_newest, save_chec
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import METRICS
 from advflow.run.train import Trainer
-from advflow.settings.config import ModelConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.model import ModelConfig
 from advflow.world.pretrain import pretrain
 from advflow.world.settings import FlowStage, PretrainSettings
 from runs import SMALL, rows

@@ -8,7 +8,7 @@ from advflow.models.sd3 import LatentShape
 from advflow.processes.batch import Rollout
 from advflow.processes.forward import Draws
 from advflow.samplers.sampling import PromptEmbeddings
-from advflow.settings.config import DrawConfig
+from advflow.settings.processes import DrawConfig
 
 LATENT = LatentShape(2, 4)
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -9,7 +9,7 @@ import torch
 from advflow.cli import main
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts, read_prompts
 from advflow.rewards import Scores, UnknownPrompt, load_reward
-from advflow.settings.config import DataConfig
+from advflow.settings.data import DataConfig
 from advflow.world.prompts import held_out_prompts, training_prompts
 
 

@@ -14,7 +14,9 @@ from advflow.cli import load_run_config, main
 from advflow.run.folder import MAY_CHANGE, FolderLock, check_folder, write_config
 from advflow.run.log import EVALS, METRICS
 from advflow.run.train import Trainer
-from advflow.settings.config import AdvantageFlowConfig, TrainConfig, flatten
+from advflow.settings.config import TrainConfig
+from advflow.settings.methods import AdvantageFlowConfig
+from advflow.settings.numbers import flatten
 from runs import SMALL, assert_same_run, files, rows
 
 OTHER: dict[str, Any] = {  # another valid value of settings that have few

@@ -14,15 +14,10 @@ from advflow.processes.batch import Rollout
 from advflow.processes.reverse import stochastic_steps
 from advflow.run.train import Trainer
 from advflow.samplers.sampling import MultistepDPM, euler_step
-from advflow.settings.config import (
-    REVERSE_PROCESS,
-    Algorithm,
-    OptimConfig,
-    RolloutConfig,
-    RolloutPolicyConfig,
-    SDEConfig,
-    TrainConfig,
-)
+from advflow.settings.config import REVERSE_PROCESS, Algorithm, TrainConfig
+from advflow.settings.data import RolloutConfig
+from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
+from advflow.settings.processes import SDEConfig
 
 Make = Callable[..., TrainConfig]
 # On-policy as the published methods are: the rollout policy becomes the learner after every iteration.

@@ -12,16 +12,12 @@ import torch
 from advflow.algorithms import FORWARD, REVERSE
 from advflow.policies import LoraPolicies
 from advflow.run.train import Trainer
-from advflow.settings.config import (
-    FlowGRPOConfig,
-    ModelConfig,
-    OptimConfig,
-    RolloutConfig,
-    RolloutPolicyConfig,
-    RuntimeConfig,
-    SDEConfig,
-    TrainConfig,
-)
+from advflow.settings.config import TrainConfig
+from advflow.settings.data import RolloutConfig
+from advflow.settings.methods import FlowGRPOConfig
+from advflow.settings.model import ModelConfig, RuntimeConfig
+from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
+from advflow.settings.processes import SDEConfig
 from diffusers import SD3Transformer2DModel
 from torch import nn
 

@@ -20,7 +20,9 @@ from advflow.cli import main
 from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
 from advflow.rewards import Scores
 from advflow.run import provenance
-from advflow.settings.config import FlowGRPOConfig, ModelConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.methods import FlowGRPOConfig
+from advflow.settings.model import ModelConfig
 from runs import SMALL
 
 

@@ -18,18 +18,12 @@ from advflow.run.checkpoint import RunState, checkpoints, load_checkpoint, save_
 from advflow.run.log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.run.train import Trainer, join_metrics, learning_rate, rollout_decay, train
 from advflow.samplers.sampling import velocity
-from advflow.settings.config import (
-    AdvantageConfig,
-    DiffusionNFTConfig,
-    FlowAWRConfig,
-    ModelConfig,
-    OptimConfig,
-    ReferenceConfig,
-    RolloutPolicyConfig,
-    RuntimeConfig,
-    SDEConfig,
-    TrainConfig,
-)
+from advflow.settings.config import TrainConfig
+from advflow.settings.data import AdvantageConfig
+from advflow.settings.methods import DiffusionNFTConfig, FlowAWRConfig
+from advflow.settings.model import ModelConfig, RuntimeConfig
+from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
+from advflow.settings.processes import SDEConfig
 from safetensors.torch import load_file
 
 import advflow_ext as af

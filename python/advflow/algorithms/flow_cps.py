@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.processes.batch import Needs, TransitionBatch
-from advflow.settings.config import FlowCPSConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.methods import FlowCPSConfig
 from advflow_ext.losses import LOSSES
 
 LOSS = LOSSES["flow_cps_loss"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.processes.batch import Needs, TransitionBatch
-from advflow.settings.config import FlowGRPOConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.methods import FlowGRPOConfig
 from advflow_ext.losses import LOSSES
 
 LOSS = LOSSES["flow_grpo_loss"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.processes.batch import Needs, TransitionBatch
-from advflow.settings.config import GRPOGuardConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.methods import GRPOGuardConfig
 from advflow_ext.losses import LOSSES
 
 LOSS = LOSSES["grpo_guard_loss"]

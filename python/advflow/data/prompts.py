@@ -11,7 +11,7 @@ import torch
 from advflow.data.text_files import read_text
 from advflow.models.sd3 import EMBEDDED
 from advflow.rewards import Reward, UnknownPrompt
-from advflow.settings.config import DataConfig
+from advflow.settings.data import DataConfig
 from advflow.settings.suggest import did_you_mean
 from advflow.world.prompts import held_out_prompts, training_prompts
 

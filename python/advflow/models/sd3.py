@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from advflow.samplers.sampling import PromptEmbeddings
-from advflow.settings.config import ModelConfig
+from advflow.settings.model import ModelConfig
 
 EMBEDDED = "embedded"
 

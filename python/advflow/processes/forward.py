@@ -15,7 +15,8 @@ from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.batch import ForwardBatch, Rollout, WeightedLoss
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents
-from advflow.settings.config import DrawConfig, TrainConfig, require_grid
+from advflow.settings.config import TrainConfig
+from advflow.settings.processes import DrawConfig, require_grid
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
 from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
-from advflow.settings.config import SDEConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.processes import SDEConfig
 
 
 def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed: int) -> list[int]:

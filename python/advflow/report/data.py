@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from advflow.run.log import EVALS, METRICS, SAMPLE_PROMPTS, SAMPLES, read_rows
-from advflow.settings.config import TrainConfig, flatten
+from advflow.settings.config import TrainConfig
+from advflow.settings.numbers import flatten
 from advflow.settings.yaml_files import read_yaml
 
 _MOST_GRIDS = 12

@@ -7,7 +7,7 @@ from html import escape
 from advflow.report.data import Run, default_config, number
 from advflow.report.panels import grouped_panels
 from advflow.report.text import DASH, direction, duration_text, gain_text, plain, readable, score_text, times_text
-from advflow.settings.config import flatten
+from advflow.settings.numbers import flatten
 
 _NOTICEABLE_DROP = 0.02  # of a score between 0 and 1
 

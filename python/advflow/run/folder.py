@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from advflow.settings.config import TrainConfig, flatten
+from advflow.settings.config import TrainConfig
+from advflow.settings.numbers import flatten
 
 CONFIG = "config.yaml"
 MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")

@@ -35,7 +35,8 @@ from advflow.run.folder import FolderLock, check_folder, make_folder, write_conf
 from advflow.run.interrupt import StopRequest
 from advflow.run.run import CHECKPOINTS, Run
 from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
-from advflow.settings.config import OptimConfig, RolloutPolicyConfig, TrainConfig
+from advflow.settings.config import TrainConfig
+from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow_ext.contract.outputs import Join
 
 WeightedMetrics = tuple[af.LossMetrics, float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from advflow.settings.config import require_numbers
+from advflow.settings.numbers import require_numbers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""What is asked, drawn, scored and turned into advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from advflow.settings.numbers import require
+
+
+@dataclass
+class DataConfig:
+    """What is asked of the model and how its answers are scored.
+
+    Args:
+        prompts: "embedded" (training prompts of the embedded world) or a text file with one prompt a line.
+        eval_prompts: "embedded" (its held-out prompts) or a text file with one prompt a line.
+        reward: "embedded", "pickscore", or a dotted path "package.module:Class"; see advflow.rewards.
+        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`.
+    """
+
+    prompts: str = "embedded"
+    eval_prompts: str = "embedded"
+    reward: str = "embedded"
+    reward_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RolloutConfig:
+    """How images are drawn, without classifier-free guidance.
+
+    Args:
+        prompts: prompts per iteration (L of the paper).
+        images_per_prompt: images per prompt, one group (K of the paper).
+        steps: steps from noise to image.
+        batch: images sampled at a time.
+        solver: of the ODE: "euler", or "dpm" for second-order multistep DPM-Solver++. Reverse-process methods use the
+            sampler of `sde` instead.
+        policy: who draws them: the "rollout" policy, or the "learner" itself (AWM).
+    """
+
+    prompts: int = 16
+    images_per_prompt: int = 8
+    steps: int = 10
+    batch: int = 128
+    solver: Literal["euler", "dpm"] = "euler"
+    policy: Literal["rollout", "learner"] = "rollout"
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 1, "rollout.prompts", self.prompts, "1 or more")
+        require(self.images_per_prompt >= 2, "rollout.images_per_prompt", self.images_per_prompt, "2 or more")
+        require(self.steps >= 1, "rollout.steps", self.steps, "1 or more")
+        require(self.batch >= 1, "rollout.batch", self.batch, "1 or more")
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards become advantages; the arguments of `advflow_ext.group_advantages`.
+
+    Args:
+        norm: "batch_rms" (the paper's eq. 6), "group_std", "raw_global_std" (DiffusionNFT's code), or "softmax"
+            (FlowAWR; `advflow_ext.softmax_advantages`).
+        clip: bound of an advantage, in units of the norm; of the normalised rewards before the softmax (5 in FlowAWR's
+            code, which bounds what comes after it at 3).
+        clip_mode: "clip" (the paper), "recentre", "scale" or "clip_divide" (DiffusionNFT's code: +-5, then / 5).
+            "softmax" knows "clip" alone.
+        scale_by_std: of "softmax" alone: FlowAWR's gate for rule-based rewards, on for its GenEval and OCR.
+    """
+
+    norm: Literal["batch_rms", "group_std", "raw_global_std", "softmax"] = "batch_rms"
+    clip: float = 5.0
+    clip_mode: Literal["clip", "recentre", "scale", "clip_divide"] = "clip_divide"
+    scale_by_std: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.clip > 0, "advantage.clip", self.clip, "a positive number")
+        gated = self.scale_by_std and self.norm != "softmax"
+        require(not gated, "advantage.scale_by_std", self.scale_by_std, "False, or advantage.norm softmax")
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation of the learner on held-out prompts, before the first iteration, along the way and at the end.
+
+    Args:
+        every: iterations between two evaluations.
+        steps: Euler steps.
+        prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
+            each that the reward knows (the first ones).
+    """
+
+    every: int = 20
+    steps: int = 10
+    prompts_per_category: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "evaluation.every", self.every, "1 or more")
+        require(self.steps >= 1, "evaluation.steps", self.steps, "1 or more")
+        require(self.prompts_per_category >= 1, "evaluation.prompts_per_category", self.prompts_per_category, ">= 1")

@@ -1,0 +1,79 @@
+"""Which model, and how it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from advflow.settings.numbers import require
+
+_LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+@dataclass
+class ModelConfig:
+    """Which pipeline is post-trained and which of its weights learn.
+
+    Args:
+        pipeline: folder or hub name of a StableDiffusion3Pipeline; "embedded" is the tiny one inside this package.
+        trainable: "full" trains every transformer weight, "lora" trains adapters on a frozen base.
+        lora_rank: rank of the adapters.
+        lora_alpha: scale of the adapters; their output is multiplied by alpha / rank.
+        lora_targets: module names that get an adapter.
+        dtype: precision of the frozen weights and of the forward passes; what is trained is always fp32.
+        resolution: side of the square images in pixels.
+        max_sequence_length: T5 tokens a prompt is padded or cut to.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    pipeline: str = "embedded"
+    trainable: Literal["full", "lora"] = "full"
+    lora_rank: int = 32
+    lora_alpha: int = 64
+    lora_targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    resolution: int = 32
+    max_sequence_length: int = 12
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, "1 or more")
+        require(self.lora_alpha >= 1, "model.lora_alpha", self.lora_alpha, "1 or more")
+        require(self.resolution >= 8, "model.resolution", self.resolution, "8 or more pixels")
+        require(self.max_sequence_length >= 1, "model.max_sequence_length", self.max_sequence_length, "1 or more")
+
+
+@dataclass
+class RuntimeConfig:
+    """What a run does for speed. Of it, `fused` and `compile` alone act on a run that trains every weight.
+
+    Args:
+        fused: run the transformer on the fused kernels of `advflow_ext.apply_to_sd3`, where there is a GPU; adapters on
+            their low-rank layers anywhere.
+        merge_lora: for what a policy may run on weights its adapter is merged into, which costs nothing per forward
+            pass but is rounded to the base's precision: "images" to be looked at or learnt from, but whose velocities
+            no loss compares with the learner's (rollouts of the forward process, rollouts whose anchor is replayed,
+            evaluation); "all" forward passes without gradient, so that even the first ratio of an iteration is not 1
+            and in bfloat16 small steps of the learner drown; "none".
+        merged_gigabytes: memory for merged weights; a policy of SD3.5 Medium takes 0.9 in bfloat16.
+        modulation_cache: compute what depends on timestep and pooled text alone once for all policies. Exact.
+        compile: "regional" compiles the transformer's blocks, one by one, when they are first used.
+    """
+
+    fused: bool = True
+    merge_lora: Literal["images", "all", "none"] = "images"
+    merged_gigabytes: float = 4.0
+    modulation_cache: bool = True
+    compile: Literal["none", "regional"] = "none"
+
+    def __post_init__(self) -> None:
+        require(self.merged_gigabytes >= 0, "runtime.merged_gigabytes", self.merged_gigabytes, "zero or more")

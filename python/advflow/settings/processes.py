@@ -1,0 +1,89 @@
+"""Where on the way between noise and image is learnt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from advflow.settings.numbers import require
+
+
+@dataclass
+class SDEConfig:
+    """The stochastic sampler of the reverse-process methods, and which of its steps are learnt from.
+
+    Args:
+        sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps" (Flow-CPS).
+        noise_level: a of Flow-SDE, eta of the other two.
+        window: which steps are stochastic, the others being Euler steps of the ODE: the "first" `steps`, `steps`
+            drawn at "random" or in a "random_window" from the first `within`, a window "sliding" from the noisy end to
+            the clean one and over again (MixGRPO), or a "branch" (Flow-GRPO-Fast): one trajectory a group up to a
+            random window within the first `within` steps, where its images part.
+        steps: stochastic steps.
+        within: the steps that "random", "random_window" and "branch" choose from; null is the first half.
+        shift_every: iterations after which a sliding window moves on by one step.
+        shared_noise: all images of a group start from the same noise (DanceGRPO).
+        trained_share: share of an image's stochastic steps that are learnt from, drawn anew for each image.
+        anchor: "stored" keeps the rollout's own velocities as v_old; "replay" computes them again in the batches
+            that training uses, for networks whose output depends on the batch.
+        epochs: how often a rollout's images are learnt from.
+    """
+
+    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    noise_level: float = 0.7
+    window: Literal["first", "random", "random_window", "sliding", "branch"] = "first"
+    steps: int = 9
+    within: int | None = None
+    shift_every: int = 25
+    shared_noise: bool = False
+    trained_share: float = 1.0
+    anchor: Literal["stored", "replay"] = "stored"
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.noise_level > 0, "sde.noise_level", self.noise_level, "a positive number")
+        require(self.steps >= 1, "sde.steps", self.steps, "1 or more")
+        require(self.within is None or self.within >= self.steps, "sde.within", self.within, "sde.steps or more")
+        require(self.shift_every >= 1, "sde.shift_every", self.shift_every, "1 or more")
+        require(0 < self.trained_share <= 1, "sde.trained_share", self.trained_share, "a number in (0, 1]")
+        require(self.epochs >= 1, "sde.epochs", self.epochs, "1 or more")
+
+
+@dataclass
+class DrawConfig:
+    """How (t, noise) pairs of the forward process are drawn for the images of a rollout.
+
+    Args:
+        per_image: pairs drawn for each image.
+        noise: "per_image" (fresh for every image) or "shared_in_group" (all images of a prompt get the same pairs,
+            so that what their advantages, which sum to zero, have in common cancels).
+        timesteps: "uniform", "stratified" (one in each of `per_image` equal parts of (0, 1]) or "sampler_grid" (a
+            random choice of the rollout's own timesteps, as in DiffusionNFT's code).
+        shift: a uniform or stratified t becomes shift t / (1 + (shift - 1) t), Stable Diffusion 3's timestep shift
+            (arXiv 2403.03206, eq. 23): above 1, more of the pairs are noisy ones.
+    """
+
+    per_image: int = 4
+    noise: Literal["per_image", "shared_in_group"] = "shared_in_group"
+    timesteps: Literal["uniform", "stratified", "sampler_grid"] = "stratified"
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.per_image >= 1, "draws.per_image", self.per_image, "1 or more")
+        require(0 < self.shift < math.inf, "draws.shift", self.shift, "a positive number")
+        require(
+            self.shift == 1 or self.timesteps != "sampler_grid",
+            "draws.shift",
+            self.shift,
+            "1 with draws.timesteps=sampler_grid, which is not shifted",
+        )
+
+
+def require_grid(draws: DrawConfig, sampler_steps: int) -> None:
+    """Refuses more pairs an image than a sampler of `sampler_steps` has timesteps to take them from."""
+    if draws.timesteps == "sampler_grid" and draws.per_image > sampler_steps:
+        raise ValueError(
+            f"draws.per_image is {draws.per_image}; with draws.timesteps=sampler_grid at most rollout.steps, "
+            f"{sampler_steps}, are accepted"
+        )
