@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 from advflow.cli import resolve_configs, to_config, train_parser
-from advflow.run.progress import show_progress
-from advflow.run.train import Trainer
+from advflow.core.progress import show_progress
+from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from torch import Tensor
 

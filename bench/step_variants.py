@@ -18,8 +18,8 @@ from unittest import mock
 
 import torch
 from advflow.algorithms import FORWARD
+from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.policies import Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
-from advflow.processes.batch import ForwardBatch, Needs
 from advflow.processes.forward import Draw
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
 from advflow.settings.config import TrainConfig

@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
 import advflow_ext as af
-from advflow.processes.batch import Needs
+from advflow.algorithms.batch import Needs
 from advflow.samplers.sampling import PromptEmbeddings, timesteps, velocity_at
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow_ext.policies.parameters import move_towards, places_of, require_in_place

@@ -8,15 +8,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+EXTENSION, TRAINER = ROOT / "advflow_ext", ROOT / "python/advflow"
 
 # A room may import what stands before it, and nothing of its own row.
-FLOORS = (
+FLOORS = (  # of advflow_ext
     ("_native", "losses"),
     ("contract",),
     ("reference", "kernels"),
     ("ops", "nn", "testing"),
     ("policies", "patches"),
     ("conformance", "info"),
+)
+
+
+TRAINER_FLOORS = (
+    ("settings",),
+    ("core", "samplers"),
+    ("world", "models", "algorithms"),
+    ("rewards", "control", "policies"),
+    ("data", "processes"),
+    ("run",),
+    ("report",),
+    ("cli", "__main__"),
 )
 
 
@@ -31,39 +44,55 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def rooms_of(path: Path, package: str) -> set[str]:
+def rooms_of(path: Path, package: Path) -> set[str]:
     """The rooms of ``package`` that ``path`` imports from; "" is the package's own names."""
-    names = {name for name in imported(path) if name.split(".")[0] == package}
+    names = {name for name in imported(path) if name.split(".")[0] == package.name}
     rooms = set()
     for name in names:
         room = (*name.split("."), "")[1]
-        is_room = (ROOT / package / room).is_dir() or (ROOT / package / f"{room}.py").is_file()
+        is_room = (package / room).is_dir() or (package / f"{room}.py").is_file()
         rooms.add(room if room and is_room else "")
     return rooms
 
 
-@pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
-def test_a_room_knows_of_those_below_it_alone(room: str) -> None:
-    home = ROOT / "advflow_ext" / room
+def assert_knows_of_those_below(package: Path, floors: tuple[tuple[str, ...], ...], room: str, also: set[str]) -> None:
+    home = package / room
     files = sorted(home.rglob("*.py")) if home.is_dir() else [home.with_suffix(".py")]
     assert files
-    floor = next(place for place, rooms in enumerate(FLOORS) if room in rooms)
-    allowed = {room} | {each for rooms in FLOORS[:floor] for each in rooms}
-    if room in FLOORS[-1]:
-        allowed.add("")  # the public names themselves
+    floor = next(place for place, rooms in enumerate(floors) if room in rooms)
+    allowed = {room} | also | {each for rooms in floors[:floor] for each in rooms}
     for path in files:
-        assert rooms_of(path, "advflow_ext") <= allowed, path
+        assert rooms_of(path, package) <= allowed, path
+
+
+def rooms(package: Path) -> set[str]:
+    found = {path.stem for path in package.iterdir() if path.is_dir() or path.suffix == ".py"}
+    return found - {"__init__", "__pycache__", "configs"}
+
+
+@pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
+def test_a_room_knows_of_those_below_it_alone(room: str) -> None:
+    # The uppermost are users of the package as everybody is.
+    assert_knows_of_those_below(EXTENSION, FLOORS, room, {""} if room in FLOORS[-1] else set())
+
+
+@pytest.mark.parametrize("room", [room for floor in TRAINER_FLOORS for room in floor])
+def test_a_room_of_the_trainer_too(room: str) -> None:
+    also = {"cli"} if room == "__main__" else set()
+    assert_knows_of_those_below(TRAINER, TRAINER_FLOORS, room, also)
 
 
 def test_every_room_has_its_floor() -> None:
-    rooms = {path.stem for path in (ROOT / "advflow_ext").iterdir() if path.is_dir() or path.suffix == ".py"}
-    assert rooms - {"__init__", "__pycache__"} == {room for floor in FLOORS for room in floor}
+    assert rooms(EXTENSION) == {room for floor in FLOORS for room in floor}
+    assert rooms(TRAINER) == {room for floor in TRAINER_FLOORS for room in floor}
 
 
-def test_no_circle_of_files() -> None:
+@pytest.mark.parametrize("package", ["advflow_ext", "python/advflow"])
+def test_no_circle_of_files(package: str) -> None:
+    home = ROOT / package
     files = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-        for path in (ROOT / "advflow_ext").rglob("*.py")
+        ".".join(path.relative_to(home.parent).with_suffix("").parts): path
+        for path in home.rglob("*.py")
         if path.name != "__init__.py"
     }
     arrows = {

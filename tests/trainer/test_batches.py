@@ -19,7 +19,7 @@ from advflow.run.checkpoint import checkpoints
 from advflow.run.evaluate import finite_mean
 from advflow.run.inference import draw_images, load_run
 from advflow.run.log import EVALS, METRICS, to_json
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.processes import SDEConfig

@@ -14,7 +14,7 @@ from advflow.cli import main
 from advflow.run.checkpoint import RunState, checkpoints, load_newest, save_checkpoint
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import METRICS
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.model import ModelConfig
 from advflow.world.pretrain import pretrain

@@ -19,7 +19,7 @@ from advflow.cli import (
 )
 from advflow.models.sd3 import pipeline_folder
 from advflow.rewards import load_reward
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.settings.config import Algorithm, TrainConfig
 from PIL import Image
 

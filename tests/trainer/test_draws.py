@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from advflow.algorithms.batch import Rollout
 from advflow.models.sd3 import LatentShape
-from advflow.processes.batch import Rollout
 from advflow.processes.forward import Draws
 from advflow.samplers.sampling import PromptEmbeddings
 from advflow.settings.processes import DrawConfig

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from advflow.run import progress
+from advflow.core import progress
 
 HIDDEN = "import sys; sys.modules['advflow_ext'] = None; sys.argv = ['/somewhere/bin/advflow', 'train']\n"
 SENTENCE = (

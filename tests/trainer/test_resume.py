@@ -13,7 +13,7 @@ import yaml
 from advflow.cli import load_run_config, main
 from advflow.run.folder import MAY_CHANGE, FolderLock, check_folder, write_config
 from advflow.run.log import EVALS, METRICS
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.numbers import flatten

@@ -10,9 +10,9 @@ from typing import get_args
 import pytest
 import torch
 from advflow.algorithms import FORWARD, REVERSE
-from advflow.processes.batch import Rollout
+from advflow.algorithms.batch import Rollout
 from advflow.processes.reverse import stochastic_steps
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.samplers.sampling import MultistepDPM, euler_step
 from advflow.settings.config import REVERSE_PROCESS, Algorithm, TrainConfig
 from advflow.settings.data import RolloutConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 from advflow.algorithms import FORWARD, REVERSE
 from advflow.policies import LoraPolicies
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import RolloutConfig
 from advflow.settings.methods import FlowGRPOConfig

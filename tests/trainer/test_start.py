@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import advflow.run.inference as inference_module
-import advflow.run.train as train_module
+import advflow.run.trainer as trainer_module
 import pytest
 import torch
 from advflow.algorithms import FORWARD, REVERSE, check_settings
 from advflow.cli import main
+from advflow.core import provenance
 from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
 from advflow.rewards import Scores
-from advflow.run import provenance
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
@@ -37,7 +37,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise Loaded
 
-    for module in (train_module, inference_module):
+    for module in (trainer_module, inference_module):
         monkeypatch.setattr(module, "load_pipeline", load)
 
 

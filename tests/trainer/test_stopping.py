@@ -14,7 +14,7 @@ from advflow.rewards import Scores
 from advflow.run.checkpoint import checkpoints
 from advflow.run.log import EVALS, METRICS
 from advflow.run.run import Run
-from advflow.run.train import Trainer
+from advflow.run.trainer import Trainer
 from runs import SMALL, assert_same_run, rows
 
 

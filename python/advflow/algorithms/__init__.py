@@ -3,7 +3,7 @@
 A method of the forward process learns from (t, noise) pairs put on the rollout's images, one of the reverse process
 from the sampler steps that made them. Every module has
 
-* ``loss(batch, config)``, with a ``ForwardBatch`` or a ``TransitionBatch`` of :mod:`advflow.processes.batch`;
+* ``loss(batch, config)``, with a ``ForwardBatch`` or a ``TransitionBatch`` of :mod:`advflow.algorithms.batch`;
 * ``needs(config)``: which frozen policies' velocities the batch has to hold beside the learner's.
 """
 
@@ -26,10 +26,10 @@ from advflow.algorithms import (
     grpo_guard,
     reward_weighted,
 )
-from advflow.processes.batch import ForwardBatch, TransitionBatch
+from advflow.algorithms.batch import ForwardBatch, TransitionBatch
 
 if TYPE_CHECKING:
-    from advflow.processes.batch import Needs
+    from advflow.algorithms.batch import Needs
     from advflow.settings.config import TrainConfig
     from advflow_ext.losses import Loss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.processes.batch import ForwardBatch, Needs
+from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.settings.config import TrainConfig
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.processes.batch import Needs, TransitionBatch
+from advflow.algorithms.batch import Needs, TransitionBatch
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow_ext.losses import LOSSES

@@ -1,1 +1,1 @@
-"""Random numbers and memory."""
+"""Random numbers, memory, progress."""

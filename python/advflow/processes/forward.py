@@ -9,11 +9,11 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import FORWARD
+from advflow.algorithms.batch import ForwardBatch, Rollout, WeightedLoss
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
 from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies, policy_velocities
-from advflow.processes.batch import ForwardBatch, Rollout, WeightedLoss
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.processes import DrawConfig, require_grid

@@ -9,10 +9,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import REVERSE
+from advflow.algorithms.batch import Rollout, Transitions, WeightedLoss
 from advflow.control.reference import ReferenceControl
 from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies
-from advflow.processes.batch import Rollout, Transitions, WeightedLoss
 from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.reverse import ReverseProcess, StochasticSampler
 from advflow.samplers.sampling import PromptEmbeddings

@@ -11,9 +11,9 @@ from diffusers import SD3Transformer2DModel
 
 import advflow_ext as af
 from advflow.algorithms import REVERSE
+from advflow.algorithms.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
-from advflow.processes.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
 from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
 from advflow.settings.config import TrainConfig
 from advflow.settings.processes import SDEConfig

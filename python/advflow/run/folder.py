@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import flatten
 
@@ -33,19 +34,6 @@ def check_folder(config: TrainConfig, resume: bool) -> None:
     if not resume:
         raise ValueError(f"out is {config.out!r}, where a run already is; give --resume or another --out")
     _refuse_changes(config)
-
-
-def require_folder(out: str) -> None:
-    """Raises ValueError where `out` neither is a folder that can be written to nor can become one."""
-    if not out:
-        raise ValueError("out is empty; accepted is a folder, existing or not")
-    folder = Path(out)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        what = "a file" if nearest == folder else f"below {str(nearest)!r}, a file"
-        raise ValueError(f"out is {out!r}, which is {what}; accepted is a folder, existing or not")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"out is {out!r}, and {str(nearest)!r} cannot be written to")
 
 
 def make_folder(config: TrainConfig) -> None:
@@ -69,16 +57,6 @@ def write_config(config: TrainConfig) -> None:
     path = Path(config.out) / CONFIG
     if not path.exists() or changed_settings(config):
         write_atomically(path, yaml.safe_dump(asdict(config), sort_keys=False))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file `path`, so that whatever happens either the old text or the new one is there."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(scratch, path)
 
 
 class FolderLock:

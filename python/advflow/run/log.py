@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from advflow.run.folder import write_atomically
+from advflow.core.files import write_atomically
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
     from advflow.run.evaluate import Evaluation

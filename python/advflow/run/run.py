@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from advflow.core.files import write_atomically
+from advflow.core.progress import show_progress
+from advflow.core.provenance import commit, versions
 from advflow.run.checkpoint import RunState, save_checkpoint
-from advflow.run.folder import write_atomically
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
-from advflow.run.progress import show_progress
-from advflow.run.provenance import commit, versions
 from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
-    from advflow.run.train import Trainer
+    from advflow.run.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"

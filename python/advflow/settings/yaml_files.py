@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from advflow.data.text_files import read_text
+from advflow.settings.text_files import read_text
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

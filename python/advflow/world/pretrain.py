@@ -29,8 +29,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from advflow.run.folder import require_folder
-from advflow.run.progress import show_progress
+from advflow.core.files import require_folder
+from advflow.core.progress import show_progress
 from advflow.world.prompts import training_prompts
 from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Prompt, all_prompts, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings

@@ -1,0 +1,225 @@
+"""The training loop: roll out, score, turn rewards into advantages, improve the learner, let the rollout follow."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+import advflow_ext as af
+from advflow.algorithms.batch import Rollout, Transitions
+from advflow.control.reference import ReferenceControl, reference_target
+from advflow.core.randomness import generator
+from advflow.data.prompts import check_prompts, load_training_prompts
+from advflow.models.sd3 import (
+    LatentShape,
+    PromptEncoder,
+    Sampler,
+    check_pipeline,
+    encode_prompts,
+    load_pipeline,
+    pick_device,
+)
+from advflow.policies import follow, make_policies
+from advflow.processes.process import make_process
+from advflow.processes.reverse import join
+from advflow.rewards import load_reward
+from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
+from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
+from advflow.settings.config import TrainConfig
+from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
+from advflow_ext.contract.outputs import Join
+
+WeightedMetrics = tuple[af.LossMetrics, float]
+
+
+class Trainer:
+    """One run: everything that lives as long as it does.
+
+    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation.
+    """
+
+    def __init__(self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None) -> None:
+        self.config, self._between_batches = config, between_batches
+        # First what takes no model to check, so that a mistake is seen within seconds.
+        self.device = pick_device(config.device)
+        self.prompts = load_training_prompts(config.data.prompts)
+        self.prompts.require(config.rollout.prompts)
+        check_pipeline(config.model)
+        self.reward = load_reward(config.data.reward, config.data.reward_args)
+        for remark in check_prompts(config.data, self.reward):
+            print(remark)
+        self.eval_prompts = evaluation_prompts(config, self.reward)
+        pipeline = load_pipeline(config.model, self.device)
+        self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
+        length = config.model.max_sequence_length
+        self.encode = PromptEncoder(pipeline, self.prompts.texts, length)
+        self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
+        self.policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
+        self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
+        self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
+        self.reference_control = ReferenceControl(reference_target(config))
+        self.process = make_process(config, self.policies, self.sampler.latent, self.sigmas, self.reference_control)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.policies.learner,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One round. Returns its numbers."""
+        started = time.monotonic()
+        rollout, row = self.roll_out(iteration)
+        rolled_out = time.monotonic()
+        row |= self._improve(iteration, rollout)
+        trained = time.monotonic()
+        rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
+        follow(self.policies, rho)
+        return row | {
+            "rollout_policy_rho": rho,
+            "seconds_rollout": round(rolled_out - started, 4),
+            "seconds_train": round(trained - rolled_out, 4),
+        }
+
+    def evaluate(self, keep: list[int] | None = None) -> Evaluation:
+        """Scores the learner on the held-out prompts; returns the images number `keep`, None being all."""
+        return evaluate(
+            self.policies.transformer("learner", for_images=True),
+            self.sampler,
+            self.eval_prompts,
+            self.eval_embeddings,
+            self.reward,
+            self.eval_sigmas,
+            self.config.rollout.batch,
+            keep,
+            self._between_batches,
+        )
+
+    def roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+        """Samples groups of images from the rollout policy and scores them."""
+        config = self.config.rollout
+        group = config.images_per_prompt
+        chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
+        texts = [self.prompts.texts[i] for i in chosen for _ in range(group)]
+        embeddings = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
+        noise = self.sampler.latent.noise(len(texts), generator(self.config.seed, "rollout", iteration), self.device)
+        x0, transitions = self._sample(noise, embeddings, iteration)
+        images = torch.cat([decode(self.sampler.vae, latents) for latents in x0.split(config.batch)])
+        scores = self.reward(images, texts)
+        broken = ~x0.flatten(1).isfinite().all(1).cpu()
+        # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
+        x0[broken] = 0.0
+        if transitions is not None:
+            transitions.x[broken.to(x0.device)] = 0.0
+        unscored = ~scores.reward.isfinite() & ~broken
+        rewards = scores.reward.masked_fill(broken | unscored, torch.nan)
+        advantages = self._advantages(rewards)
+        groups = rewards.view(-1, group)
+        row = {
+            "reward": finite_mean(rewards),
+            "score": finite_mean(scores.score),
+            "broken_images": int(broken.sum()),
+            "unscored_images": int(unscored.sum()),
+            "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+            "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
+            "advantage_rms": advantages.square().mean().sqrt().item(),
+        }
+        # The loss gives a sample with this advantage no gradient and counts it.
+        advantages = advantages.masked_fill(broken | unscored, torch.nan)
+        rewards, advantages = rewards.to(self.device), advantages.to(self.device)
+        return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
+
+    @torch.no_grad()
+    def _sample(
+        self, noise: torch.Tensor, embeddings: PromptEmbeddings, iteration: int
+    ) -> tuple[torch.Tensor, Transitions | None]:
+        """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
+        config, process = self.config.rollout, self.process
+        transformer = self.policies.transformer(config.policy, for_images=process.for_images)
+        noise = process.starting_noise(noise)
+        latents, transitions = [], []
+        for start in range(0, len(noise), config.batch):
+            self._between_batches()
+            rows = slice(start, start + config.batch)
+            x0, steps = process.sample(transformer, noise[rows], embeddings[rows], iteration, start)
+            latents.append(x0)
+            if steps is not None:
+                transitions.append(steps)
+        return torch.cat(latents), join(transitions) if transitions else None
+
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        group, choice = self.config.rollout.images_per_prompt, self.config.advantage
+        if choice.norm == "softmax":
+            return af.softmax_advantages(rewards, group, clip_rewards=choice.clip, scale_by_std=choice.scale_by_std)
+        return af.group_advantages(rewards, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
+
+    def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
+        """Takes this iteration's optimiser steps."""
+        updates: list[list[WeightedMetrics]] = []
+        norms: list[float] = []
+        for losses in self.process.steps(iteration, rollout):
+            updates.append([])
+            for loss in losses:
+                (loss.out.loss * loss.weight).backward()
+                updates[-1].append((loss.out.metrics, loss.weight))
+            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, self.config.optim.max_grad_norm).item()
+            if math.isfinite(norm):
+                self._step(iteration, len(updates) - 1)
+                norms.append(norm)
+            self.optimizer.zero_grad(set_to_none=True)
+        row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
+        row |= self.process.diagnose(join_metrics(updates[0]))
+        row |= self.reference_control.update(row)
+        return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
+
+    def _step(self, iteration: int, update: int) -> None:
+        config = self.config
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(
+                config.optim, iteration * config.updates + update, config.iterations * config.updates
+            )
+        self.optimizer.step()
+
+
+def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
+    """One set of metrics from those of several micro-batches and their weights; waits for the device once.
+
+    :attr:`advflow_ext.LossMetrics.joins` says how.
+    """
+    first = parts[0][0]
+    values = torch.stack([metrics.values for metrics, _ in parts]).cpu()
+    weights = torch.tensor([weight for _, weight in parts])
+    joined: dict[str, float] = {}
+    for name, how, column in zip(first.names, first.joins, values.unbind(1), strict=True):
+        joined[name] = _joined(how, column, weights).item()
+    return joined
+
+
+def _joined(how: Join, column: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if how == "min":
+        return column.min()
+    if how == "max":
+        return column.max()
+    if how == "sum":
+        return column.sum()
+    if how == "root_mean_square":
+        return (column.square() * weights).sum().sqrt()
+    return (column * weights).sum()
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of optimiser step `step` (from 0) of a run of `steps`."""
+    risen = min(1.0, (step + 1) / max(config.warmup, 1))
+    left = 2.0 * (1.0 - step / steps) if config.decay == "second_half" else 1.0
+    held = min(1.0, config.hold / (step + 1)) if config.hold is not None else 1.0
+    return config.lr * min(risen, left) * held
+
+
+def rollout_decay(config: RolloutPolicyConfig, step: int) -> float:
+    """rho of the rollout policy's exponential moving average after `step` optimiser steps."""
+    return min(max(config.rate * (step - config.start), 0.0), config.maximum)
