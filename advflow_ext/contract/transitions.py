@@ -25,16 +25,6 @@ class TransitionScalars(NamedTuple):
     kl_scale: Number  # what the loss adds of KL(policy || reference)
 
 
-def require_latents(v: Tensor, v_old: Tensor, eps: Tensor, v_ref: Tensor | None) -> torch.dtype:
-    """The accumulate dtype of latents that fit together."""
-    checks.require_latent("v", v)
-    checks.require_like_v("v_old", v_old, v)
-    checks.require_like_v("eps", eps, v)
-    if v_ref is not None:
-        checks.require_like_v("v_ref", v_ref, v)
-    return checks.accumulate_dtype(v, v_old, eps, v_ref)
-
-
 def scalars_of(
     numbers: Numbers,
     v: Tensor,

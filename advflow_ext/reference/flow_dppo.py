@@ -38,7 +38,7 @@ def flow_dppo_arguments(
     reduction: str,
 ) -> tuple[transitions.TransitionScalars, Number, Number | None]:
     """The scalars, the threshold and the step size."""
-    dtype = transitions.require_latents(v, v_old, eps, v_ref)
+    dtype = checks.require_latents(v, v_old=v_old, eps=eps, v_ref=v_ref)
     numbers = Numbers(v, dtype)
     limit = numbers.read("threshold", threshold, low=0.0)
     checks.require_choice("direction", direction, DIRECTIONS)

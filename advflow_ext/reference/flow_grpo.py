@@ -33,7 +33,7 @@ def flow_grpo_arguments(
     reduction: str,
 ) -> tuple[transitions.TransitionScalars, ClipRange]:
     """Flow-CPS and, without a KL convention of its own, GRPO-Guard take the same arguments."""
-    dtype = transitions.require_latents(v, v_old, eps, v_ref)
+    dtype = checks.require_latents(v, v_old=v_old, eps=eps, v_ref=v_ref)
     numbers = Numbers(v, dtype)
     bounds = numbers.clip("clip", clip, most=1.0)
     checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)

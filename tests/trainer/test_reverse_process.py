@@ -19,6 +19,8 @@ from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
 
+import advflow_ext as af
+
 Make = Callable[..., TrainConfig]
 # On-policy as the published methods are: the rollout policy becomes the learner after every iteration.
 ON_POLICY = RolloutPolicyConfig(rate=0.0)
@@ -116,7 +118,9 @@ def test_a_share_of_the_steps(small_config: Make) -> None:
 def test_a_trust_region_below_the_rounding_is_warned_of(small_config: Make) -> None:
     trainer = _trainer(small_config)
     with pytest.warns(UserWarning, match="sde.anchor=replay"):
-        trainer.process.diagnose({"max_abs_log_ratio": 1e-3, "mean_kl_old": 0.0})
+        trainer.process.diagnose(
+            [(af.LossMetrics(torch.tensor([1e-3, 0.0]), ("max_abs_log_ratio", "mean_kl_old")), 1.0)]
+        )
 
 
 def test_images_of_nan_do_not_poison_the_run(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
 from advflow.models.sd3 import PromptEncoder, load_pipeline
 from advflow.policies import Policies, follow, make_policies
+from advflow.processes.metrics import join_metrics
 from advflow.run.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from advflow.run.log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.run.train import train
-from advflow.run.trainer import Trainer, join_metrics, learning_rate, rollout_decay
+from advflow.run.trainer import Trainer, learning_rate, rollout_decay
 from advflow.samplers.sampling import velocity
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import AdvantageConfig

@@ -76,7 +76,7 @@ def check_settings(config: TrainConfig) -> None:
     Raises ValueError with what the op has to say, its option by its place in the configuration.
     """
     name = config.algorithm
-    section = "flow_grpo" if name in REVERSE and REVERSE[name] is flow_grpo else name
+    section = REVERSE[name].LOSS.name.removesuffix("_loss") if name in REVERSE else name
     try:
         _loss_of_ones(config)
     except ValueError as error:

@@ -14,6 +14,7 @@ from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
 from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies, policy_velocities
+from advflow.processes.metrics import WeightedMetrics
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.processes import DrawConfig, require_grid
@@ -89,7 +90,7 @@ class ForwardProcess:
     ) -> tuple[torch.Tensor, None]:
         return sample_latents(transformer, noise, self._sigmas, prompts, self._config.rollout.solver), None
 
-    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
+    def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         return {}
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:

@@ -14,7 +14,8 @@ from advflow.control.reference import ReferenceControl
 from advflow.models.sd3 import LatentShape
 from advflow.policies import Policies
 from advflow.processes.forward import Draws, ForwardProcess
-from advflow.processes.reverse import ReverseProcess, StochasticSampler
+from advflow.processes.metrics import WeightedMetrics
+from advflow.processes.reverse import ReverseProcess
 from advflow.samplers.sampling import PromptEmbeddings
 from advflow.settings.config import TrainConfig
 
@@ -39,13 +40,13 @@ class Process(Protocol):
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
 
-    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
-        """What the metrics of an iteration's first update say about the forward pass itself."""
+    def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
+        """What the metrics of an iteration's first update, by micro-batch, say about the forward pass itself."""
 
 
 def make_process(
     config: TrainConfig, policies: Policies, latent: LatentShape, sigmas: list[float], control: ReferenceControl
 ) -> Process:
     if config.algorithm in REVERSE:
-        return ReverseProcess(config, policies, StochasticSampler(config, sigmas), sigmas)
+        return ReverseProcess(config, policies, sigmas)
     return ForwardProcess(config, policies, Draws(config.draws, latent, sigmas, config.seed), sigmas, control)

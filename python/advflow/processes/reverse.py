@@ -14,6 +14,7 @@ from advflow.algorithms import REVERSE
 from advflow.algorithms.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
+from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
 from advflow.settings.config import TrainConfig
 from advflow.settings.processes import SDEConfig
@@ -114,31 +115,17 @@ def join(parts: list[Transitions]) -> Transitions:
     return Transitions(x, v_old, eps, index, parts[0].table)
 
 
-class ReverseProcess:
+class ReverseProcess(StochasticSampler):
     """Turns the sampler steps of a rollout into optimiser steps of a reverse-process algorithm."""
 
-    def __init__(
-        self, config: TrainConfig, policies: Policies, sampler: StochasticSampler, sigmas: list[float]
-    ) -> None:
-        self._config, self._policies, self._sampler, self._sigmas = config, policies, sampler, sigmas
+    def __init__(self, config: TrainConfig, policies: Policies, sigmas: list[float]) -> None:
+        super().__init__(config, sigmas)
+        self._policies = policies
         # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
         self.for_images = config.sde.anchor == "replay"
         self._algorithm = REVERSE[config.algorithm]
         self._needs = Needs(config.sde.anchor == "replay", self._algorithm.needs(config).reference)
         self._warned = False
-
-    def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
-        return self._sampler.starting_noise(noise)
-
-    def sample(
-        self,
-        transformer: SD3Transformer2DModel,
-        noise: torch.Tensor,
-        prompts: PromptEmbeddings,
-        iteration: int,
-        first_image: int,
-    ) -> tuple[torch.Tensor, Transitions]:
-        return self._sampler.sample(transformer, noise, prompts, iteration, first_image)
 
     def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1.
@@ -193,12 +180,13 @@ class ReverseProcess:
             v_old = replayed
         return TransitionBatch(v, v_old, v_ref, eps, steps.table, index, rollout.advantages[image])
 
-    def diagnose(self, first: dict[str, float]) -> dict[str, float]:
+    def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         """What the metrics of an iteration's first update say about the forward pass itself.
 
         Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes
         from the network giving other numbers in another batch, and a trust region below it cannot work.
         """
+        first = join_metrics(parts)
         metric, limit = self._trust_region()
         value = first[metric]
         if value >= limit and not self._warned:

@@ -23,6 +23,7 @@ from advflow.models.sd3 import (
     pick_device,
 )
 from advflow.policies import follow, make_policies
+from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.processes.process import make_process
 from advflow.processes.reverse import join
 from advflow.rewards import load_reward
@@ -30,9 +31,6 @@ from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finit
 from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
-from advflow_ext.contract.outputs import Join
-
-WeightedMetrics = tuple[af.LossMetrics, float]
 
 
 class Trainer:
@@ -173,7 +171,7 @@ class Trainer:
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
-        row |= self.process.diagnose(join_metrics(updates[0]))
+        row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
@@ -184,32 +182,6 @@ class Trainer:
                 config.optim, iteration * config.updates + update, config.iterations * config.updates
             )
         self.optimizer.step()
-
-
-def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:
-    """One set of metrics from those of several micro-batches and their weights; waits for the device once.
-
-    :attr:`advflow_ext.LossMetrics.joins` says how.
-    """
-    first = parts[0][0]
-    values = torch.stack([metrics.values for metrics, _ in parts]).cpu()
-    weights = torch.tensor([weight for _, weight in parts])
-    joined: dict[str, float] = {}
-    for name, how, column in zip(first.names, first.joins, values.unbind(1), strict=True):
-        joined[name] = _joined(how, column, weights).item()
-    return joined
-
-
-def _joined(how: Join, column: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    if how == "min":
-        return column.min()
-    if how == "max":
-        return column.max()
-    if how == "sum":
-        return column.sum()
-    if how == "root_mean_square":
-        return (column.square() * weights).sum().sqrt()
-    return (column * weights).sum()
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
