@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from advflow.algorithms import FORWARD
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.policies import Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
+from advflow.policies import GraphedPolicies, Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
 from advflow.processes.forward import Draw
 from advflow.samplers.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
 from advflow.settings.config import TrainConfig
@@ -97,33 +97,6 @@ def adapter_weights(transformer: nn.Module, adapter: str) -> dict[str, nn.Parame
     """The weights of one adapter by their names, the adapter's own name left out."""
     named = transformer.named_parameters()
     return {name.replace(f".{adapter}.", "."): p for name, p in named if "lora_" in name and f".{adapter}." in name}
-
-
-class GraphedPolicies:
-    """`policies` whose forward and backward passes are replayed as CUDA graphs, one for each policy and use."""
-
-    def __init__(self, policies: Policies, transformer: SD3Transformer2DModel) -> None:
-        def run(*inputs: Tensor) -> Tensor:
-            velocity: Tensor = transformer(*inputs, return_dict=False)[0]
-            return velocity
-
-        self._policies, self._graphs = policies, af.CudaGraphs(run, transformer)
-        self.kernels, self.learner, self.rollout = policies.kernels, policies.learner, policies.rollout
-
-    def transformer(self, role: Role, *, for_images: bool = False) -> Any:
-        self._policies.transformer(role, for_images=for_images)
-
-        def replay(*inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
-            return (self._graphs((role, for_images), *inputs),)
-
-        return replay
-
-    def check(self) -> None:
-        self._policies.check()
-
-    def shared_modulation(self) -> AbstractContextManager[object]:
-        """A recording computes its own."""
-        return nullcontext()
 
 
 class StockPolicies:
@@ -216,7 +189,7 @@ class Variant:
         with _compiled(device):
             self.policies = _loop_policies(self.model, compiled) if ours else _stock_policies(self.model, compiled)
         if graphed:
-            self.policies = GraphedPolicies(self.policies, self.model)
+            self.policies = GraphedPolicies(self.policies)
         _start(self.model)
         self._optimizer = torch.optim.AdamW(self.policies.learner, lr=TrainConfig().optim.lr)
         self._x0: Tensor | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from advflow_ext.contract import outputs
+from advflow_ext.policies import cuda_graphs
 
 # Deterministic algorithms, which poisoned_memory switches on, need this of cuBLAS, before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,6 +52,33 @@ def forget_warnings() -> Iterator[None]:
     """What is said once in a process is said once in each test."""
     outputs._already_warned.clear()
     yield
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What :class:`advflow_ext.CudaGraphs` has recorded. Without a GPU, what a graph would replay is run again."""
+    made: list[Callable[[], None]] = []
+    stock = cuda_graphs.record
+
+    def record(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+        made.append(run)
+        if torch.cuda.is_available():
+            return stock(run, pool)
+        run()
+        learns = torch.is_grad_enabled()
+
+        def replay() -> None:
+            with torch.set_grad_enabled(learns):
+                run()
+
+        return replay
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda_graphs, "can_record", lambda tensors: True)
+        monkeypatch.setattr(cuda_graphs, "on_a_side_stream", lambda run: run())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
 
 
 @pytest.fixture(scope="module")

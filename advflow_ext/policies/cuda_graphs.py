@@ -110,6 +110,10 @@ class CudaGraphs:
 class _Recording:
     """One call at one shape: where its inputs and results lie, and the graphs that compute these from those."""
 
+    _output: Tensor
+    _upstream: Tensor
+    _gradients: tuple[Tensor | None, ...]
+
     def __init__(
         self, function: Callable[..., Tensor], tensors: Sequence[Tensor], weights: list[Tensor], pool: Any
     ) -> None:
@@ -133,6 +137,8 @@ class _Recording:
                 self._replay_backward = record(self._backward, pool)
             else:
                 self._parameters = []
+            # Without its graph, whose nodes would add up later gradients on the stream of the recording.
+            self._output = self._output.detach()
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         torch._foreach_copy_(self._inputs, list(tensors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -54,11 +54,14 @@ def make_policies(
     transformer.requires_grad_(False)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    policies: Policies
     if config.trainable == "full":
-        return FullPolicies(transformer, runtime)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LoraPolicies(transformer, config, runtime)
+        policies = FullPolicies(transformer, runtime)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            policies = LoraPolicies(transformer, config, runtime)
+    return GraphedPolicies(policies) if runtime.cuda_graphs else policies
 
 
 def _speed_up(transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> af.SD3Patch | None:
@@ -147,6 +150,35 @@ class LoraPolicies:
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return self._modulation
+
+
+class GraphedPolicies:
+    """`policies` whose forward and backward passes are replayed as CUDA graphs, where there is a GPU."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = policies
+        self._graphs: dict[SD3Transformer2DModel, af.CudaGraphs] = {}
+        self.kernels, self.learner, self.rollout = policies.kernels, policies.learner, policies.rollout
+
+    def transformer(self, role: Role, *, for_images: bool = False) -> Any:
+        transformer = self._policies.transformer(role, for_images=for_images)
+
+        def run(*inputs: torch.Tensor) -> torch.Tensor:
+            velocity: torch.Tensor = transformer(*inputs, return_dict=False)[0]
+            return velocity
+
+        graphs = self._graphs.setdefault(transformer, af.CudaGraphs(run, transformer))
+
+        def replay(*inputs: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+            return (graphs((role, for_images), *inputs),)
+
+        return replay
+
+    def check(self) -> None:
+        self._policies.check()
+
+    def shared_modulation(self) -> AbstractContextManager[object]:
+        return nullcontext()  # a recording must not read what another pass has made
 
 
 def policy_velocities(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import advflow_ext as af
-from advflow_ext.policies import cuda_graphs
 from advflow_ext.testing import relative_error
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
@@ -25,30 +24,8 @@ SAME = 1e-6
 
 
 @pytest.fixture(autouse=True)
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What has been recorded. Without a GPU, stand-ins run again what a graph would replay."""
-    made: list[Any] = []
-    stock = cuda_graphs.record
-
-    def record(run: Callable[[], None], pool: Any) -> Callable[[], None]:
-        made.append(run)
-        if KERNEL_DEVICE == "cuda":
-            return stock(run, pool)
-        run()
-        learns = torch.is_grad_enabled()
-
-        def replay() -> None:
-            with torch.set_grad_enabled(learns):
-                run()
-
-        return replay
-
-    monkeypatch.setattr(cuda_graphs, "record", record)
-    if KERNEL_DEVICE != "cuda":
-        monkeypatch.setattr(cuda_graphs, "can_record", lambda tensors: True)
-        monkeypatch.setattr(cuda_graphs, "on_a_side_stream", lambda run: run())
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    yield made
+def recorded(recordings: list[Callable[[], None]]) -> list[Callable[[], None]]:
+    return recordings
 
 
 @pytest.fixture

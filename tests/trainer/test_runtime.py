@@ -124,6 +124,22 @@ def test_the_modulation_cache_changes_no_bit_and_halves_its_work(
     assert calls == [sampled + micro_batches, sampled + 3 * micro_batches]
 
 
+@pytest.mark.parametrize("algorithm", ["advantage_flow", "flow_grpo"])
+@pytest.mark.parametrize("model", [LORA, ModelConfig()], ids=["lora", "full"])
+def test_replayed_passes_change_no_number(
+    small_config: Make, recordings: list[Any], model: ModelConfig, algorithm: str
+) -> None:
+    rows = []
+    for replayed in (False, True):
+        runtime = RuntimeConfig(cuda_graphs=replayed, modulation_cache=False)
+        trainer = Trainer(small_config(algorithm=algorithm, model=model, sde=REVERSE_SDE, runtime=runtime))
+        assert bool(recordings) is False
+        found = [trainer.iterate(iteration) for iteration in range(2)]
+        rows.append([{name: value for name, value in row.items() if not name.startswith("seconds")} for row in found])
+        assert bool(recordings) is replayed
+    assert rows[0] == rows[1]
+
+
 def test_merging_what_a_ratio_is_anchored_on_is_seen_and_said(small_config: Make) -> None:
     floors = {}
     for merge in ("images", "all"):

@@ -54,7 +54,7 @@ class ModelConfig:
 
 @dataclass
 class RuntimeConfig:
-    """What a run does for speed. Of it, `fused` and `compile` alone act on a run that trains every weight.
+    """What a run does for speed. A run that trains every weight looks at `fused`, `compile` and `cuda_graphs` alone.
 
     Args:
         fused: run the transformer on the fused kernels of `advflow_ext.apply_to_sd3`, where there is a GPU; adapters on
@@ -67,6 +67,9 @@ class RuntimeConfig:
         merged_gigabytes: memory for merged weights; a policy of SD3.5 Medium takes 0.9 in bfloat16.
         modulation_cache: compute what depends on timestep and pooled text alone once for all policies. Exact.
         compile: "regional" compiles the transformer's blocks, one by one, when they are first used.
+        cuda_graphs: replay forward and backward passes as CUDA graphs, each recorded when a policy first meets a batch
+            size, so that a GPU does not wait for Python. Each batch size that is trained on keeps its activations for
+            good. Then nothing is shared by `modulation_cache`.
     """
 
     fused: bool = True
@@ -74,6 +77,7 @@ class RuntimeConfig:
     merged_gigabytes: float = 4.0
     modulation_cache: bool = True
     compile: Literal["none", "regional"] = "none"
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         require(self.merged_gigabytes >= 0, "runtime.merged_gigabytes", self.merged_gigabytes, "zero or more")
