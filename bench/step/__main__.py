@@ -42,8 +42,8 @@ from bench.render import facts
 from bench.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 
 if TYPE_CHECKING:
-    from bench.step_profile import Share
-    from bench.step_variants import Inputs, Outcome, Variant
+    from bench.step.profile import Share
+    from bench.step.variants import Inputs, Outcome, Variant
 
 VARIANTS = ("stock-fp32", "stock", "compile", "ours", "ours+compile")
 DEFAULT_VARIANTS = {"cuda": VARIANTS[1:], "cpu": ("stock", "ours")}
@@ -127,7 +127,7 @@ def prepare(row: Row, variant: Variant, inputs: Inputs, device: torch.device, be
 
 def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[str, Row]:
     """Seconds and launches of a whole step, by phase and site: a step of the sampler and a timestep, multiplied."""
-    from bench.step_profile import by_site
+    from bench.step.profile import by_site
 
     short = replace(inputs, sigmas=inputs.sigmas[-2:])
     draw, compiled = inputs.draws[0], variant.name.endswith("compile")
@@ -164,7 +164,7 @@ def host_gaps(row: Row) -> dict[str, float]:
 
 def measure(document: Row, work: Work, device: torch.device, save: Callable[[], None]) -> None:
     """Fills `document["results"]`, one row for each variant, and calls `save` whenever something has been added."""
-    from bench import step_variants as made
+    from bench.step import variants as made
 
     algorithm, steps, timesteps = (document["step"][name] for name in ("algorithm", "steps", "timesteps"))
     flops = Flops(document["flops"]["rollout"], document["flops"]["training"])
@@ -292,7 +292,7 @@ def _speed_table(results: list[Row]) -> list[list[str]]:
 
 def _site_table(results: list[Row]) -> list[list[str]]:
     """Milliseconds of a step."""
-    from bench.step_profile import PROFILE_SITES
+    from bench.step.profile import PROFILE_SITES
 
     rows = [["ms of a step", *(row["variant"] for row in results)]]
     for site in PROFILE_SITES:

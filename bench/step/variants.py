@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import advflow_ext as af
 from bench import public
 from bench.sd3_model import SIZES, Work, lora_config
-from bench.step_profile import LOSS, UPDATE, stage
+from bench.step.profile import LOSS, UPDATE, stage
 
 Backward = Callable[[Tensor], None]
 Loss = Callable[[Tensor, Tensor, Tensor, "Inputs", Tensor, Tensor, Draw], Tensor]
