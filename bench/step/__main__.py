@@ -35,11 +35,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from advflow_ext.kernels import triton_ops
-from bench import memory, report, timing
-from bench.cuda_choices import CudaChoices
-from bench.registry import choice_list
-from bench.render import facts
-from bench.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
+from bench.harness import memory, report, timing
+from bench.harness.registry import choice_list
+from bench.harness.render import facts
+from bench.roofline.cuda_choices import CudaChoices
+from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 
 if TYPE_CHECKING:
     from bench.step.profile import Share

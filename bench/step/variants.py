@@ -28,8 +28,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
 import advflow_ext as af
-from bench import public
-from bench.sd3_model import SIZES, Work, lora_config
+from bench.ops import public
+from bench.roofline.sd3_model import SIZES, Work, lora_config
 from bench.step.profile import LOSS, UPDATE, stage
 
 Backward = Callable[[Tensor], None]

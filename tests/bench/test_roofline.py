@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from bench import roofline
-from bench.account import GRADIENT_SUMS, trace
-from bench.cuda_choices import CudaChoices
-from bench.roofline import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
-from bench.sd3_model import Work, build_fake, fake_inputs
-from bench.sd3_sites import (
+from bench.roofline import __main__ as roofline
+from bench.roofline.__main__ import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
+from bench.roofline.account import GRADIENT_SUMS, trace
+from bench.roofline.cuda_choices import CudaChoices
+from bench.roofline.sd3_model import Work, build_fake, fake_inputs
+from bench.roofline.sd3_sites import (
     ADALN,
     ATTENTION,
     GATE,

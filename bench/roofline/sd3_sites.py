@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.account import GRADIENT_SUMS, OTHER, Origin
+from bench.roofline.account import GRADIENT_SUMS, OTHER, Origin
 
 QK_NORM = "QK-RMSNorm"
 JOINT = "joint concat, reshape, cast"

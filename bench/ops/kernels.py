@@ -13,9 +13,7 @@ from torch._inductor import list_mode_options
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.kernels.sde_step import sde_step_op
-from bench import public
-from bench.losses import AUTOTUNE, TRAINING, generator, step_table
-from bench.registry import (
+from bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -30,6 +28,8 @@ from bench.registry import (
     latent_bytes,
     limits,
 )
+from bench.ops import public
+from bench.ops.losses import AUTOTUNE, TRAINING, generator, step_table
 
 NOISE_LEVEL = 0.7
 # A compiler drops a rounding that is widened again at once; the score would be that of an x that is not returned.

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.conformance.rollout import shifted_twice
-from bench import public
-from bench.registry import (
+from bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -27,6 +26,7 @@ from bench.registry import (
     compare,
     latent_bytes,
 )
+from bench.ops import public
 
 TRAINING: Shape = (8, 16, 64, 64)
 AUTOTUNE = "max-autotune-no-cudagraphs"
