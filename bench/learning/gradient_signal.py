@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from advflow.cli import resolve_configs, to_config, train_parser
 from advflow.core.progress import show_progress
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
+from advflow.settings.sources import resolve_configs, to_config, train_parser
 from torch import Tensor
 
 from bench.harness import report

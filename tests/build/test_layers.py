@@ -94,6 +94,11 @@ def test_a_room_of_the_bench_too(room: str) -> None:
     assert_knows_of_those_below(BENCH, BENCH_FLOORS, room, set())
 
 
+def test_the_bench_asks_the_trainer_past_its_command_line() -> None:
+    callers = [path for path in BENCH.rglob("*.py") for name in imported(path) if name.startswith("advflow.cli")]
+    assert callers == []
+
+
 def test_every_room_has_its_floor() -> None:
     assert rooms(EXTENSION) == {room for floor in FLOORS for room in floor}
     assert rooms(TRAINER) == {room for floor in TRAINER_FLOORS for room in floor}
