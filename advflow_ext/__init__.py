@@ -17,11 +17,13 @@ from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
+from advflow_ext.policies.cuda_graphs import CudaGraphs
 from advflow_ext.policies.policy_set import Mismatch, PolicySet
 
 __version__ = "0.1.0" + _native.LABEL
 
 __all__ = [
+    "CudaGraphs",
     "LossMetrics",
     "LossOutput",
     "Mismatch",

@@ -103,6 +103,10 @@ def modulation(linear: nn.Module, emb: Tensor) -> Tensor:
     return cache.get(linear, (emb,), lambda: type(linear).forward(linear, F.silu(emb)))
 
 
+def is_on() -> bool:
+    return _active is not None
+
+
 def stamp(tensor: Tensor) -> tuple[int, int, int]:
     """Changes with the identity, the memory and the version of ``tensor``; an inference tensor has no version."""
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

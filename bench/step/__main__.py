@@ -1,7 +1,7 @@
 """One step of reinforcement learning on Stable Diffusion 3.5, measured: rollout and training, stock against ours.
 
 python -m bench.step                                       # SD3.5 Medium at 512 px on a GPU; the tiny model on a CPU
-python -m bench.step --variants stock-fp32,stock,compile,ours,ours+compile --json step.json --out step.md
+python -m bench.step --variants stock-fp32,stock,ours,ours+graph --json step.json --out step.md
 
 A step draws a batch of images with the rollout policy (no gradients, no guidance), then at each of some timesteps runs
 rollout policy and reference without gradients and the learner with its backward pass to LoRA adapters, then AdamW; the
@@ -13,6 +13,8 @@ rollout policy follows. Weights are random, the sizes real. The variants, on the
   ours          advflow's loop: fused blocks and low-rank layers of advflow_ext.apply_to_sd3, images drawn on merged
                 weights, modulation computed once for the three policies, fused loss
   ours+compile  ours with its blocks compiled
+  ...+graph     each of these with its forward and backward passes replayed by advflow_ext.CudaGraphs; on a CPU, which
+                has no graphs, the same as without
 
 Every variant is first compared with an fp32 run of stock: velocities and the adapters' gradients may be 1.5 times as
 far from it as those of stock in bf16 are. Then all take the step in turn, and each is profiled.
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
     from bench.step.profile import Share
     from bench.step.variants import Inputs, Outcome, Variant
 
-VARIANTS = ("stock-fp32", "stock", "compile", "ours", "ours+compile")
-DEFAULT_VARIANTS = {"cuda": VARIANTS[1:], "cpu": ("stock", "ours")}
+KINDS = ("stock", "compile", "ours", "ours+compile")
+VARIANTS = ("stock-fp32", *KINDS, *(f"{kind}+graph" for kind in KINDS))
+DEFAULT_VARIANTS = {"cuda": (*KINDS, "ours+graph"), "cpu": ("stock", "ours")}
 ALGORITHMS = ("diffusion_nft", "advantage_flow")
 TOLERANCE = 1.5  # of stock's own distance from fp32
 PHASES = ("rollout", "training")
@@ -111,6 +114,14 @@ def check(outcome: Outcome, stock: Outcome, exact: Outcome) -> Row:
     return {"green": all(part["green"] for part in parts.values())} | parts
 
 
+def held_bytes(variant: str) -> int:
+    """Of the device. A recorded graph keeps memory that nothing is allocated in, so there what is reserved counts."""
+    if not variant.endswith("graph"):
+        return torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def prepare(row: Row, variant: Variant, inputs: Inputs, device: torch.device, before: int, base_bytes: int) -> None:
     """Takes a first step, then measures memory: what the variant holds, the base included, and a step's peak beyond."""
 
@@ -120,7 +131,7 @@ def prepare(row: Row, variant: Variant, inputs: Inputs, device: torch.device, be
 
     step()
     if device.type == "cuda":
-        held = torch.cuda.memory_allocated() - before
+        held = held_bytes(variant.name) - before
         row["held_bytes"] = held + (base_bytes if variant.shares_base else 0)
     row["peak_extra_bytes"] = memory.peak_extra_bytes(step, device)
 
@@ -130,7 +141,7 @@ def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[s
     from bench.step.profile import by_site
 
     short = replace(inputs, sigmas=inputs.sigmas[-2:])
-    draw, compiled = inputs.draws[0], variant.name.endswith("compile")
+    draw, closed = inputs.draws[0], "compile" in variant.name or variant.name.endswith("graph")
     parts: list[tuple[str, int, Callable[[Callable[[torch.Tensor], None]], object]]] = [
         ("rollout", len(inputs.sigmas) - 1, lambda _: variant.roll_out(short)),
         ("training", len(inputs.draws), lambda backward: variant.accumulate(inputs, draw, inputs.noise, backward)),
@@ -140,7 +151,7 @@ def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[s
     found: dict[str, dict[str, Row]] = {phase: {} for phase in PHASES}
     variant.switch_to_rollout()
     for phase, times, part in parts:
-        shares: dict[str, Share] = by_site(part, variant.model, device, compiled)
+        shares: dict[str, Share] = by_site(part, variant.model, device, closed)
         for site, share in shares.items():
             row = found[phase].setdefault(site, {"seconds": 0.0, "launches": 0})
             row["seconds"] += times * share.seconds
@@ -180,7 +191,7 @@ def measure(document: Row, work: Work, device: torch.device, save: Callable[[], 
         progress(f"{name}: first calls, correctness, memory")
         row: Row = {"variant": name}
         document["results"].append(row)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        before = held_bytes(name) if device.type == "cuda" else 0
         with warnings.catch_warnings(record=True) as said:
             try:
                 variant = made.Variant(name, base, algorithm)
@@ -350,8 +361,8 @@ def parser() -> argparse.ArgumentParser:
         "--variants",
         type=choice_list(VARIANTS),
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(VARIANTS)}; default all but stock-fp32, on a CPU stock,ours: "
-        "compiling takes minutes",
+        help=f"comma-separated, of {', '.join(VARIANTS)}; default {','.join(DEFAULT_VARIANTS['cuda'])}, on a CPU "
+        "stock,ours: compiling takes minutes",
     )
     p.add_argument("--rounds", type=count, help="timed steps of each variant; default 5, on a CPU 1")
     p.add_argument(

@@ -1,8 +1,8 @@
 """Where the device's time goes in a part of a step, by site: kernels of torch's profiler, each put to what launched it.
 
 Eager operators are told apart by :mod:`bench.roofline.sd3_sites`, as in the account of bytes: by module, source line
-and, in the backward pass, the forward operator they belong to. What torch.compile has fused has none of these; its
-kernels are told apart by their names.
+and, in the backward pass, the forward operator they belong to. What torch.compile has fused or a CUDA graph replays has
+none of these; its kernels are told apart by their names.
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ class Share:
 
 
 def by_site(
-    part: Callable[[Callable[[Tensor], None]], object], model: nn.Module, device: torch.device, compiled: bool
+    part: Callable[[Callable[[Tensor], None]], object], model: nn.Module, device: torch.device, closed: bool
 ) -> dict[str, Share]:
     """Runs `part`, whose argument is what its losses are to be differentiated by, and sums its kernels up by site.
 
     On a CPU, which has no kernels, operators stand for them.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    if compiled:  # an operator's site would be sought inside of what is compiled, which is then not run compiled
+    if (
+        closed
+    ):  # an operator's site would be sought inside of what is compiled, which is then not run compiled, or replayed
         with profile(activities=kinds) as profiler:
             part(Tensor.backward)
             _wait(device)

@@ -100,6 +100,33 @@ def adapter_weights(transformer: nn.Module, adapter: str) -> dict[str, nn.Parame
     return {name.replace(f".{adapter}.", "."): p for name, p in named if "lora_" in name and f".{adapter}." in name}
 
 
+class GraphedPolicies:
+    """`policies` whose forward and backward passes are replayed as CUDA graphs, one for each policy and use."""
+
+    def __init__(self, policies: Policies, transformer: SD3Transformer2DModel) -> None:
+        def run(*inputs: Tensor) -> Tensor:
+            velocity: Tensor = transformer(*inputs, return_dict=False)[0]
+            return velocity
+
+        self._policies, self._graphs = policies, af.CudaGraphs(run, transformer)
+        self.kernels, self.learner, self.rollout = policies.kernels, policies.learner, policies.rollout
+
+    def transformer(self, role: Role, *, for_images: bool = False) -> Any:
+        self._policies.transformer(role, for_images=for_images)
+
+        def replay(*inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+            return (self._graphs((role, for_images), *inputs),)
+
+        return replay
+
+    def check(self) -> None:
+        self._policies.check()
+
+    def shared_modulation(self) -> AbstractContextManager[object]:
+        """A recording computes its own."""
+        return nullcontext()
+
+
 class StockPolicies:
     """The three policies as public trainers have them: PEFT's own switches, adapters in fp32, nothing merged."""
 
@@ -185,10 +212,12 @@ class Variant:
         self.shares_base = name != "stock-fp32"
         self.model = sharing(base) if self.shares_base else nn.Module.float(copy.deepcopy(base))
         device = next(base.parameters()).device
-        ours, compiled = name.startswith("ours"), name.endswith("compile")
+        ours, compiled, graphed = name.startswith("ours"), "compile" in name, name.endswith("graph")
         self._loss = (_our_loss if ours else _public_loss)(algorithm)
         with _compiled(device):
             self.policies = _loop_policies(self.model, compiled) if ours else _stock_policies(self.model, compiled)
+        if graphed:
+            self.policies = GraphedPolicies(self.policies, self.model)
         _start(self.model)
         self._optimizer = torch.optim.AdamW(self.policies.learner, lr=TrainConfig().optim.lr)
         self._x0: Tensor | None = None

@@ -253,7 +253,10 @@ def test_a_variant_that_fails_does_not_hide_the_others(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--variants", "stock,theirs"], "'theirs': choose from stock-fp32, stock, compile, ours, ours+compile"),
+        (
+            ["--variants", "stock,theirs"],
+            "'theirs': choose from stock-fp32, stock, compile, ours, ours+compile, stock+graph",
+        ),
         (["--model", "tiny", "--px", "33"], "--px 33: tiny needs a multiple of 4 up to 32"),
         (["--steps", "0"], "expected a whole number, 1 or more"),
         (["--timesteps", "-1"], "expected a whole number, 1 or more"),
