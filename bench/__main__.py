@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from bench import memory, report, timing
-from bench.blocks import BLOCKS, has_liger, shape_obstacle
-from bench.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
-from bench.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
+from bench.harness import memory, report, timing
+from bench.harness.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
+from bench.ops.block import has_liger, shape_obstacle
+from bench.ops.blocks import BLOCKS
+from bench.ops.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
 
 
 def progress(text: str) -> None:

@@ -3,7 +3,8 @@
 Each trainer's formula is written the way that trainer computes it (means of the next x, log-probabilities with their
 constants, x0-predictions), in float64, from its public code at the commit named or from its paper. It shares the random
 inputs with the call beside it and nothing else. Where a trainer departs from its own paper or sampler, the row says
-how, and which option gives its number if one does.
+how, and which option gives its number if one does. The losses keep the trainers' casts, which change nothing
+in float64: the bench times them as its "public" rows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,31 +10,45 @@ from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.conformance.rows import (
-    SHAPE,
     Inputs,
     Row,
     advantage_row,
+    column,
     loss_row,
     mean,
 )
+
+
+def advantage_flow_losses(
+    v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, advantages: Tensor, v_old: Tensor, v_ref: Tensor | None,
+    gamma: float | Tensor, lam: float,
+) -> Tensor:  # fmt: skip
+    """Eq. 5 [B] in predictions of x0, whose squared norms the paper sums, over the number of elements."""
+    t = column(t, v)
+    prediction = x_t - t * v
+    with torch.no_grad():
+        old = x_t - t * v_old
+        reference = None if v_ref is None else x_t - t * v_ref
+    losses = advantages * mean((prediction - x0) ** 2) + gamma * mean((prediction - old) ** 2)
+    return losses if reference is None else losses + lam * mean((prediction - reference) ** 2)
+
+
+def advantage_flow_loss(
+    v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, advantages: Tensor, v_old: Tensor, v_ref: Tensor | None,
+    gamma: float | Tensor, lam: float,
+) -> Tensor:  # fmt: skip
+    return advantage_flow_losses(v, x0, x_t, t, advantages, v_old, v_ref, gamma, lam).mean()
 
 
 def advantage_flow(inputs: Inputs) -> Iterator[Row]:
     """AdvantageFlow's eq. 5 and 6, and the shared scale of MeanFlowAdvantage (eq. 12)."""
     A = inputs.A.clamp(-1, 1)
     arguments = inputs.forward(A)
-    x_t, t = inputs.x_t, inputs.column_t
-
-    def terms(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared norms of predictions, which the paper sums, over the number of elements."""
-        x0 = x_t - t * v
-        anchors = (inputs.x0, x_t - t * inputs.v_old, x_t - t * inputs.v_ref)
-        data, old, ref = ((x0 - anchor).flatten(1).square().sum(1) / math.prod(SHAPE) for anchor in anchors)
-        return data, old, ref
+    given = (inputs.x0, inputs.x_t, inputs.t)
+    anchors = (inputs.v_old, inputs.v_ref)
 
     def quadratic(v: Tensor, data_weight: Tensor, rollout_weight: Tensor) -> Tensor:
-        data, old, ref = terms(v)
-        return (data_weight * data + rollout_weight * old + 1e-3 * ref).mean()
+        return advantage_flow_loss(v, *given, data_weight, *anchors, rollout_weight, 1e-3)
 
     for beta, gamma, weight in (
         (1.0, 1.1, torch.full_like(A, 1.1)),
@@ -51,9 +64,8 @@ def advantage_flow(inputs: Inputs) -> Iterator[Row]:
     yield advantage_row("AdvantageFlow", inputs, (inputs.centred / rms).clamp(-1, 1), norm="batch_rms", clip=1.0)
 
     def shared_scale(v: Tensor) -> Tensor:
-        data, old, ref = terms(v)
-        w = mean((x_t - t * v - inputs.x0).detach().abs()).clamp(min=1e-5)
-        return ((A * data + 1.1 * old + 1e-3 * ref) / w).mean()
+        w = mean((inputs.x_t - column(inputs.t, v) * v - inputs.x0).detach().abs()).clamp(min=1e-5)
+        return (advantage_flow_losses(v, *given, A, *anchors, 1.1, 1e-3) / w).mean()
 
     yield loss_row(
         "MeanFlowAdvantage", "loss at s = t", af.advantage_flow_loss, arguments, shared_scale,

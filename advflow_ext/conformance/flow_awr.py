@@ -11,25 +11,38 @@ from torch import Tensor
 import advflow_ext as af
 from advflow_ext.conformance.rows import (
     GROUP,
-    SHAPE,
     Inputs,
     Row,
+    column,
     loss_row,
     mean,
     shown,
 )
 
 
+def flow_awr_loss(
+    v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, advantages: Tensor, v_old: Tensor, v_ref: Tensor | None,
+    kl_weight: float,
+) -> Tensor:  # fmt: skip
+    """train_awr_sd3.py with energy_mode: the float64 advantages and scale promote every element."""
+    t = column(t, v)
+    x0_old = x_t - t * v_old
+    target = x0_old + column(advantages, v) * (x0 - x0_old)
+    prediction = x_t - t * v
+    with torch.no_grad():
+        scale = column(mean((prediction.double() - x0.double()).abs()), v).clamp(min=1e-5)
+    loss = mean((prediction - target) ** 2 / scale).mean()
+    return loss if v_ref is None else loss + kl_weight * mean((v - v_ref) ** 2).mean()
+
+
 def flow_awr(inputs: Inputs) -> Iterator[Row]:
-    """train_awr_sd3.py with energy_mode, stat_tracking.py (hard_gating for rewards by rule); and the paper's form."""
+    """The released loss, stat_tracking.py (hard_gating for rewards by rule), and the paper's form."""
     energies = (2 * inputs.A).clamp(-3, 3)
-    E, arguments = energies.view(-1, *[1] * len(SHAPE)), inputs.forward(energies)
+    E, arguments = column(energies, inputs.v), inputs.forward(energies)
 
     def loss(v: Tensor) -> Tensor:
-        x0, x0_old = inputs.x_t - inputs.column_t * v, inputs.x_t - inputs.column_t * inputs.v_old
-        target = x0_old + E * (inputs.x0 - x0_old)
-        weight = mean((x0.detach() - inputs.x0).abs()).clamp(min=1e-5)
-        return (mean((x0 - target) ** 2) / weight).mean() + 1e-4 * mean((v - inputs.v_ref) ** 2).mean()
+        given = (inputs.x0, inputs.x_t, inputs.t, energies, inputs.v_old, inputs.v_ref)
+        return flow_awr_loss(v, *given, kl_weight=1e-4)
 
     anchors = {"v_old": inputs.v_old, "v_ref": inputs.v_ref, "kl_weight": 1e-4}
     yield loss_row("FlowAWR", "loss", af.flow_awr_loss, arguments, loss, **anchors)

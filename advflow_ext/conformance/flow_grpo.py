@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.conformance.rollout import (
     Rollout,
+    StepInParts,
     clipped,
+    log_prob,
     log_prob_without_variance,
     shifted_twice,
 )
@@ -25,6 +28,21 @@ from advflow_ext.conformance.rows import (
 )
 
 
+def flow_grpo_loss(
+    step: StepInParts, v: Tensor, v_ref: Tensor | None, x_next: Tensor, log_prob_old: Tensor, advantages: Tensor,
+    clip: float, kl_weight: float,
+) -> Tensor:  # fmt: skip
+    """train_sd3.py: its KL divides by std_dev_t, which lacks sqrt(-dt)."""
+    mu, std_dev_t, sqrt_dt = step(v)
+    log_ratio = log_prob(x_next, (mu, std_dev_t * sqrt_dt)) - log_prob_old
+    loss = clipped(log_ratio.exp(), advantages, clip)
+    if v_ref is not None:
+        with torch.no_grad():
+            mu_ref = step(v_ref)[0]
+        loss = loss + kl_weight * (mean((mu - mu_ref) ** 2) / (2 * std_dev_t.flatten() ** 2)).mean()
+    return loss
+
+
 def flow_grpo(inputs: Inputs) -> Iterator[Row]:
     """train_sd3.py, train_sd3_fast.py (CPS), train_sd3_sft.py."""
     at = Rollout("flow_grpo", inputs, "flow_sde", 0.7, shifted_twice(10), STEPS % 9)
@@ -34,7 +52,9 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
         return at.squared_drift(v, inputs.v_ref) / (2 * std_dev_t**2)
 
     def loss(v: Tensor) -> Tensor:
-        return clipped(at.log_ratio(v).exp(), inputs.A, 1e-4) + 0.04 * kl(v).mean()
+        return flow_grpo_loss(
+            at.step_in_parts, v, inputs.v_ref, at.x_next, at.log_prob_old(), inputs.A, clip=1e-4, kl_weight=0.04
+        )
 
     yield at.kl_of_a_change(8, "shift 3 twice")
     yield at.sigma_at_one("sigma at s = 1", at.std[:1])

@@ -12,7 +12,9 @@ from torch import Tensor
 import advflow_ext as af
 from advflow_ext.conformance.rollout import (
     Rollout,
+    StepInParts,
     clipped,
+    log_prob,
     shifted_once,
     shifted_twice,
 )
@@ -20,28 +22,47 @@ from advflow_ext.conformance.rows import (
     STEPS,
     Inputs,
     Row,
+    mean,
 )
 
 GUARD_CLIP = 2e-6
 
 
-def guard_ratio(at: Rollout, sigma: Tensor, v: Tensor, drift: Tensor | None = None) -> Tensor:
+def guard_ratio(log_ratio: Tensor, drift: Tensor, sigma: Tensor) -> Tensor:
     """RatioNorm: the drift of the mean is added to the log-ratio, and the sum scaled by sigma."""
-    drift = at.squared_drift(v, at.given.v_old) if drift is None else drift
-    return ((at.log_ratio(v) + drift / (2 * sigma**2)) * sigma).exp()
+    return ((log_ratio + drift / (2 * sigma**2)) * sigma).exp()
+
+
+def grpo_guard_loss(
+    step: StepInParts, v: Tensor, v_ref: Tensor | None, x_next: Tensor, log_prob_old: Tensor, mean_old: Tensor,
+    advantages: Tensor, clip: float, kl_weight: float, mean_drift: bool = False,
+) -> Tensor:  # fmt: skip
+    """sigma and dt are means over the batch (flow_grpo and verl-omni), and with ``mean_drift`` the drift is too
+    (flow_grpo, whose ``mean`` over no dimension is one over all). The KL has the whole sigma, as everybody else's; the
+    released line divides by std_dev_t alone."""
+    mu, std_dev_t, sqrt_dt = step(v)
+    log_ratio = log_prob(x_next, (mu, std_dev_t * sqrt_dt)) - log_prob_old
+    sqrt_dt = sqrt_dt.mean()
+    sigma = std_dev_t.mean() * sqrt_dt
+    drift = mean((mu - mean_old) ** 2)
+    ratio = guard_ratio(log_ratio, drift.mean() if mean_drift else drift, sigma)
+    loss = clipped(ratio, advantages, clip) / sqrt_dt**2
+    if v_ref is not None:
+        with torch.no_grad():
+            mu_ref = step(v_ref)[0]
+        loss = loss + kl_weight * (mean((mu - mu_ref) ** 2) / (2 * sigma**2)).mean()
+    return loss
 
 
 def guard_of_means(at: Rollout, mean_drift: bool, v: Tensor) -> Tensor:
-    """sigma and dt are means over the batch (flow_grpo and verl-omni), and the drift is too (flow_grpo, whose ``mean``
-    over no dimension is one over all)."""
-    sqrt_dt = at.h.sqrt().mean()
-    sigma = (at.std / at.h.sqrt()).mean() * sqrt_dt
-    drift = at.squared_drift(v, at.given.v_old).mean() if mean_drift else None
-    return clipped(guard_ratio(at, sigma, v, drift), at.given.A, GUARD_CLIP) / sqrt_dt**2
+    return grpo_guard_loss(
+        at.step_in_parts, v, None, at.x_next, at.log_prob_old(), at.mean_old, at.given.A, GUARD_CLIP, 0.0, mean_drift
+    )
 
 
 def guard_of_each(at: Rollout, sigma: Tensor, v: Tensor) -> Tensor:
-    return clipped(guard_ratio(at, sigma, v), at.given.A, GUARD_CLIP)
+    ratio = guard_ratio(at.log_ratio(v), at.squared_drift(v, at.given.v_old), sigma)
+    return clipped(ratio, at.given.A, GUARD_CLIP)
 
 
 def grpo_guard(inputs: Inputs) -> Iterator[Row]:
@@ -49,7 +70,7 @@ def grpo_guard(inputs: Inputs) -> Iterator[Row]:
     name, sigmas, op = "GRPO-Guard (flow_grpo)", shifted_twice(10), af.grpo_guard_loss
     same, mixed = torch.full_like(STEPS, 3), STEPS % 9
     at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, same)
-    log_ratio = guard_ratio(at, at.std, inputs.v).log()
+    log_ratio = guard_ratio(at.log_ratio(inputs.v), at.squared_drift(inputs.v, inputs.v_old), at.std).log()
     yield at.mean_log_ratio(op, log_ratio)
     yield at.clipped_count(op, log_ratio, GUARD_CLIP, "clipped transitions, batches of one")
     yield at.loss(

@@ -19,9 +19,14 @@ from advflow_ext.conformance.rows import (
     mean,
     metric,
     shown,
+    widened,
 )
 
 Gaussian = tuple[Tensor, Tensor]  # mean of the next x, and its standard deviation [N, 1, 1, 1]
+# A trainer's step on its transitions, as a function of the velocity; of flow_grpo with its parts.
+Step = Callable[[Tensor], Gaussian]
+StepInParts = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Density = Callable[[Tensor, Gaussian], Tensor]
 
 
 def shifted(s: Tensor, shift: float = 3.0) -> Tensor:
@@ -41,12 +46,20 @@ def shifted_twice(steps: int) -> Tensor:
     return torch.cat([grid, torch.zeros_like(grid[:1])])
 
 
-def flow_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, a: float, at_one: Tensor) -> Gaussian:
-    """flow_grpo's ``std_dev_t`` lacks the sqrt(-dt) that its noise has; what is returned here has it."""
+def flow_sde_in_parts(
+    v: Tensor, x: Tensor, s: Tensor, following: Tensor, a: float, at_one: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As flow_grpo returns it: the mean, ``std_dev_t``, and the sqrt(-dt) that its noise has besides."""
+    v, x = widened(v), widened(x)
     dt = following - s
     std_dev_t = a * (s / (1 - torch.where(s == 1, at_one, s))).sqrt()
     drift_x, drift_v = std_dev_t**2 / (2 * s), 1 + std_dev_t**2 * (1 - s) / (2 * s)
-    return x * (1 + drift_x * dt) + v * drift_v * dt, std_dev_t * (-dt).sqrt()
+    return x * (1 + drift_x * dt) + v * drift_v * dt, std_dev_t, (-dt).sqrt()
+
+
+def flow_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, a: float, at_one: Tensor | float) -> Gaussian:
+    mu, std_dev_t, sqrt_dt = flow_sde_in_parts(v, x, s, following, a, at_one)
+    return mu, std_dev_t * sqrt_dt
 
 
 def dance_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, eta: float) -> Gaussian:
@@ -59,6 +72,7 @@ def dance_sde(v: Tensor, x: Tensor, s: Tensor, following: Tensor, eta: float) ->
 
 def cps(v: Tensor, x: Tensor, s: Tensor, following: Tensor, eta: float) -> Gaussian:
     """Predicted data and noise, recombined with a part of the noise drawn anew."""
+    v, x = widened(v), widened(x)
     std = following * math.sin(eta * math.pi / 2)
     predicted_x0, predicted_noise = x - s * v, x + (1 - s) * v
     return (1 - following) * predicted_x0 + (following**2 - std**2).sqrt() * predicted_noise, std
@@ -95,8 +109,8 @@ class Rollout:
         self.at_one = sigmas[1]
         column = (-1, *[1] * len(SHAPE))
         self.s, self.following = sigmas[index].view(column), sigmas[index + 1].view(column)
-        mu, std = self.step(inputs.v_old)
-        self.x_next = mu + std * inputs.step_noise
+        self.mean_old, std = self.step(inputs.v_old)
+        self.x_next = self.mean_old + std * inputs.step_noise
         self.std, self.h = std.flatten(), (self.s - self.following).flatten()
 
         options = {"sampler": sampler, "noise_level": level, **options}
@@ -111,8 +125,14 @@ class Rollout:
             return flow_sde(*given, self.at_one)
         return dance_sde(*given) if self.sampler == "dance_sde" else cps(*given)
 
-    def log_ratio(self, v: Tensor, density: Callable[[Tensor, Gaussian], Tensor] = log_prob) -> Tensor:
-        return density(self.x_next, self.step(v)) - density(self.x_next, self.step(self.given.v_old))
+    def step_in_parts(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return flow_sde_in_parts(v, self.given.x, self.s, self.following, self.level, self.at_one)
+
+    def log_prob_old(self, density: Density = log_prob) -> Tensor:
+        return density(self.x_next, self.step(self.given.v_old))
+
+    def log_ratio(self, v: Tensor, density: Density = log_prob) -> Tensor:
+        return density(self.x_next, self.step(v)) - self.log_prob_old(density)
 
     def squared_drift(self, v: Tensor, anchor: Tensor) -> Tensor:
         """<(mean - mean of the anchor)^2>: what every KL is made of."""

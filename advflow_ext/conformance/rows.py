@@ -99,8 +99,7 @@ class Inputs:
         self.v_old = self.u + 0.3 * normal(*latents)
         self.v, self.v_ref, self.v_ema = self.v_old + 0.02 * normal(3, *latents)
         self.t = torch.linspace(0.1, 1, TRANSITIONS, dtype=torch.float64)
-        self.column_t = self.t.view(-1, *[1] * len(SHAPE))
-        self.x_t = self.x0 + self.column_t * self.u
+        self.x_t = self.x0 + column(self.t, self.u) * self.u
         self.A = normal(TRANSITIONS)
         self.rewards = 0.5 + 0.1 * normal(6, 1) + 0.1 * normal(6, GROUP)
         self.rewards[0, 3] += 5  # beyond five standard deviations, so that the clips have something to do
@@ -135,6 +134,16 @@ def with_gradient(loss: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, 
 def mean(values: Tensor) -> Tensor:
     """Over everything but the batch."""
     return values.flatten(1).mean(1)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One value a sample, to be broadcast over the elements of ``like``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def widened(values: Tensor) -> Tensor:
+    """What trainers mean by ``.float()``: half precision becomes fp32, and fp64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def loss_row(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.conformance.rollout import (
-    Gaussian,
+    Density,
     Rollout,
+    Step,
     kept,
     log_prob,
     log_prob_without_variance,
@@ -23,7 +24,24 @@ from advflow_ext.conformance.rows import (
     Inputs,
     Row,
     advantage_row,
+    mean,
 )
+
+
+def flow_dppo_loss(
+    step: Step, v: Tensor, v_ref: Tensor | None, x_next: Tensor, log_prob_old: Tensor, mean_old: Tensor,
+    advantages: Tensor, threshold: float, kl_weight: float, density: Density = log_prob,
+) -> Tensor:  # fmt: skip
+    """With its later fixes: means in fp32, the sampler's sigma."""
+    mu, std = step(v)
+    log_ratio = density(x_next, (mu, std)) - log_prob_old
+    kl = mean((mu - mean_old) ** 2 / (2 * std**2))
+    losses = torch.where(kept(advantages, log_ratio, kl, threshold), -advantages * log_ratio.exp(), 0)
+    if v_ref is not None:
+        with torch.no_grad():
+            mu_ref = step(v_ref)[0]
+        losses = losses + kl_weight * mean((mu - mu_ref) ** 2 / (2 * std**2))
+    return losses.mean()
 
 
 def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
@@ -34,10 +52,11 @@ def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
     def kl(at: Rollout, v: Tensor, anchor: Tensor) -> Tensor:
         return at.squared_drift(v, anchor) / (2 * at.std**2)
 
-    def loss(v: Tensor, density: Callable[[Tensor, Gaussian], Tensor] = log_prob, at: Rollout = at) -> Tensor:
-        log_ratio = at.log_ratio(v, density)
-        keep = kept(A, log_ratio, kl(at, v, inputs.v_old), 1e-6)
-        return (torch.where(keep, -A * log_ratio.exp(), 0) + 0.01 * kl(at, v, inputs.v_ref)).mean()
+    def loss(v: Tensor, density: Density = log_prob, at: Rollout = at) -> Tensor:
+        return flow_dppo_loss(
+            at.step, v, inputs.v_ref, at.x_next, at.log_prob_old(density), at.mean_old, A,
+            threshold=1e-6, kl_weight=0.01, density=density,
+        )  # fmt: skip
 
     options: dict[str, Any] = {"threshold": 1e-6, "v_ref": inputs.v_ref, "kl_weight": 0.01}
     yield at.sigma_at_one("sigma at s = 1, sampler and KL", at.std[:1])

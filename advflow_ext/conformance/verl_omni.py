@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance.diffusion_nft import nft
+from advflow_ext.conformance.diffusion_nft import of_share
 from advflow_ext.conformance.grpo_guard import GUARD_CLIP, guard_of_means
 from advflow_ext.conformance.rollout import (
     Rollout,
@@ -66,7 +66,7 @@ def verl_omni(inputs: Inputs) -> Iterator[Row]:
     )  # fmt: skip
     yield loss_row(
         name, "diffusion_nft loss", af.diffusion_nft_loss, inputs.forward(A),
-        partial(nft, inputs, r=(A.clamp(-5, 5) / 5 + 1) / 2, beta=1.0),
+        partial(of_share, inputs, r=(A.clamp(-5, 5) / 5 + 1) / 2),
         v_old=inputs.v_old, v_ref=inputs.v_ref, beta=1.0, adv_clip_max=5.0, kl_weight=1e-4,
     )  # fmt: skip
     yield advantage_row(

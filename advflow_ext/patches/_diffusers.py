@@ -9,7 +9,7 @@ from torch import nn
 
 from advflow_ext.nn._identity import is_as_written
 
-OLDEST = (0, 31)  # the first with SD3.5's second attention; `python -m bench.diffusers_versions` tries others
+OLDEST = (0, 31)  # the first with SD3.5's second attention; `python -m bench.exactness.diffusers_versions` tries others
 
 
 class Exchanged:

@@ -28,6 +28,7 @@ from advflow_ext.nn._identity import is_as_written, is_exactly
 from advflow_ext.nn.lora import has_hooks
 from advflow_ext.nn.modulation_cache import stamp
 from advflow_ext.patches._diffusers import Stock
+from advflow_ext.patches._parts import part
 from advflow_ext.patches._verify import Verifier
 
 # On an attention module whose norms' weights were found to have none, and what they were then, by their stamps.
@@ -178,6 +179,7 @@ class FusedBlock:
         )
         return context, hidden_states
 
+    @part("adaln")
     def _norm1(self, norm: Module, x: Tensor, temb: Tensor) -> Norm1:
         """AdaLN's projection of the conditioning, then layer norm and one or two modulations."""
         continuous = is_exactly(norm, self._known.norm1_last_context)
@@ -195,6 +197,7 @@ class FusedBlock:
         y, y2 = self._modulate(norm, x, (scale, shift), (scale2, shift2))
         return Norm1(y, gate, shift_mlp, scale_mlp, gate_mlp, y2, gate2)
 
+    @part("adaln")
     def _modulate(self, norm: Module, x: Tensor, *modulations: Pair) -> tuple[Tensor, ...]:
         """`norm` of diffusers, after its projection has given `modulations`; or torch's, and a modulation."""
         dtype = _compute_dtype(x)
@@ -210,6 +213,7 @@ class FusedBlock:
 
         return self._run("adaln", fused, stock, x, *(tensor for pair in modulations for tensor in pair))
 
+    @part("gate")
     def _feed_forward(self, norm: Module, ff: Module, x: Tensor, branches: list[Any], says: Norm1) -> Tensor:
         """The gated branches joined to the residual, its norm, the feed-forward network and that one's gate."""
         if {"gate", "adaln"} <= self.ops:
@@ -232,6 +236,7 @@ class FusedBlock:
                 normed = _modulated(norm(x), says.scale_mlp, says.shift_mlp)
         return self._gate(x, (self._mlp(ff, normed), says.gate_mlp))
 
+    @part("gate")
     def _gate(self, x: Tensor, *branches: Pair) -> Tensor:
         if "gate" not in self.ops:
             return _gated(x, branches)
@@ -244,6 +249,7 @@ class FusedBlock:
 
         return self._run("gate", fused, stock, x, *(tensor for pair in branches for tensor in pair))[0]
 
+    @part("gelu")
     def _mlp(self, ff: Module, x: Tensor) -> Tensor:
         """The feed-forward network; its activation overwrites its input where nothing will be differentiated."""
         plain = "gelu" in self.ops and is_plain(ff, self._known.feed_forward)
@@ -261,6 +267,7 @@ class FusedBlock:
             h = module(h)
         return h
 
+    @part("attention")
     def _attention(self, attn: Module, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Attention over the image tokens and, where given, the context's. The two outputs, projected."""
         if "qk_norm" not in self.ops or reason_to_keep_attention(attn, self._known) is not None:
@@ -283,6 +290,7 @@ class FusedBlock:
             out_context = attn.to_add_out(out_context)
         return attn.to_out[1](attn.to_out[0](out)), out_context
 
+    @part("qk_norm")
     def _joint_qkv(
         self, attn: Module, image: tuple[Tensor, ...], text: tuple[Tensor, ...], weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
@@ -340,16 +348,19 @@ def _pairs(flat: tuple[Tensor, ...]) -> list[Pair]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
+@part("adaln")
 def _modulated(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return normed * (1 + scale[:, None]) + shift[:, None]
 
 
+@part("gate")
 def _gated(x: Tensor, branches: Any) -> Tensor:
     for branch, gate in branches:
         x = x + gate.unsqueeze(1) * branch
     return x
 
 
+@part("adaln")
 def _own_modulation(norm: Module, x: Tensor, flat: tuple[Tensor, ...], continuous: bool) -> tuple[Tensor, ...]:
     """What the forward of `norm` itself makes of `x`, were `flat`, (scale, shift) once or twice, in its projection."""
 
@@ -368,6 +379,7 @@ def _own_modulation(norm: Module, x: Tensor, flat: tuple[Tensor, ...], continuou
     return (results[0], results[5]) if second else (results[0],)
 
 
+@part("qk_norm")
 def _own_stream(
     norms: tuple[Module, Module], tensors: tuple[Tensor, ...], weights: tuple[Tensor, ...], heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,19 +7,15 @@ import platform
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import fields
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
-from typing import get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
 from advflow.run.folder import CONFIG, MAY_CHANGE
 from advflow.settings.arguments import Parser
-from advflow.settings.config import Algorithm, TrainConfig
-from advflow.settings.suggest import did_you_mean
-from advflow.settings.yaml_files import read_yaml
+from advflow.settings.sources import load_run_config, resolve_configs, to_config, train_parser
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -76,69 +72,10 @@ def _is_refusal(error: Exception) -> bool:
     return roots[-1] in ours and set(roots) <= {*ours, "jsonargparse", "torch"}  # these two call ours back
 
 
-def packaged_configs() -> dict[str, Path]:
-    """Configs inside the package by name."""
-    folder = Path(str(resources.files("advflow"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def algorithm_settings(config: str, algorithm: str) -> Path | None:
-    """What the built-in `config` changes for `algorithm`; None where that is nothing."""
-    path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
-    return path if algorithm in get_args(Algorithm) and path.is_file() else None
-
-
-def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
-    """Puts the settings of `advflow train` in the order in which the later ones win.
-
-    Built-in configs, each followed by what it changes for the algorithm; then the user's files; then the command line,
-    whatever its order. The algorithm is that of the command line, else of the last of the user's files to name one.
-    The file `base`, where there is one, stands in for the built-in "tiny", which is the base where none is named.
-    """
-    if argv[:1] != ["train"]:
-        return argv
-    known = packaged_configs()
-    named, rest = _take_option("--config", argv[1:])
-    own = [name for name in named if name not in known]
-    algorithm = ([_algorithm_of(name) for name in own], _take_option("--algorithm", rest)[0])
-    chosen = next((name for names in reversed(algorithm) for name in reversed(names) if name), "")
-    files = [] if base is None else [base]
-    for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
-        files += [known[name], *filter(None, [algorithm_settings(name, chosen)])]
-    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *rest]
-
-
-def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
-    """The values that `option` is given in `words`, and the other words."""
-    values, rest, left = [], [], list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, value = word.partition("=")
-        if name != option or not (equals or left):
-            rest.append(word)
-        else:
-            values.append(value if equals else left.pop(0))
-    return values, rest
-
-
-def _algorithm_of(name: str) -> str | None:
-    """The algorithm that a user's file names. A file that cannot be read is an error of the command line."""
-    known = packaged_configs()
-    if not name or not Path(name).exists():
-        near = did_you_mean(name, known)
-        accepted = f"accepted: a YAML file, or one that is built in: {', '.join(known)}"
-        train_parser().error(f"--config is {name!r}, where there is no file{near or '; '}{near and ' '}{accepted}")
-    try:
-        algorithm = read_yaml(Path(name), "--config").get("algorithm")
-    except ValueError as error:
-        train_parser().error(str(error))
-    return algorithm if isinstance(algorithm, str) else None
-
-
 def _parser() -> Parser:
     parser = Parser(prog="advflow", description=_DESCRIPTION, formatter_class=_Formatter, version=_versions())
     commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("train", train_parser(), help="post-train a pipeline")
+    commands.add_subcommand("train", train_parser(_RESUME), help="post-train a pipeline")
     commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
     commands.add_subcommand("sample", _sample_parser(), help="draw images from a run, or from its base")
     commands.add_subcommand("report", _report_parser(), help="write a run's report.html")
@@ -154,31 +91,6 @@ def _versions() -> str:
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
     """Keeps the line breaks of the examples."""
-
-
-def train_parser() -> Parser:
-    """The parser of `advflow train`; also what checks the config.yaml of a finished run."""
-    parser = Parser(prog="advflow train", description="Post-train a pipeline by reinforcement learning.")
-    names = ", ".join(packaged_configs())
-    parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
-    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=_RESUME)
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
-    values = parser.instantiate(parsed)
-    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
-
-
-def load_run_config(run: str) -> TrainConfig:
-    """The settings a run was started with."""
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
-    parser = train_parser()
-    parser.exit_on_error = False
-    return to_config(parser, parser.parse_path(path, field="--run"))
 
 
 def _run_argument(parser: Parser) -> None:

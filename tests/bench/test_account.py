@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.account import GRADIENT_SUMS, Account, Event, Origin, tensor_bytes, trace
+from bench.roofline.account import GRADIENT_SUMS, Account, Event, Origin, tensor_bytes, trace
 
 
 def innermost(origin: Origin) -> str:

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from advflow_ext.kernels import triton_ops
-from bench import plans, timing
 from bench.__main__ import main
-from bench.blocks import BLOCKS, FORWARD, HEAD_DIM, LIGER, TRAINED, Block, LoraLinear, operands, shape_obstacle
-from bench.registry import OURS, Case
+from bench.harness import timing
+from bench.harness.registry import OURS, Case
+from bench.ops import plans
+from bench.ops.block import FORWARD, HEAD_DIM, LIGER, TRAINED, Block, operands, shape_obstacle
+from bench.ops.blocks import BLOCKS
+from bench.ops.lora_linear import LoraLinear
 
 SHAPE = (2, 3, 128)
 CPU = torch.device("cpu")
@@ -122,7 +125,7 @@ def test_text_is_that_of_sd35_and_never_longer_than_the_image() -> None:
 
 def test_liger_has_a_row_where_it_is_installed_and_not_elsewhere() -> None:
     for installed in (True, False):
-        with mock.patch("bench.blocks.has_liger", return_value=installed):
+        with mock.patch("bench.ops.block.has_liger", return_value=installed):
             assert (LIGER in BLOCKS["joint_qk_norm"].implementations(CPU)) == installed
             assert LIGER not in BLOCKS["gate_residual"].implementations(CPU)
 

@@ -12,8 +12,8 @@ import torch
 from advflow_ext import _native
 
 pytest.importorskip("matplotlib", reason="bench.exactness draws with matplotlib")
-from bench import exactness
-from bench.exactness import LIMITS, METHODS, OURS, TARGETS, find
+from bench.exactness import __main__ as exactness
+from bench.exactness.__main__ import LIMITS, METHODS, OURS, TARGETS, find
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("advflow", reason="the trainer is not installed")
 
-from bench import gradient_signal
+from bench.learning import gradient_signal
 
 
 def test_a_constant_gradient_is_all_signal() -> None:

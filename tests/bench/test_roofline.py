@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from bench import roofline
-from bench.account import GRADIENT_SUMS, trace
-from bench.cuda_choices import CudaChoices
-from bench.roofline import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
-from bench.sd3_model import Work, build_fake, fake_inputs
-from bench.sd3_sites import (
+from bench.roofline import __main__ as roofline
+from bench.roofline.__main__ import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
+from bench.roofline.account import GRADIENT_SUMS, Origin, Source, trace
+from bench.roofline.cuda_choices import CudaChoices
+from bench.roofline.sd3_model import Work, build_fake, fake_inputs
+from bench.roofline.sd3_sites import (
     ADALN,
     ATTENTION,
     GATE,
@@ -190,6 +190,22 @@ def test_our_operators_are_one_launch_each(stock: Result) -> None:
     assert total(result, PASSES, JOINT).bytes < total(stock, PASSES, JOINT).bytes / 4
     assert not total(result, (NO_GRAD,), LORA_GEMM).launches  # merged
     assert sum(result["saved"].values()) < sum(stock["saved"].values())
+
+
+def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -> None:
+    from advflow_ext.patches import _sd3_block
+
+    def site(function: str) -> str:
+        op = torch.ops.aten.mul.Tensor
+        return site_of(Origin(op, "forward", "elementwise", source=Source(str(_sd3_block.__file__), function, 1)))
+
+    assert site("FusedBlock._modulate.<locals>.fused") == site("_own_modulation") == ADALN
+    assert site("FusedBlock._feed_forward.<locals>.stock") == site("_gated") == GATE
+    assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("FusedBlock._attention") == JOINT
+    with pytest.raises(
+        ValueError, match=r"FusedBlock\._new of .*_sd3_block issues operators"
+    ):
+        site("FusedBlock._new.<locals>.fused")
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

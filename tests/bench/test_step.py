@@ -17,13 +17,17 @@ pytest.importorskip("peft", reason="the trainer's dependencies are not installed
 
 from torch._C._autograd import DeviceType
 
-from bench import roofline, sd3_model, step, step_profile, step_variants
-from bench.account import OTHER
-from bench.roofline import NO_GRAD, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
-from bench.sd3_model import SIZES, Work
-from bench.sd3_sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES
-from bench.step_profile import COMPILED, LOSS, PROFILE_SITES, UPDATE
-from bench.step_variants import Outcome, Variant
+from bench.roofline import __main__ as roofline
+from bench.roofline import sd3_model
+from bench.roofline.__main__ import NO_GRAD, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
+from bench.roofline.account import OTHER
+from bench.roofline.sd3_model import SIZES, Work
+from bench.roofline.sd3_sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES
+from bench.step import __main__ as step
+from bench.step import profile as step_profile
+from bench.step import variants as step_variants
+from bench.step.profile import COMPILED, LOSS, PROFILE_SITES, UPDATE
+from bench.step.variants import Outcome, Variant
 
 CPU = torch.device("cpu")
 WORK = Work("tiny", 3, 32, 10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTENSION, TRAINER = ROOT / "advflow_ext", ROOT / "python/advflow"
+EXTENSION, TRAINER, BENCH = ROOT / "advflow_ext", ROOT / "python/advflow", ROOT / "bench"
 
 # A room may import what stands before it, and nothing of its own row.
 FLOORS = (  # of advflow_ext
@@ -30,6 +30,13 @@ TRAINER_FLOORS = (
     ("run",),
     ("report",),
     ("cli", "__main__"),
+)
+
+BENCH_FLOORS = (
+    ("harness",),
+    ("ops", "roofline"),
+    ("step", "exactness", "learning"),
+    ("__main__",),
 )
 
 
@@ -67,7 +74,7 @@ def assert_knows_of_those_below(package: Path, floors: tuple[tuple[str, ...], ..
 
 def rooms(package: Path) -> set[str]:
     found = {path.stem for path in package.iterdir() if path.is_dir() or path.suffix == ".py"}
-    return found - {"__init__", "__pycache__", "configs"}
+    return found - {"__init__", "__pycache__", "configs", "results"}
 
 
 @pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
@@ -82,12 +89,23 @@ def test_a_room_of_the_trainer_too(room: str) -> None:
     assert_knows_of_those_below(TRAINER, TRAINER_FLOORS, room, also)
 
 
+@pytest.mark.parametrize("room", [room for floor in BENCH_FLOORS for room in floor])
+def test_a_room_of_the_bench_too(room: str) -> None:
+    assert_knows_of_those_below(BENCH, BENCH_FLOORS, room, set())
+
+
+def test_the_bench_asks_the_trainer_past_its_command_line() -> None:
+    callers = [path for path in BENCH.rglob("*.py") for name in imported(path) if name.startswith("advflow.cli")]
+    assert callers == []
+
+
 def test_every_room_has_its_floor() -> None:
     assert rooms(EXTENSION) == {room for floor in FLOORS for room in floor}
     assert rooms(TRAINER) == {room for floor in TRAINER_FLOORS for room in floor}
+    assert rooms(BENCH) == {room for floor in BENCH_FLOORS for room in floor}
 
 
-@pytest.mark.parametrize("package", ["advflow_ext", "python/advflow"])
+@pytest.mark.parametrize("package", ["advflow_ext", "python/advflow", "bench"])
 def test_no_circle_of_files(package: str) -> None:
     home = ROOT / package
     files = {

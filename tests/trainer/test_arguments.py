@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from advflow.cli import load_run_config, main, packaged_configs, resolve_configs, to_config, train_parser
+from advflow.cli import main
 from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.sources import load_run_config, packaged_configs, resolve_configs, to_config, train_parser
 
 METHODS = get_args(Algorithm)
 PARSER = train_parser()

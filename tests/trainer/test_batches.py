@@ -12,7 +12,7 @@ import advflow.processes.reverse as reverse_module
 import advflow.samplers.sampling as sampling_module
 import pytest
 import torch
-from advflow.cli import load_run_config, main
+from advflow.cli import main
 from advflow.report import write_report
 from advflow.rewards import Scores
 from advflow.run.checkpoint import checkpoints
@@ -23,6 +23,7 @@ from advflow.run.trainer import Trainer
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.processes import SDEConfig
+from advflow.settings.sources import load_run_config
 from runs import SMALL, rows, strict_json
 
 Make = Callable[..., TrainConfig]

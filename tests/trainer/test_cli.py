@@ -8,19 +8,19 @@ from typing import get_args
 
 import pytest
 import torch
-from advflow.cli import (
+from advflow.cli import main
+from advflow.models.sd3 import pipeline_folder
+from advflow.rewards import load_reward
+from advflow.run.trainer import Trainer
+from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.sources import (
     algorithm_settings,
     load_run_config,
-    main,
     packaged_configs,
     resolve_configs,
     to_config,
     train_parser,
 )
-from advflow.models.sd3 import pipeline_folder
-from advflow.rewards import load_reward
-from advflow.run.trainer import Trainer
-from advflow.settings.config import Algorithm, TrainConfig
 from PIL import Image
 
 SMALL = (

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from advflow.cli import load_run_config, main
+from advflow.cli import main
 from advflow.run.folder import MAY_CHANGE, FolderLock, check_folder, write_config
 from advflow.run.log import EVALS, METRICS
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.numbers import flatten
+from advflow.settings.sources import load_run_config
 from runs import SMALL, assert_same_run, files, rows
 
 OTHER: dict[str, Any] = {  # another valid value of settings that have few

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.conformance.rollout import flow_sde, log_prob, shifted_once, shifted_twice
-from bench import report
+from bench.harness import report
 
 SHAPE = (16, 64, 64)  # a 512-pixel image of Stable Diffusion 3.5
 NOISE_LEVEL = 0.7
@@ -326,7 +326,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.exactness", description=__doc__)
     parser.add_argument("--samples", type=int, default=256, help="transitions of each schedule and step; default 256")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1], help="default: the repository")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2], help="default: the repository")
     options = parser.parse_args(argv)
     result = document(measure(options.samples), options.samples)
     if missed := missed_limits(result["results"]):

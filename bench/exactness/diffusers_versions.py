@@ -1,7 +1,7 @@
-"""Whether the patched transformer is the stock one in other versions of diffusers: python -m bench.diffusers_versions.
+"""Whether the patched transformer is the stock one in other versions of diffusers.
 
     pip install --no-deps --target old/0.31.0 diffusers==0.31.0
-    python -m bench.diffusers_versions old/0.31.0 old/0.36.0
+    python -m bench.exactness.diffusers_versions old/0.31.0 old/0.36.0
 
 Each folder holds one version; without any, the installed one is tried. Where there is no GPU the kernels run in
 Triton's interpreter. The exit status is 1 where a version fails.
@@ -22,7 +22,7 @@ def main(folders: list[str]) -> int:
     for folder in folders or [""]:
         paths = [path for path in (folder, os.getcwd(), os.environ.get("PYTHONPATH")) if path]
         settings = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
-        code = "from bench.diffusers_versions import check; check()"
+        code = "from bench.exactness.diffusers_versions import check; check()"
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], env=settings, capture_output=True, text=True
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.account import GRADIENT_SUMS, OTHER, Origin
+from advflow_ext.patches import _sd3_block
+from advflow_ext.patches._parts import Part, parts_of
+from bench.roofline.account import GRADIENT_SUMS, OTHER, Origin
 
 QK_NORM = "QK-RMSNorm"
 JOINT = "joint concat, reshape, cast"
@@ -19,10 +21,10 @@ ATTENTION = "attention"
 
 SITES = (QK_NORM, JOINT, ADALN, NORM2, GATE, GELU, LORA, LORA_GEMM, GRADIENT_SUMS, OTHER, ATTENTION, GEMM)
 
-# The patched block by the functions that issue operators. QK norm also writes the joint buffers, and the norm that
-# follows a gate is one operator with it.
-_PATCHED_BLOCK = "_sd3_block.py"
-_OURS = {"_joint_qkv": QK_NORM, "_attention": JOINT, "_norm1": ADALN, "_modulate": ADALN, "_mlp": GELU}
+# The patched block by the parts that its functions are marked with. QK norm also writes the joint buffers, and the norm
+# that follows a gate is one operator with it.
+_SITES: dict[Part, str] = {"qk_norm": QK_NORM, "attention": JOINT, "adaln": ADALN, "gate": GATE, "gelu": GELU}
+_PARTS = parts_of(_sd3_block, _sd3_block.FusedBlock)
 
 
 def site_of(origin: Origin) -> str:
@@ -32,7 +34,7 @@ def site_of(origin: Origin) -> str:
     if origin.kind == "gemm":
         return GEMM if origin.frozen else LORA_GEMM
     if origin.phase == "forward":
-        if origin.source is not None and origin.source.file.endswith(_PATCHED_BLOCK):
+        if origin.source is not None and origin.source.file == _sd3_block.__file__:
             return _of_patched_block(origin.source.function)
         if origin.source is not None and origin.source.function == "GELU.gelu":  # called past the module's forward
             return GELU
@@ -44,7 +46,10 @@ def site_of(origin: Origin) -> str:
 
 def _of_patched_block(function: str) -> str:
     """`function` is qualified, as FusedBlock._modulate.<locals>.fused."""
-    return next((site for name, site in _OURS.items() if f".{name}" in function), GATE)
+    outer = function.partition(".<locals>")[0]
+    if outer not in _PARTS:
+        raise ValueError(f"{outer} of {_sd3_block.__name__} issues operators and is marked with no part of a block")
+    return _SITES[_PARTS[outer]]
 
 
 def _of_module(origin: Origin) -> str:

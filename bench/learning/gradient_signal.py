@@ -1,6 +1,6 @@
 """How much of a method's gradient is signal: the share of it that repeats from one rollout to the next.
 
-python -m bench.gradient_signal --rollouts 40 --json OUT "advantage_flow" "flow_grpo" "flow_grpo --rollout.steps 4"
+python -m bench.learning.gradient_signal --rollouts 40 --json OUT advantage_flow "flow_grpo --rollout.steps 4"
 
 Each argument is what would follow `advflow train --config tiny --algorithm`. The base policy draws that many
 independent rollouts, g_i is the gradient of one whole iteration on rollout i, and
@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from advflow.cli import resolve_configs, to_config, train_parser
 from advflow.core.progress import show_progress
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
+from advflow.settings.sources import resolve_configs, to_config, train_parser
 from torch import Tensor
 
-from bench import report
+from bench.harness import report
 
 # Parts of the transformer that the prompt's tokens or its pooled embedding pass through.
 TEXT = ("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added", "time_text_embed")
@@ -105,7 +105,11 @@ def _config(arguments: str) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning.gradient_signal",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", metavar="METHOD", help="a method, with options of advflow train if wanted")
     parser.add_argument("--rollouts", type=int, default=40, help="independent rollouts; default 40")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here")

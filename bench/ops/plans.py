@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.blocks import BLOCKS, FORWARD, FROZEN, TRAINED
-from bench.kernels import KERNELS, SdeStep
-from bench.losses import LOSSES, TRAINING
-from bench.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
+from bench.harness.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
+from bench.ops.block import FORWARD, FROZEN, TRAINED
+from bench.ops.blocks import BLOCKS
+from bench.ops.kernels import KERNELS, SdeStep
+from bench.ops.losses import LOSSES, TRAINING
 
 OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS, **BLOCKS}
 

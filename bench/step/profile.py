@@ -1,8 +1,8 @@
 """Where the device's time goes in a part of a step, by site: kernels of torch's profiler, each put to what launched it.
 
-Eager operators are told apart by :mod:`bench.sd3_sites`, as in the account of bytes: by module, source line and, in the
-backward pass, the forward operator they belong to. What torch.compile has fused or a CUDA graph replays has none of
-these; its kernels are told apart by their names.
+Eager operators are told apart by :mod:`bench.roofline.sd3_sites`, as in the account of bytes: by module, source line
+and, in the backward pass, the forward operator they belong to. What torch.compile has fused or a CUDA graph replays has
+none of these; its kernels are told apart by their names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.account import OTHER, Origin, Tracer
-from bench.sd3_sites import ADALN, ATTENTION, GEMM, QK_NORM, SITES, site_of
+from bench.roofline.account import OTHER, Origin, Tracer
+from bench.roofline.sd3_sites import ADALN, ATTENTION, GEMM, QK_NORM, SITES, site_of
 
 LOSS = "loss"
 UPDATE = "optimiser, merging"

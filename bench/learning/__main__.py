@@ -20,7 +20,9 @@ import yaml
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER", help="a label and the folder of a run")
     parser.add_argument("--json", type=Path, required=True, help="where the collected numbers go")
     parser.add_argument("--png", type=Path, required=True, help="where the picture goes")

@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import advflow_ext
-from bench import report
-from bench.account import OTHER, Account, Event, Kind, trace
-from bench.cuda_choices import CudaChoices
-from bench.registry import choice_list
-from bench.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
-from bench.sd3_sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
+from bench.harness import report
+from bench.harness.registry import choice_list
+from bench.roofline.account import OTHER, Account, Event, Kind, trace
+from bench.roofline.cuda_choices import CudaChoices
+from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
+from bench.roofline.sd3_sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
 
 VARIANTS = ("stock", "rms_norm", "ours")
 TRAIN_FORWARD, TRAIN_BACKWARD, NO_GRAD = "train forward", "train backward", "no-grad forward"

@@ -37,15 +37,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from advflow_ext.kernels import triton_ops
-from bench import memory, report, timing
-from bench.cuda_choices import CudaChoices
-from bench.registry import choice_list
-from bench.render import facts
-from bench.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
+from bench.harness import memory, report, timing
+from bench.harness.registry import choice_list
+from bench.harness.render import facts
+from bench.roofline.cuda_choices import CudaChoices
+from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 
 if TYPE_CHECKING:
-    from bench.step_profile import Share
-    from bench.step_variants import Inputs, Outcome, Variant
+    from bench.step.profile import Share
+    from bench.step.variants import Inputs, Outcome, Variant
 
 KINDS = ("stock", "compile", "ours", "ours+compile")
 VARIANTS = ("stock-fp32", *KINDS, *(f"{kind}+graph" for kind in KINDS))
@@ -138,7 +138,7 @@ def prepare(row: Row, variant: Variant, inputs: Inputs, device: torch.device, be
 
 def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[str, Row]:
     """Seconds and launches of a whole step, by phase and site: a step of the sampler and a timestep, multiplied."""
-    from bench.step_profile import by_site
+    from bench.step.profile import by_site
 
     short = replace(inputs, sigmas=inputs.sigmas[-2:])
     draw, closed = inputs.draws[0], "compile" in variant.name or variant.name.endswith("graph")
@@ -175,7 +175,7 @@ def host_gaps(row: Row) -> dict[str, float]:
 
 def measure(document: Row, work: Work, device: torch.device, save: Callable[[], None]) -> None:
     """Fills `document["results"]`, one row for each variant, and calls `save` whenever something has been added."""
-    from bench import step_variants as made
+    from bench.step import variants as made
 
     algorithm, steps, timesteps = (document["step"][name] for name in ("algorithm", "steps", "timesteps"))
     flops = Flops(document["flops"]["rollout"], document["flops"]["training"])
@@ -303,7 +303,7 @@ def _speed_table(results: list[Row]) -> list[list[str]]:
 
 def _site_table(results: list[Row]) -> list[list[str]]:
     """Milliseconds of a step."""
-    from bench.step_profile import PROFILE_SITES
+    from bench.step.profile import PROFILE_SITES
 
     rows = [["ms of a step", *(row["variant"] for row in results)]]
     for site in PROFILE_SITES:

@@ -28,9 +28,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
 import advflow_ext as af
-from bench import public
-from bench.sd3_model import SIZES, Work, lora_config
-from bench.step_profile import LOSS, UPDATE, stage
+from advflow_ext.conformance.advantage_flow import advantage_flow_loss
+from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
+from bench.roofline.sd3_model import SIZES, Work, lora_config
+from bench.step.profile import LOSS, UPDATE, stage
 
 Backward = Callable[[Tensor], None]
 Loss = Callable[[Tensor, Tensor, Tensor, "Inputs", Tensor, Tensor, Draw], Tensor]
@@ -145,9 +146,9 @@ def _public_loss(algorithm: str) -> Loss:
         if algorithm == "advantage_flow":
             chosen = config.advantage_flow
             assert isinstance(chosen.gamma, float)
-            return public.advantage_flow_loss(*velocities, chosen.gamma, chosen.lam)
+            return advantage_flow_loss(*velocities, chosen.gamma, chosen.lam)
         nft = config.diffusion_nft
-        return public.diffusion_nft_loss(*velocities, nft.beta, nft.adv_clip_max, nft.kl_weight)
+        return diffusion_nft_loss(*velocities, nft.beta, nft.adv_clip_max, nft.kl_weight)
 
     return loss
 

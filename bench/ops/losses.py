@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance.rollout import shifted_twice
-from bench import public
-from bench.registry import (
+from advflow_ext.conformance.advantage_flow import advantage_flow_loss
+from advflow_ext.conformance.awm import awm_loss
+from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
+from advflow_ext.conformance.flow_awr import flow_awr_loss
+from advflow_ext.conformance.flow_cps import flow_cps_loss
+from advflow_ext.conformance.flow_grpo import flow_grpo_loss
+from advflow_ext.conformance.grpo_guard import grpo_guard_loss
+from advflow_ext.conformance.orw_cfm import orw_cfm_loss
+from advflow_ext.conformance.rollout import log_prob, log_prob_without_variance, shifted_twice
+from advflow_ext.conformance.rows import column
+from advflow_ext.conformance.unirl import flow_dppo_loss
+from bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -27,6 +36,7 @@ from bench.registry import (
     compare,
     latent_bytes,
 )
+from bench.ops.scheduler import Scheduler
 
 TRAINING: Shape = (8, 16, 64, 64)
 AUTOTUNE = "max-autotune-no-cudagraphs"
@@ -167,7 +177,7 @@ class ForwardLoss(Loss):
         if self.anchor is not None:
             call[self.anchor] = latent()
         call["v_ref"] = latent() if case.with_ref else None
-        t = public.column(call["t"], call["x0"])
+        t = column(call["t"], call["x0"])
         mixed = (1 - t) * call["x0"].float() + t * call["noise"].float()  # the network has seen it, so it is there
         options = self.options
         if not case.with_ref and "kl_weight" in options:
@@ -184,6 +194,7 @@ class ReverseLoss(Loss):
     sampler: str = "flow_sde"
     noise_level: float = 0.7
     one_step: bool = False  # trainers that average sigma over the batch train one step at a time
+    step: Callable[..., tuple[Tensor, ...]] = Scheduler.flow_sde_in_parts  # what the published form calls
     keeps_mean: bool = False
     kl_options: dict[str, Any] = field(default_factory=dict)  # of ours, beside v_ref
     inputs = 3
@@ -215,58 +226,55 @@ class ReverseLoss(Loss):
         }
 
         step = table.rows(index, torch.float64)
-        c_x, c_v, sigma = (public.column(each, x).float() for each in step[:3])
+        c_x, c_v, sigma = (column(each, x).float() for each in step[:3])
         x_next = c_x * x.float() + c_v * v_old.float() + sigma * eps.float()
-        scheduler = public.Scheduler(table.sigmas, device)
-        rollout: dict[str, Any] = {
-            "x": x,
+        scheduler = Scheduler(table.sigmas, device)
+        rollout = {"x": x, "timesteps": scheduler.timesteps[index], "noise_level": self.noise_level}
+        density = log_prob_without_variance if self.sampler == "cps" else log_prob
+        drawn_from = (scheduler.cps if self.sampler == "cps" else scheduler.flow_sde)(v_old, **rollout)
+        transition = {
+            "step": functools.partial(self.step, scheduler, **rollout),
             "x_next": x_next,
-            "timesteps": scheduler.timesteps[index],
-            "scheduler": scheduler,
-            "noise_level": self.noise_level,
+            "log_prob_old": density(x_next, drawn_from),
+            "advantages": advantages.double(),
         }
-        transition = rollout | {"advantages": advantages.double()}
-        if self.sampler == "cps":
-            transition["log_prob_old"], _ = public.cps_step(v=v_old, **rollout)
-        else:
-            _, transition["log_prob_old"], mean_old, _, _ = public.flow_sde_step(v=v_old, **rollout)
-            if self.keeps_mean:
-                transition["mean_old"] = mean_old
+        if self.keeps_mean:
+            transition["mean_old"] = drawn_from[0]
         if case.with_ref:
             call |= {"kl_weight": KL_WEIGHT, **self.kl_options}
         return Arguments(call | self.options, transition | self.options | {"kl_weight": KL_WEIGHT})
 
     def published_value(self, arguments: Arguments) -> Tensor:
-        return self.published(arguments.call["v"], arguments.call["v_ref"], **arguments.public)
+        return self.published(v=arguments.call["v"], v_ref=arguments.call["v_ref"], **arguments.public)
 
 
 LOSSES: tuple[Loss, ...] = (
     ForwardLoss(
-        "advantage_flow_loss", public.advantage_flow_loss, {"gamma": 1.1, "lam": 1e-3},
+        "advantage_flow_loss", advantage_flow_loss, {"gamma": 1.1, "lam": 1e-3},
         shapes=[TRAINING, (9, 16, 64, 64), (8, 1024, 64)], plain=plain_advantage_flow,
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "diffusion_nft_loss", public.diffusion_nft_loss, {"beta": 1.0, "adv_clip_max": 5.0, "kl_weight": 1e-4},
+        "diffusion_nft_loss", diffusion_nft_loss, {"beta": 1.0, "adv_clip_max": 5.0, "kl_weight": 1e-4},
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "awm_loss", public.awm_loss, {"clip": 1.0, "ema_weight": 1.0, "kl_weight": 3e-3}, anchor="v_ema",
+        "awm_loss", awm_loss, {"clip": 1.0, "ema_weight": 1.0, "kl_weight": 3e-3}, anchor="v_ema",
         takes=("v", "x0", "noise", "t", "advantages", "v_ema"),
     ),
     ForwardLoss(
-        "flow_awr_loss", public.flow_awr_loss, {"kl_weight": 1e-4},
+        "flow_awr_loss", flow_awr_loss, {"kl_weight": 1e-4},
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "reward_weighted_loss", public.reward_weighted_loss, {"tau": 0.5, "kl_weight": 1.0}, anchor=None,
+        "reward_weighted_loss", orw_cfm_loss, {"tau": 0.5, "kl_weight": 1.0}, anchor=None,
         target="rewards", takes=("v", "x0", "noise", "rewards"),
     ),
-    ReverseLoss("flow_grpo_loss", public.flow_grpo_loss, {"clip": 1e-4}, kl_options={"kl_convention": "dt"}),
-    ReverseLoss("grpo_guard_loss", public.grpo_guard_loss, {"clip": 2e-6}, one_step=True, keeps_mean=True),
+    ReverseLoss("flow_grpo_loss", flow_grpo_loss, {"clip": 1e-4}, kl_options={"kl_convention": "dt"}),
+    ReverseLoss("grpo_guard_loss", grpo_guard_loss, {"clip": 2e-6}, one_step=True, keeps_mean=True),
     ReverseLoss(
-        "flow_cps_loss", public.flow_cps_loss, {"clip": 1e-4}, kl_options={"kl_convention": "two_sigma_squared"},
-        sampler="cps", noise_level=0.8,
+        "flow_cps_loss", flow_cps_loss, {"clip": 1e-4}, kl_options={"kl_convention": "two_sigma_squared"},
+        sampler="cps", noise_level=0.8, step=Scheduler.cps,
     ),
-    ReverseLoss("flow_dppo_loss", public.flow_dppo_loss, {"threshold": 1e-6}, keeps_mean=True),
+    ReverseLoss("flow_dppo_loss", flow_dppo_loss, {"threshold": 1e-6}, step=Scheduler.flow_sde, keeps_mean=True),
 )  # fmt: skip

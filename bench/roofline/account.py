@@ -42,7 +42,7 @@ _CONTIGUOUS_ONLY = {"native_layer_norm", "native_layer_norm_backward", "rms_norm
 _SKIPPED_SOURCES = (
     str(Path(torch.__file__).parent),
     str(Path(advflow_ext.__file__).parent / "nn"),
-    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
     "<frozen",
     "<string>",
 )

@@ -1,6 +1,6 @@
 """From measurements to a table for people and a JSON for machines.
 
-``python -m bench.report FILE`` writes what is known of the machine alone.
+``python -m bench.harness.report FILE`` writes what is known of the machine alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.kernels import triton_ops
-from bench.registry import OURS
+from bench.harness.registry import OURS
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def commit() -> str:
     """What ADVFLOW_COMMIT says was measured, in a copy of a tree; else git's, with ``+changes`` where there are any."""
     if named := os.environ.get("ADVFLOW_COMMIT"):
         return named
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout

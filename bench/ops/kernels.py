@@ -12,10 +12,10 @@ from torch._inductor import list_mode_options
 
 import advflow_ext as af
 from advflow_ext import _native
+from advflow_ext.conformance.rollout import log_prob
+from advflow_ext.conformance.rows import column, mean
 from advflow_ext.kernels.sde_step import sde_step_op
-from bench import public
-from bench.losses import AUTOTUNE, TRAINING, generator, step_table
-from bench.registry import (
+from bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -30,6 +30,8 @@ from bench.registry import (
     latent_bytes,
     limits,
 )
+from bench.ops.losses import AUTOTUNE, TRAINING, generator, step_table
+from bench.ops.scheduler import Scheduler
 
 NOISE_LEVEL = 0.7
 # A compiler drops a rounding that is widened again at once; the score would be that of an x that is not returned.
@@ -39,10 +41,6 @@ ROUNDING: dict[str, Any] = {"emulate_precision_casts": True}
 def latents(case: Case, device: torch.device, seed: int, count: int) -> list[Tensor]:
     random = generator(device, seed)
     return [torch.randn(case.shape, generator=random, device=device).to(DTYPES[case.dtype]) for _ in range(count)]
-
-
-def mean(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(1)
 
 
 class Kernel:
@@ -115,7 +113,7 @@ class ResidualGrad(ResidualStats):
 
     def plain(self, arguments: Arguments, dtype: torch.dtype) -> Result:
         v, x0, noise, v_old, v_ref, coef = (tensor.to(dtype) for tensor in arguments.call.values())
-        a, b, c = (public.column(each, v) for each in coef.unbind(1))
+        a, b, c = (column(each, v) for each in coef.unbind(1))
         grad = (a * (v - (noise - x0)) + b * (v - v_old) + c * (v - v_ref)) * (2 / v[0].numel())
         return grad.new_empty(0), grad if dtype == torch.float64 else grad.to(arguments.call["v"].dtype)
 
@@ -124,7 +122,7 @@ def affine_step(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the next x in float64."""
     call = arguments.call
     rows = call["coef"].double() if "coef" in call else call["table"].columns(call["index"], torch.float64)
-    c_x, c_v, sigma = (public.column(each, call["x"]) for each in rows.unbind(1)[:3])
+    c_x, c_v, sigma = (column(each, call["x"]) for each in rows.unbind(1)[:3])
     return c_x * call["x"].double() + c_v * call["v"].double(), sigma
 
 
@@ -148,7 +146,7 @@ class SdeStepKernel(Kernel):
 
     def plain(self, arguments: Arguments, dtype: torch.dtype) -> Result:
         call = arguments.call
-        c_x, c_v, sigma = (public.column(each, call["x"]) for each in call["coef"].to(dtype).unbind(1))
+        c_x, c_v, sigma = (column(each, call["x"]) for each in call["coef"].to(dtype).unbind(1))
         mu = c_x * call["x"].to(dtype) + c_v * call["v"].to(dtype)
         exact = mu + sigma * call["noise"].to(dtype)
         x_next = exact if dtype == torch.float64 else exact.to(call["x"].dtype)
@@ -174,7 +172,7 @@ class SdeStep:
         v, x = latents(case, device, seed, 2)
         table = step_table("flow_sde", NOISE_LEVEL)
         index = (torch.arange(case.shape[0]) % 9).to(device)
-        scheduler = public.Scheduler(table.sigmas, device)
+        scheduler = Scheduler(table.sigmas, device)
         held = {"scheduler": scheduler, "timesteps": scheduler.timesteps[index]}
         return Arguments({"v": v, "x": x, "table": table, "index": index}, held)
 
@@ -192,10 +190,9 @@ class SdeStep:
         def published(arguments: Arguments) -> Result:
             call, held = arguments.call, arguments.public
             with torch.no_grad():
-                x_next, log_prob, *_ = public.flow_sde_step(
-                    held["scheduler"], call["v"], held["timesteps"], call["x"], NOISE_LEVEL
-                )
-            return log_prob, x_next
+                mu, std = held["scheduler"].flow_sde(call["v"], call["x"], held["timesteps"], NOISE_LEVEL)
+                x_next = mu + std * torch.randn_like(mu)
+                return log_prob(x_next, (mu, std)), x_next
 
         found = {
             OURS: of(af.sde_step, OURS),

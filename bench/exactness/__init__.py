@@ -1,0 +1,1 @@
+"""What is right, and how exactly: `python -m bench.exactness`."""

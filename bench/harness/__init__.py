@@ -1,0 +1,1 @@
+"""What measures: clocks, memory, what a case is, the report and its tables."""

@@ -1,0 +1,1 @@
+"""How methods learn: `python -m bench.learning`."""

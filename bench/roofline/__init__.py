@@ -1,0 +1,1 @@
+"""The account of bytes: `python -m bench.roofline`."""

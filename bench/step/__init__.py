@@ -1,0 +1,1 @@
+"""One step of reinforcement learning, measured: `python -m bench.step`."""
