@@ -1,7 +1,7 @@
 """Some iterations of advflow's own training loop on Stable Diffusion 3.5 Medium's shape, every weight random.
 
-python -m bench.step_loop --iterations 10 --json loop.json          # a GPU: 2.5 billion weights, 512 px
-python -m bench.step_loop --model tiny --iterations 2               # anywhere: to see that it goes
+python -m bench.step.loop --iterations 10 --json loop.json          # a GPU: 2.5 billion weights, 512 px
+python -m bench.step.loop --model tiny --iterations 2               # anywhere: to see that it goes
 
 A pipeline is made of transformer and decoder in their real sizes and of text encoders of the real width and few layers,
 and saved to a folder of its own; from there on it is `advflow train` and the rows it writes. The reward is how red an
@@ -37,8 +37,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from bench import report
-from bench.sd3_model import SIZES, count
+from bench.harness import report
+from bench.roofline.sd3_model import SIZES, count
 
 PHASES = ("seconds_rollout", "seconds_train")
 
@@ -119,7 +119,7 @@ def settings(model: str, folder: Path, iterations: int, cuda_graphs: bool) -> Tr
             resolution=32 if tiny else 512,
             max_sequence_length=12 if tiny else 128,
         ),
-        data=DataConfig(reward="bench.step_loop:Redness"),
+        data=DataConfig(reward="bench.step.loop:Redness"),
         rollout=RolloutConfig(prompts=2 if tiny else 8, images_per_prompt=2 if tiny else 4, steps=10, batch=16),
         draws=DrawConfig(per_image=3, timesteps="sampler_grid"),
         optim=OptimConfig(micro_batch=8),
@@ -147,7 +147,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m bench.step_loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.step.loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", choices=["sd35-medium", "tiny"], default="sd35-medium", help="tiny: the embedded one")
     p.add_argument("--iterations", type=count, default=10, help="default 10")
