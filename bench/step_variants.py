@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from advflow.algorithms import FORWARD
+from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.policies import Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
 from advflow.processes.forward import Draw
@@ -103,6 +103,7 @@ class StockPolicies:
     """The three policies as public trainers have them: PEFT's own switches, adapters in fp32, nothing merged."""
 
     kernels: af.SD3Patch | None = None
+    all_merged = False
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self._transformer = transformer
@@ -153,12 +154,12 @@ def _public_loss(algorithm: str) -> Loss:
 
 
 def _our_loss(algorithm: str) -> Loss:
-    config, method = TrainConfig(), FORWARD[algorithm]
+    method = make_algorithm(algorithm, TrainConfig(algorithm=algorithm).method)
 
     def loss(v: Tensor, v_old: Tensor, v_ref: Tensor, inputs: Inputs, x0: Tensor, x_t: Tensor, draw: Draw) -> Tensor:
         a = inputs.advantages
-        batch = ForwardBatch(v, v_old, v_ref, x0, draw.noise, draw.t, rewards=a, advantages=a, reference_scale=1.0)
-        return method.loss(batch, config).loss
+        batch = ForwardBatch(v, v_old, v_ref, x0, draw.noise, draw.t, a, a, group_size=1, reference_scale=1.0)
+        return method.loss(batch).loss
 
     return loss
 

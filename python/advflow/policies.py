@@ -23,12 +23,14 @@ Role = Literal["learner", "rollout", "reference"]
 class Policies(Protocol):
     """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order.
 
-    `kernels` is what `apply_to_sd3` did to the transformer; None where it was not asked.
+    `kernels` is what `apply_to_sd3` did to the transformer; None where it was not asked. `all_merged`: forward passes
+    without gradients run on merged weights, so that even equal policies differ by rounding.
     """
 
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
     kernels: af.SD3Patch | None
+    all_merged: bool
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
         """The transformer with the weights of `role` in force, until the next call.
@@ -81,6 +83,8 @@ def _compile_blocks(transformer: SD3Transformer2DModel) -> None:
 class FullPolicies:
     """Every weight is trained: three copies of the transformer."""
 
+    all_merged = False
+
     def __init__(self, transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> None:
         self._transformers: dict[Role, SD3Transformer2DModel] = {
             "learner": transformer,
@@ -114,6 +118,7 @@ class LoraPolicies:
 
     def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig) -> None:
         self._transformer, self._merge = transformer, runtime.merge_lora
+        self.all_merged = runtime.merge_lora == "all"
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -138,7 +143,7 @@ class LoraPolicies:
         self._modulation = af.nn.ModulationCache(transformer) if runtime.modulation_cache else nullcontext()
 
     def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
-        allowed = self._merge == "all" or (self._merge == "images" and for_images)
+        allowed = self.all_merged or (self._merge == "images" and for_images)
         self._policies.activate(role, merged=allowed and (for_images or not torch.is_grad_enabled()))
         return self._transformer
 

@@ -15,14 +15,14 @@ import advflow.run.inference as inference_module
 import advflow.run.trainer as trainer_module
 import pytest
 import torch
-from advflow.algorithms import FORWARD, REVERSE, check_settings
+from advflow.algorithms import check_settings
 from advflow.cli import main
 from advflow.core import provenance
 from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
 from advflow.rewards import Scores
-from advflow.settings.config import TrainConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
+from advflow.settings.registry import METHODS
 from runs import SMALL
 
 
@@ -319,6 +319,6 @@ def test_what_the_op_refuses_is_refused_before_anything_exists(
 
 def test_what_the_op_takes_is_taken() -> None:
     """A clip of 0 leaves every ratio that has moved its bound."""
-    for algorithm in (*FORWARD, *REVERSE):
-        check_settings(TrainConfig(algorithm=algorithm))
-    check_settings(TrainConfig(algorithm="flow_grpo", flow_grpo=FlowGRPOConfig(clip=0.0)))
+    for algorithm, method in METHODS.items():
+        check_settings(algorithm, method.settings(), group_size=8)
+    check_settings("flow_grpo", FlowGRPOConfig(clip=0.0), group_size=8)

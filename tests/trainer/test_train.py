@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from advflow.algorithms import FORWARD
+from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
 from advflow.models.sd3 import PromptEncoder, load_pipeline
@@ -26,6 +26,7 @@ from advflow.settings.methods import DiffusionNFTConfig, FlowAWRConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
+from advflow.settings.registry import METHODS
 from safetensors.torch import load_file
 
 import advflow_ext as af
@@ -195,19 +196,17 @@ def test_the_scale_is_logged_and_acts(small_config: Make) -> None:
     assert [row["loss"] == other["loss"] for row, other in zip(held, wide, strict=True)] == [True, True, False]
 
 
-@pytest.mark.parametrize("name", list(FORWARD))
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.process == "forward"])
 def test_the_scale_multiplies_every_method_s_weight_of_the_reference(name: str) -> None:
     rng = torch.Generator().manual_seed(0)
     v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
     t, rewards = torch.linspace(0.1, 0.9, 6), torch.rand(6, generator=rng)
-    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 1.0)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 6, 1.0)
     weight = "lam" if name == "advantage_flow" else "kl_weight"
-    plain, doubled = TrainConfig(), TrainConfig()
-    setattr(getattr(plain, name), weight, 0.25)
-    setattr(getattr(doubled, name), weight, 0.5)
-    loss = FORWARD[name].loss
-    assert loss(replace(batch, reference_scale=2.0), plain).loss == loss(batch, doubled).loss
-    assert loss(batch, plain).loss != loss(batch, doubled).loss
+    section = METHODS[name].settings
+    plain, doubled = (make_algorithm(name, section(**{weight: value})) for value in (0.25, 0.5))
+    assert plain.loss(replace(batch, reference_scale=2.0)).loss == doubled.loss(batch).loss
+    assert plain.loss(batch).loss != doubled.loss(batch).loss
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -225,11 +224,11 @@ def test_flow_awr_trains_with_its_weighting() -> None:
     rng = torch.Generator().manual_seed(0)
     v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
     t, A = torch.linspace(0.1, 0.9, 6), torch.linspace(-1, 2, 6)
-    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 1.0)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 6, 1.0)
     for weighting in ("adaptive", "prediction", "velocity"):
-        config = TrainConfig(flow_awr=FlowAWRConfig(kl_weight=0.5, weighting=weighting))
+        algorithm = make_algorithm("flow_awr", FlowAWRConfig(kl_weight=0.5, weighting=weighting))
         expected = af.flow_awr_loss(v, x0, noise, t, A, v_old=v_old, v_ref=v_ref, kl_weight=0.5, weighting=weighting)
-        assert FORWARD["flow_awr"].loss(batch, config).loss == expected.loss
+        assert algorithm.loss(batch).loss == expected.loss
     assert TrainConfig().flow_awr.weighting == "adaptive"
 
 

@@ -1,4 +1,4 @@
-"""What passes between rollout, algorithm and optimiser."""
+"""What passes between sampler, algorithm and optimiser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Transitions:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Experience:
     """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], their prompts.
 
     `transitions` is there for methods of the reverse process alone.
@@ -59,7 +59,8 @@ class Needs:
 class ForwardBatch:
     """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B].
 
-    `reference_scale` multiplies the weight that the configuration gives to the reference.
+    `group_size` is how many images a prompt has, `reference_scale` multiplies the weight that the settings give to the
+    reference.
     """
 
     v: torch.Tensor
@@ -70,11 +71,12 @@ class ForwardBatch:
     t: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
+    group_size: int
     reference_scale: float
 
 
 @dataclass(frozen=True)
-class TransitionBatch:
+class ReverseBatch:
     """Sampler steps: velocities and eps [N, C, H, W], index [N] into `table`, advantages [N] of the steps' images."""
 
     v: torch.Tensor

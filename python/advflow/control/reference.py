@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from advflow.algorithms import FORWARD
-from advflow.settings.config import TrainConfig
-
 _GAIN = 0.1  # with _ERROR the constants of the adaptive KL penalty: at most 2 % an iteration
 _ERROR = 0.2
-
-
-def reference_target(config: TrainConfig) -> float | None:
-    """The distance to settle at; None where the reference has no weight, or the method is of the reverse process."""
-    algorithm = FORWARD.get(config.algorithm)
-    pulled = algorithm is not None and algorithm.needs(config).reference
-    return config.reference.target_deviation if pulled else None
 
 
 class ReferenceControl:

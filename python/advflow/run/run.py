@@ -115,16 +115,17 @@ class Run:
             )
         seconds = time.monotonic() - self._started
         shown = list(range(len(self._grid)))
-        self._log.evaluation(self._done, self._done * self._config.images, seconds, result, shown)
+        self._log.evaluation(self._done, self._done * self._config.rollout.images, seconds, result, shown)
         return f"{result.overall:.3f}" + (f" ({result.unscored} unscored)" if result.unscored else "")
 
     def _require_usable_images(self, row: dict[str, float]) -> None:
         """Ends a run that has nothing to learn from for several iterations on end."""
         broken, unscored = int(row["broken_images"]), int(row["unscored_images"])
-        self._fruitless = self._fruitless + 1 if broken + unscored == self._config.images else 0
+        images = self._config.rollout.images
+        self._fruitless = self._fruitless + 1 if broken + unscored == images else 0
         if self._fruitless == _FRUITLESS_AT_MOST:
             raise ValueError(
-                f"no image of {_FRUITLESS_AT_MOST} iterations in a row could be learnt from: of {self._config.images} "
+                f"no image of {_FRUITLESS_AT_MOST} iterations in a row could be learnt from: of {images} "
                 f"in the last one, number {self._done}, {broken} are not finite and {unscored} got a reward from "
                 f"data.reward {self._config.data.reward!r} that is not"
             )

@@ -21,7 +21,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     where they are not, and SystemExit where a signal has ended the run early.
     """
     folder, stop = Path(config.out), StopRequest()
-    check_settings(config)
+    check_settings(config.algorithm, config.method, config.rollout.images_per_prompt)
     check_folder(config, resume)
     new = not folder.exists()
     with FolderLock(folder) as lock:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 import advflow_ext as af
-from advflow.algorithms.batch import Rollout, Transitions
-from advflow.control.reference import ReferenceControl, reference_target
+from advflow.algorithms import make_algorithm
+from advflow.algorithms.batch import Experience, Transitions
+from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
 from advflow.data.prompts import check_prompts, load_training_prompts
 from advflow.models.sd3 import (
@@ -23,9 +24,10 @@ from advflow.models.sd3 import (
     pick_device,
 )
 from advflow.policies import follow, make_policies
+from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics
-from advflow.processes.process import make_process
-from advflow.processes.reverse import join
+from advflow.processes.process import Process
+from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
 from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
 from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
@@ -58,8 +60,7 @@ class Trainer:
         self.policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
         self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
         self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
-        self.reference_control = ReferenceControl(reference_target(config))
-        self.process = make_process(config, self.policies, self.sampler.latent, self.sigmas, self.reference_control)
+        self._make_process()
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -69,12 +70,29 @@ class Trainer:
             weight_decay=optim.weight_decay,
         )
 
+    def _make_process(self) -> None:
+        """The algorithm in its process, and what adapts its settings; each is handed its own section."""
+        config, policies, sigmas = self.config, self.policies, self.sigmas
+        algorithm = make_algorithm(config.algorithm, config.method)
+        # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
+        adapts = config.process == "forward" and algorithm.needs.reference
+        self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
+        self.process: Process
+        if config.process == "forward":
+            draws = Draws(config.draws, self.sampler.latent, sigmas, config.seed)
+            solver, control = config.rollout.solver, self.reference_control
+            self.process = ForwardProcess(policies, algorithm, draws, solver, sigmas, control, config.optim)
+        else:
+            self.process = ReverseProcess(
+                policies, algorithm, config.sde, config.rollout, sigmas, config.optim, config.seed
+            )
+
     def iterate(self, iteration: int) -> dict[str, float]:
         """One round. Returns its numbers."""
         started = time.monotonic()
-        rollout, row = self.roll_out(iteration)
+        experience, row = self.roll_out(iteration)
         rolled_out = time.monotonic()
-        row |= self._improve(iteration, rollout)
+        row |= self._improve(iteration, experience)
         trained = time.monotonic()
         rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
@@ -98,7 +116,7 @@ class Trainer:
             self._between_batches,
         )
 
-    def roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+    def roll_out(self, iteration: int) -> tuple[Experience, dict[str, float]]:
         """Samples groups of images from the rollout policy and scores them."""
         config = self.config.rollout
         group = config.images_per_prompt
@@ -130,7 +148,7 @@ class Trainer:
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards.to(self.device), advantages.to(self.device)
-        return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
+        return Experience(x0, rewards, advantages, embeddings, group, transitions), row
 
     @torch.no_grad()
     def _sample(
@@ -156,11 +174,11 @@ class Trainer:
             return af.softmax_advantages(rewards, group, clip_rewards=choice.clip, scale_by_std=choice.scale_by_std)
         return af.group_advantages(rewards, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
 
-    def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
+    def _improve(self, iteration: int, experience: Experience) -> dict[str, float]:
         """Takes this iteration's optimiser steps."""
         updates: list[list[WeightedMetrics]] = []
         norms: list[float] = []
-        for losses in self.process.steps(iteration, rollout):
+        for losses in self.process.steps(iteration, experience):
             updates.append([])
             for loss in losses:
                 (loss.out.loss * loss.weight).backward()

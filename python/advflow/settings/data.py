@@ -52,6 +52,11 @@ class RolloutConfig:
         require(self.steps >= 1, "rollout.steps", self.steps, "1 or more")
         require(self.batch >= 1, "rollout.batch", self.batch, "1 or more")
 
+    @property
+    def images(self) -> int:
+        """Images drawn in an iteration."""
+        return self.prompts * self.images_per_prompt
+
 
 @dataclass
 class AdvantageConfig:
