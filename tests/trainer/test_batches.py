@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import advflow.processes.forward as forward_module
-import advflow.processes.reverse as reverse_module
-import advflow.samplers.sampling as sampling_module
 import pytest
 import torch
 from advflow.cli import load_run_config, main
+from advflow.models.sd3 import SD3
 from advflow.report import write_report
 from advflow.rewards import Scores
 from advflow.run.checkpoint import checkpoints
@@ -38,11 +37,10 @@ WINDOWS = {
 def plain_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
     """A velocity whose rounding knows no batch, so that latents can be compared bit by bit."""
 
-    def velocity(transformer: Any, x: torch.Tensor, t: torch.Tensor, prompts: Any) -> torch.Tensor:
+    def velocity(self: SD3, transformer: Any, x: torch.Tensor, timestep: torch.Tensor, prompts: Any) -> torch.Tensor:
         return x * 0.5 + prompts.pooled.sum(1).view(-1, 1, 1, 1)
 
-    monkeypatch.setattr(sampling_module, "velocity", velocity)
-    monkeypatch.setattr(reverse_module, "velocity", velocity)
+    monkeypatch.setattr(SD3, "velocity", velocity)
 
 
 def _rollouts(small_config: Make, **changes: object) -> list[Any]:

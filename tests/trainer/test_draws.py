@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from advflow.algorithms.batch import Experience
-from advflow.models.sd3 import LatentShape
+from advflow.models.sd3 import PromptEmbeddings
 from advflow.processes.forward import Draws
-from advflow.samplers.sampling import PromptEmbeddings
 from advflow.settings.processes import DrawConfig
 
-LATENT = LatentShape(2, 4)
+
+class Latents:
+    """Of two channels of four by four."""
+
+    def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+        return torch.randn(count, 2, 4, 4, generator=generator)
+
+
+LATENT = Latents()
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 IMAGES = Experience(
     torch.zeros(12, 2, 4, 4),

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from advflow.models.sd3 import encode_prompts, load_pipeline, pipeline_folder
+from advflow.models.sd3 import decode, encode_prompts, load_pipeline, pipeline_folder
 from advflow.run.trainer import Trainer
-from advflow.samplers.sampling import decode
 from advflow.settings.config import TrainConfig
 from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, caption_words, pretrain
 from advflow.world.reward import score

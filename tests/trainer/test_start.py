@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import advflow.run.inference as inference_module
-import advflow.run.trainer as trainer_module
 import pytest
 import torch
 from advflow.algorithms import check_settings
 from advflow.cli import main
 from advflow.core import provenance
-from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
+from advflow.core.device import pick_device
+from advflow.models.sd3 import SD3, SD3Latents, load_pipeline, pipeline_folder
 from advflow.rewards import Scores
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
@@ -37,8 +36,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise Loaded
 
-    for module in (trainer_module, inference_module):
-        monkeypatch.setattr(module, "load_pipeline", load)
+    monkeypatch.setattr(SD3, "load", load)
 
 
 class Reward:
@@ -272,11 +270,11 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
 
 
 def test_the_embedded_pipeline_passes_its_own_check() -> None:
-    check_pipeline(ModelConfig())
+    SD3().check(ModelConfig())
     pipeline = load_pipeline(ModelConfig(), torch.device("cpu"))
     for resolution in (30, 34):
         config = ModelConfig(resolution=resolution)
-        for check in (lambda: check_pipeline(config), lambda: LatentShape.of(pipeline, resolution)):  # noqa: B023
+        for check in (lambda: SD3().check(config), lambda: SD3Latents(pipeline, resolution)):  # noqa: B023
             with pytest.raises(
                 ValueError, match=rf"model.resolution is {resolution}; this pipeline needs a multiple of"
             ):

@@ -12,14 +12,14 @@ import torch
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
-from advflow.models.sd3 import PromptEncoder, load_pipeline
-from advflow.policies import Policies, follow, make_policies
+from advflow.models.encoding import PromptEncoder
+from advflow.models.sd3 import SD3, load_pipeline
+from advflow.policies import Policies, follow, make_policies, velocity_of
 from advflow.processes.metrics import join_metrics
 from advflow.run.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
 from advflow.run.log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.run.train import train
 from advflow.run.trainer import Trainer, learning_rate, rollout_decay
-from advflow.samplers.sampling import velocity
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import AdvantageConfig
 from advflow.settings.methods import DiffusionNFTConfig, FlowAWRConfig
@@ -109,7 +109,7 @@ def _velocities(policies: Policies, trainer: Trainer) -> dict[str, torch.Tensor]
     t = torch.tensor([0.3, 0.9])
     roles = ("learner", "rollout", "reference")
     with torch.no_grad():
-        return {r: velocity(policies.transformer(r), x, t, trainer.encode([0, 1])) for r in roles}  # type: ignore[arg-type]
+        return {r: velocity_of(policies, r)(x, t, trainer.encode([0, 1])) for r in roles}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
@@ -131,7 +131,7 @@ def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
 
 
 def test_following_with_rho_zero_copies_the_learner() -> None:
-    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA, RuntimeConfig(), seed=0)
+    policies = make_policies(SD3(), load_pipeline(LORA, torch.device("cpu")).transformer, LORA, RuntimeConfig(), seed=0)
     with torch.no_grad():
         for parameter in policies.learner:
             parameter.normal_()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import advflow_ext as af
-from advflow.samplers.sampling import PromptEmbeddings
+from advflow.samplers.sampling import Conditioning
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Experience:
-    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], their prompts.
+    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
+    policies were told.
 
     `transitions` is there for methods of the reverse process alone.
     """
@@ -34,7 +35,7 @@ class Experience:
     x0: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
-    prompts: PromptEmbeddings
+    conditioning: Conditioning
     images_per_prompt: int
     transitions: Transitions | None = None
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from advflow.models.sd3 import EMBEDDED
 from advflow.rewards import Reward, UnknownPrompt
-from advflow.settings.data import DataConfig
+from advflow.settings.data import EMBEDDED, DataConfig
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.text_files import read_text
 from advflow.world.prompts import held_out_prompts, training_prompts

@@ -6,23 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms import ForwardAlgorithm
 from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
-from advflow.models.sd3 import LatentShape
+from advflow.models.family import Latents
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics
-from advflow.samplers.sampling import PromptEmbeddings, sample_latents
+from advflow.samplers.sampling import Conditioning, Velocity, like, sample_latents
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import DrawConfig, require_grid
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, C, H, W]."""
+    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, ...]."""
 
     t: torch.Tensor
     noise: torch.Tensor
@@ -31,9 +30,9 @@ class Draw:
 class Draws:
     """The (t, noise) pairs of a run; pair `index` of an iteration depends on the seed and nothing drawn before."""
 
-    def __init__(self, config: DrawConfig, latent: LatentShape, sigmas: list[float], seed: int) -> None:
+    def __init__(self, config: DrawConfig, latents: Latents, sigmas: list[float], seed: int) -> None:
         require_grid(config, len(sigmas) - 1)
-        self._config, self._latent, self._seed = config, latent, seed
+        self._config, self._latents, self._seed = config, latents, seed
         self._grid = torch.tensor(sigmas[:-1])
         self.per_image = config.per_image
 
@@ -43,7 +42,7 @@ class Draws:
         count = len(experience.x0) // repeat
         number = iteration * config.per_image + index
         t = self._times(iteration, index, count, generator(self._seed, "time", number))
-        noise = self._latent.noise(count, generator(self._seed, "noise", number), device)
+        noise = self._latents.noise(count, generator(self._seed, "noise", number), device)
         return Draw(t.to(device).repeat_interleave(repeat), noise.repeat_interleave(repeat, dim=0))
 
     def _times(self, iteration: int, index: int, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -83,13 +82,13 @@ class ForwardProcess:
 
     def sample(
         self,
-        transformer: SD3Transformer2DModel,
+        velocity: Velocity,
         noise: torch.Tensor,
-        prompts: PromptEmbeddings,
+        conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, None]:
-        return sample_latents(transformer, noise, self._sigmas, prompts, self._solver), None
+        return sample_latents(velocity, noise, self._sigmas, conditioning, self._solver), None
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         return {}
@@ -112,9 +111,11 @@ class ForwardProcess:
 
     def _batch(self, experience: Experience, draw: Draw, rows: slice) -> ForwardBatch:
         """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
-        x0, noise, t, prompts = experience.x0[rows], draw.noise[rows], draw.t[rows], experience.prompts[rows]
-        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        v, v_old, v_ref = policy_velocities(self._policies, self._algorithm.needs, x_t, t, prompts)
+        x0, noise, t = experience.x0[rows], draw.noise[rows], draw.t[rows]
+        x_t = torch.lerp(x0, noise, like(t, x0))
+        v, v_old, v_ref = policy_velocities(
+            self._policies, self._algorithm.needs, x_t, t, experience.conditioning[rows]
+        )
         rewards, advantages = experience.rewards[rows], experience.advantages[rows]
         group = experience.images_per_prompt
         return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, group, self._control.scale)

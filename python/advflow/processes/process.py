@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 from advflow.algorithms.batch import Experience, Transitions, WeightedLoss
 from advflow.processes.metrics import WeightedMetrics
-from advflow.samplers.sampling import PromptEmbeddings
+from advflow.samplers.sampling import Conditioning, Velocity
 
 
 class Process(Protocol):
@@ -18,17 +17,17 @@ class Process(Protocol):
     for_images: bool
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
-        """The noise [N, C, H, W] that an iteration's images start from, of what was drawn for them."""
+        """The noise [N, ...] that an iteration's images start from, of what was drawn for them."""
 
     def sample(
         self,
-        transformer: SD3Transformer2DModel,
+        velocity: Velocity,
         noise: torch.Tensor,
-        prompts: PromptEmbeddings,
+        conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, Transitions | None]:
-        """Latents [B, C, H, W] of some images, the first being the iteration's `first_image`, and the steps to them."""
+        """Latents [B, ...] of some images, the first being the iteration's `first_image`, and the steps to them."""
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 import advflow_ext as af
 from advflow.algorithms import ReverseAlgorithm
@@ -14,7 +13,7 @@ from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transition
 from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics, join_metrics
-from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
+from advflow.samplers.sampling import Conditioning, Velocity, euler_step, like
 from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import SDEConfig
@@ -77,13 +76,13 @@ class StochasticSampler:
     @torch.no_grad()
     def sample(
         self,
-        transformer: SD3Transformer2DModel,
+        velocity: Velocity,
         noise: torch.Tensor,
-        prompts: PromptEmbeddings,
+        conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, Transitions]:
-        """The latents [B, C, H, W] at sigma 0 and every stochastic step that led to them.
+        """The latents [B, ...] at sigma 0 and every stochastic step that led to them.
 
         `first_image` is the place of these images in the iteration: each has noise of its own, whatever the batch.
         """
@@ -94,7 +93,7 @@ class StochasticSampler:
         x = noise.float()
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
-            v = velocity(transformer, x, torch.full((len(x),), sigma, device=x.device), prompts)
+            v = velocity(x, torch.full((len(x),), sigma, device=x.device), conditioning)
             if step in window:
                 drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
                 out = af.sde_step(v, x, table, step, drawn.to(x.device))
@@ -179,13 +178,13 @@ class ReverseProcess(StochasticSampler):
         self, experience: Experience, steps: Transitions, image: torch.Tensor, step: torch.Tensor
     ) -> ReverseBatch:
         """Evaluates the policies where the chosen steps began, all steps in one forward pass."""
-        x, index, prompts = steps.x[image, step], steps.index[image, step], experience.prompts[image]
+        x, index = steps.x[image, step], steps.index[image, step]
         t = torch.tensor(self._sigmas, device=x.device)[index]
-        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, prompts)
+        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, experience.conditioning[image])
         v_old, eps = steps.v_old[image, step], steps.eps[image, step]
         if replayed is not None:
             # The latent after the step stays what it was, so the noise that explains it moves with the mean.
-            kappa = steps.table.rows(index, torch.float32).kappa.view(-1, 1, 1, 1)
+            kappa = like(steps.table.rows(index, torch.float32).kappa, x)
             eps = (eps.float() - kappa * (replayed.float() - v_old.float())).to(eps.dtype)
             v_old = replayed
         return ReverseBatch(v, v_old, v_ref, eps, steps.table, index, experience.advantages[image])

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from advflow.settings.numbers import require
 
+EMBEDDED = "embedded"
+"""What stands for the embedded world where a setting names a file or a folder."""
+
 
 @dataclass
 class DataConfig:

@@ -35,6 +35,13 @@ class Method:
     section: str | None = None
 
 
+@dataclass(frozen=True)
+class Family:
+    """A model family: its class in `advflow.models`."""
+
+    code: str
+
+
 METHODS: dict[str, Method] = {
     "advantage_flow": Method("forward", "advflow.algorithms.advantage_flow:AdvantageFlow", AdvantageFlowConfig),
     "diffusion_nft": Method("forward", "advflow.algorithms.diffusion_nft:DiffusionNFT", DiffusionNFTConfig),
@@ -49,6 +56,9 @@ METHODS: dict[str, Method] = {
     "grpo_guard": Method("reverse", "advflow.algorithms.grpo_guard:GRPOGuard", GRPOGuardConfig),
     "flow_dppo": Method("reverse", "advflow.algorithms.flow_dppo:FlowDPPO", FlowDPPOConfig),
 }
+
+
+FAMILIES: dict[str, Family] = {"sd3": Family("advflow.models.sd3:SD3")}
 
 
 def section_of(method: str) -> str:
