@@ -18,7 +18,7 @@ from advflow.cli import main
 from advflow.core import provenance
 from advflow.core.device import pick_device
 from advflow.models.sd3 import SD3, SD3Latents, load_pipeline, pipeline_folder
-from advflow.rewards import Scores
+from advflow.rewards import Prompt, Scores
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
 from advflow.settings.registry import METHODS
@@ -40,12 +40,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Reward:
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         red = images[:, 0].mean((1, 2)).cpu()
         return Scores(red, red)
-
-    def category(self, prompt: str) -> str:
-        return "all"
 
 
 class RaisesWhenMade(Reward):
@@ -54,7 +51,7 @@ class RaisesWhenMade(Reward):
 
 
 class RaisesWhenAsked(Reward):
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         raise ValueError("this reward does not know what to say")
 
 

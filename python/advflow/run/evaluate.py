@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from advflow.core.randomness import generator
-from advflow.data.prompts import load_eval_prompts
+from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards import Reward
 from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
-from advflow.settings.data import EMBEDDED, DataConfig, EvalConfig
 
 _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the same noise
 
@@ -33,26 +31,10 @@ class Evaluation:
     unscored: int = 0
 
 
-def evaluation_prompts(data: DataConfig, evaluation: EvalConfig, reward: Reward) -> list[str]:
-    """What a run is judged on: `evaluation.prompts_per_category` prompts of every category."""
-    wanted = evaluation.prompts_per_category
-    prompts = load_eval_prompts(data.eval_prompts, wanted)
-    if data.eval_prompts == EMBEDDED:  # whose categories are the world's, whatever the reward calls them
-        return prompts
-    seen: Counter[str] = Counter()
-    chosen = []
-    for prompt in prompts:
-        category = reward.category(prompt)
-        seen[category] += 1
-        if seen[category] <= wanted:
-            chosen.append(prompt)
-    return chosen
-
-
 def evaluate(
     velocity: Velocity,
     latents: Latents,
-    prompts: list[str],
+    prompts: list[Prompt],
     conditioning: Conditioning,
     reward: Reward,
     sigmas: list[float],
@@ -81,7 +63,7 @@ def evaluate(
         scores.append(result.score)
         images |= {row: image for row, image in zip(rows, drawn, strict=True) if row in keep}
     score = torch.cat(scores)
-    names = [reward.category(prompt) for prompt in prompts]
+    names = [prompt.category for prompt in prompts]
     categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
     scored = [value for value in categories.values() if math.isfinite(value)]
     overall = sum(scored) / len(scored) if scored else math.nan

@@ -10,11 +10,12 @@ import torch
 
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
+from advflow.data.prompts import load_eval_prompts
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
 from advflow.rewards import load_reward
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
-from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts
+from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
 from advflow.samplers.sampling import sample_latents
@@ -69,12 +70,12 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     """
     config = run.config
     reward = load_reward(config.data.reward, config.data.reward_args)
-    prompts = evaluation_prompts(config.data, config.evaluation, reward)
+    prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
     result = evaluate(
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
         prompts,
-        run.model.encode(prompts),
+        run.model.encode([prompt.text for prompt in prompts]),
         reward,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,

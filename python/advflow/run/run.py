@@ -20,6 +20,7 @@ from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
 from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
+    from advflow.data.prompt import Prompt
     from advflow.run.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -36,8 +37,8 @@ class Run:
         self._folder = Path(self._config.out)
         self._done = self._saved = state.iteration
         self._log = RunLog(self._folder, self._done)
-        self._grid = _grid_indices(trainer)
-        self._log.sample_prompts([trainer.eval_prompts[index] for index in self._grid])
+        self._grid = _grid_indices(trainer.eval_prompts)
+        self._log.sample_prompts([trainer.eval_prompts[index].text for index in self._grid])
         earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
         self._started = time.monotonic() - earlier
         self._fruitless = 0
@@ -161,9 +162,9 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
     }
 
 
-def _grid_indices(trainer: Trainer) -> list[int]:
+def _grid_indices(prompts: list[Prompt]) -> list[int]:
     """The first few evaluation prompts of each category."""
     by_category: dict[str, list[int]] = {}
-    for index, prompt in enumerate(trainer.eval_prompts):
-        by_category.setdefault(trainer.reward.category(prompt), []).append(index)
+    for index, prompt in enumerate(prompts):
+        by_category.setdefault(prompt.category, []).append(index)
     return [index for indices in by_category.values() for index in indices[:GRID_COLUMNS]]

@@ -14,7 +14,7 @@ from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
-from advflow.data.prompts import check_prompts, load_training_prompts
+from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.models.encoding import PromptEncoder
 from advflow.models.family import make_family
 from advflow.policies import follow, make_policies, velocity_of
@@ -23,7 +23,7 @@ from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
-from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
+from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
@@ -44,13 +44,13 @@ class Trainer:
         family = make_family(config.model.family)
         family.check(config.model)
         self.reward = load_reward(config.data.reward, config.data.reward_args)
-        for remark in check_prompts(config.data, self.reward):
+        for remark in check_prompts(config.data, self.reward.check):
             print(remark)
-        self.eval_prompts = evaluation_prompts(config.data, config.evaluation, self.reward)
+        self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
         model = family.load(config.model, self.device)
         self.latents = model.latents
-        self.encode = PromptEncoder(model.encode, self.prompts.texts, self.device)
-        self.eval_conditioning = model.encode(self.eval_prompts)
+        self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
+        self.eval_conditioning = model.encode([prompt.text for prompt in self.eval_prompts])
         self.policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
         self.sigmas = self.latents.sigmas(config.rollout.steps)
         self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
@@ -116,12 +116,12 @@ class Trainer:
         config = self.config.rollout
         group = config.images_per_prompt
         chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
-        texts = [self.prompts.texts[i] for i in chosen for _ in range(group)]
+        prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)]
         conditioning = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
-        noise = self.latents.noise(len(texts), generator(self.config.seed, "rollout", iteration), self.device)
+        noise = self.latents.noise(len(prompts), generator(self.config.seed, "rollout", iteration), self.device)
         x0, transitions = self._sample(noise, conditioning, iteration)
         images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.reward(images, texts)
+        scores = self.reward(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0

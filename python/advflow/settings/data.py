@@ -94,7 +94,7 @@ class EvalConfig:
         every: iterations between two evaluations.
         steps: Euler steps.
         prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
-            each that the reward knows (the first ones).
+            each that they have (the first ones).
     """
 
     every: int = 20
