@@ -18,6 +18,7 @@ from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint
 from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
+from advflow.run.state import weights_of
 from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 
@@ -44,9 +45,9 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     model = family.load(config.model, device)
     policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
     if chosen is not None:
-        load_checkpoint(chosen, policies, optimizer=None)
+        load_checkpoint(chosen, weights_of(policies), only=True)
     elif not base:
-        load_newest(folder / CHECKPOINTS, policies, optimizer=None)
+        load_newest(folder / CHECKPOINTS, weights_of(policies), only=True)
     return LoadedRun(config, model, policies, device)
 
 

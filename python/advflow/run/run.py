@@ -14,7 +14,7 @@ import torch
 from advflow.core.files import write_atomically
 from advflow.core.progress import show_progress
 from advflow.core.provenance import commit, versions
-from advflow.run.checkpoint import RunState, save_checkpoint
+from advflow.run.checkpoint import save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
 from advflow.settings.config import TrainConfig
@@ -30,12 +30,12 @@ _FRUITLESS_AT_MOST = 3  # iterations in a row without one image to learn from
 
 
 class Run:
-    """The iterations of `trainer` from `state` on. Every state that is evaluated has been saved before."""
+    """The iterations of `trainer` from number `first` on. Every state that is evaluated has been saved before."""
 
-    def __init__(self, trainer: Trainer, state: RunState, stop: StopRequest) -> None:
+    def __init__(self, trainer: Trainer, first: int, stop: StopRequest) -> None:
         self._trainer, self._config, self._stop = trainer, trainer.config, stop
         self._folder = Path(self._config.out)
-        self._done = self._saved = state.iteration
+        self._done = self._saved = first
         self._log = RunLog(self._folder, self._done)
         self._grid = _grid_indices(trainer.eval_prompts)
         self._log.sample_prompts([trainer.eval_prompts[index].text for index in self._grid])
@@ -101,9 +101,8 @@ class Run:
 
     def _save(self) -> None:
         if self._saved < self._done:
-            state = RunState(self._done, self._trainer.reference_control.scale)
-            trainer, best = self._trainer, best_iteration(self._folder)
-            save_checkpoint(self._folder / CHECKPOINTS, state, trainer.policies, trainer.optimizer, best)
+            best = best_iteration(self._folder)
+            save_checkpoint(self._folder / CHECKPOINTS, self._done, self._trainer.parts, best)
             self._saved = self._done
 
     def _evaluate(self) -> str:

@@ -24,6 +24,7 @@ from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
@@ -63,6 +64,12 @@ class Trainer:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
         )
+        # What the next iteration depends on; whatever keeps a state of its own adds it here.
+        self.parts: dict[str, Part] = {
+            **weights_of(self.policies),
+            "optimizer": OptimizerState(self.optimizer, self.policies.learner),
+            "reference": self.reference_control,
+        }
 
     def _make_process(self) -> None:
         """The algorithm in its process, and what adapts its settings; each is handed its own section."""
