@@ -52,7 +52,8 @@ def _sd35_medium() -> dict[str, Any]:
 
 
 def _tiny() -> dict[str, Any]:
-    from advflow.models.sd3 import EMBEDDED, pipeline_folder
+    from advflow.models.sd3 import pipeline_folder
+    from advflow.settings.data import EMBEDDED
 
     config = json.loads((Path(pipeline_folder(EMBEDDED)) / "transformer" / "config.json").read_text())
     return {name: value for name, value in config.items() if not name.startswith("_")}
@@ -73,6 +74,7 @@ class Work:
 
 def lora_config() -> Any:
     """PEFT's, of the adapters that `advflow` trains."""
+    from advflow.models.sd3 import SD3
     from advflow.settings.model import ModelConfig
     from peft import LoraConfig
 
@@ -81,7 +83,7 @@ def lora_config() -> Any:
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         init_lora_weights="gaussian",
-        target_modules=settings.lora_targets,
+        target_modules=list(SD3.lora_targets),
     )
 
 

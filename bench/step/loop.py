@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from advflow.models.sd3 import EMBEDDED, pipeline_folder
-from advflow.rewards import Scores
+from advflow.rewards import Prompt, Scores
 from advflow.run.train import train
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
@@ -46,13 +46,10 @@ PHASES = ("seconds_rollout", "seconds_train")
 class Redness:
     """The mean of the red channel less that of the others."""
 
-    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> Scores:
         means = images.mean((2, 3))
         red = means[:, 0] - means[:, 1:].mean(1)
         return Scores(red, red)
-
-    def category(self, prompt: str) -> str:
-        return "red"
 
 
 def random_pipeline() -> StableDiffusion3Pipeline:

@@ -17,11 +17,21 @@ from typing import Any
 from unittest import mock
 
 import torch
-from advflow.algorithms import FORWARD
+from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.policies import GraphedPolicies, Policies, Role, _compile_blocks, follow, make_policies, policy_velocities
+from advflow.models.sd3 import SD3, PromptEmbeddings, sigma_grid
+from advflow.policies import (
+    GraphedPolicies,
+    Policies,
+    Role,
+    compile_blocks,
+    follow,
+    make_policies,
+    policy_velocities,
+    velocity_of,
+)
 from advflow.processes.forward import Draw
-from advflow.samplers.sampling import PromptEmbeddings, sample_latents, sigma_grid, velocity
+from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -103,7 +113,9 @@ def adapter_weights(transformer: nn.Module, adapter: str) -> dict[str, nn.Parame
 class StockPolicies:
     """The three policies as public trainers have them: PEFT's own switches, adapters in fp32, nothing merged."""
 
+    family = SD3()
     kernels: af.SD3Patch | None = None
+    all_merged = False
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self._transformer = transformer
@@ -154,12 +166,12 @@ def _public_loss(algorithm: str) -> Loss:
 
 
 def _our_loss(algorithm: str) -> Loss:
-    config, method = TrainConfig(), FORWARD[algorithm]
+    method = make_algorithm(algorithm, TrainConfig(algorithm=algorithm).method)
 
     def loss(v: Tensor, v_old: Tensor, v_ref: Tensor, inputs: Inputs, x0: Tensor, x_t: Tensor, draw: Draw) -> Tensor:
         a = inputs.advantages
-        batch = ForwardBatch(v, v_old, v_ref, x0, draw.noise, draw.t, rewards=a, advantages=a, reference_scale=1.0)
-        return method.loss(batch, config).loss
+        batch = ForwardBatch(v, v_old, v_ref, x0, draw.noise, draw.t, a, a, group_size=1, reference_scale=1.0)
+        return method.loss(batch).loss
 
     return loss
 
@@ -198,8 +210,8 @@ class Variant:
     def roll_out(self, inputs: Inputs) -> None:
         """Draws the batch's images with the rollout policy."""
         with torch.no_grad():
-            transformer = self.policies.transformer("rollout", for_images=True)
-        self._x0 = sample_latents(transformer, inputs.noise, inputs.sigmas, inputs.prompts)
+            velocity = velocity_of(self.policies, "rollout", for_images=True)
+        self._x0 = sample_latents(velocity, inputs.noise, inputs.sigmas, inputs.prompts)
 
     def train(self, inputs: Inputs) -> None:
         """One optimiser step on the last rollout's images, each at every draw's timestep."""
@@ -248,7 +260,7 @@ class Variant:
         draw, x0 = part.draws[0], part.noise
         x_t = torch.lerp(x0, draw.noise, draw.t.view(-1, 1, 1, 1))
         with torch.no_grad():
-            images = velocity(self.policies.transformer("rollout", for_images=True), x_t, draw.t, part.prompts)
+            images = velocity_of(self.policies, "rollout", for_images=True)(x_t, draw.t, part.prompts)
         share = len(x0) * len(part.draws) / count
         return self.accumulate(part, draw, x0, lambda loss: (share * loss).backward()), images
 
@@ -270,13 +282,13 @@ def exact_outcome(base: SD3Transformer2DModel, algorithm: str, inputs: Inputs) -
 
 def _loop_policies(transformer: SD3Transformer2DModel, compiled: bool) -> Policies:
     runtime = RuntimeConfig(compile="regional" if compiled else "none")
-    return make_policies(transformer, ModelConfig(trainable="lora", dtype="bfloat16"), runtime, seed=0)
+    return make_policies(SD3(), transformer, ModelConfig(trainable="lora", dtype="bfloat16"), runtime, seed=0)
 
 
 def _stock_policies(transformer: SD3Transformer2DModel, compiled: bool) -> Policies:
     policies = StockPolicies(transformer)
     if compiled:
-        _compile_blocks(transformer)
+        compile_blocks(SD3(), transformer)
     return policies
 
 

@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin
 from peft import LoraConfig
 
 import advflow_ext as af
 from advflow.algorithms.batch import Needs
-from advflow.samplers.sampling import PromptEmbeddings, timesteps, velocity_at
+from advflow.models.family import FusedKernels, ModelFamily
+from advflow.samplers.sampling import Conditioning, Velocity
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow_ext.policies.parameters import move_towards, places_of, require_in_place
 
@@ -23,14 +24,17 @@ Role = Literal["learner", "rollout", "reference"]
 class Policies(Protocol):
     """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order.
 
-    `kernels` is what `apply_to_sd3` did to the transformer; None where it was not asked.
+    `kernels` is what the family's fused kernels run; None where they were not asked for. `all_merged`: forward passes
+    without gradients run on merged weights, so that even equal policies differ by rounding.
     """
 
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
-    kernels: af.SD3Patch | None
+    family: ModelFamily
+    kernels: FusedKernels | None
+    all_merged: bool
 
-    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
+    def transformer(self, role: Role, *, for_images: bool = False) -> ModelMixin:
         """The transformer with the weights of `role` in force, until the next call.
 
         `for_images` says that only images are made with it, without gradients, and that none of its velocities will be
@@ -48,7 +52,7 @@ class Policies(Protocol):
 
 
 def make_policies(
-    transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig, seed: int
+    family: ModelFamily, transformer: ModelMixin, config: ModelConfig, runtime: RuntimeConfig, seed: int
 ) -> Policies:
     """Sets up the three policies, equal at first, on a freshly loaded transformer. `seed` is for new adapters."""
     transformer.requires_grad_(False)
@@ -56,36 +60,38 @@ def make_policies(
         transformer.enable_gradient_checkpointing()
     policies: Policies
     if config.trainable == "full":
-        policies = FullPolicies(transformer, runtime)
+        policies = FullPolicies(family, transformer, runtime)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policies = LoraPolicies(transformer, config, runtime)
+            policies = LoraPolicies(family, transformer, config, runtime)
     return GraphedPolicies(policies) if runtime.cuda_graphs else policies
 
 
-def _speed_up(transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> af.SD3Patch | None:
+def _speed_up(family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig) -> FusedKernels | None:
     """Fused kernels, and regional compilation of what is then left of the blocks."""
-    patch = af.apply_to_sd3(transformer) if runtime.fused else None
+    kernels = family.fuse(transformer) if runtime.fused else None
     if runtime.compile == "regional":
-        _compile_blocks(transformer)
-    return patch
+        compile_blocks(family, transformer)
+    return kernels
 
 
-def _compile_blocks(transformer: SD3Transformer2DModel) -> None:
-    """Regional compilation; diffusers' own compile_repeated_blocks has no list of SD3's blocks."""
+def compile_blocks(family: ModelFamily, transformer: ModelMixin) -> None:
     # Every kind of block is compiled for each policy, with and without gradients, and for some batch sizes; past the
     # limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in transformer.transformer_blocks:
+    for block in family.blocks(transformer):
         block.compile()
 
 
 class FullPolicies:
     """Every weight is trained: three copies of the transformer."""
 
-    def __init__(self, transformer: SD3Transformer2DModel, runtime: RuntimeConfig) -> None:
-        self._transformers: dict[Role, SD3Transformer2DModel] = {
+    all_merged = False
+
+    def __init__(self, family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig) -> None:
+        self.family = family
+        self._transformers: dict[Role, ModelMixin] = {
             "learner": transformer,
             "rollout": copy.deepcopy(transformer),
             "reference": copy.deepcopy(transformer),
@@ -96,9 +102,9 @@ class FullPolicies:
         self.rollout = list(self._transformers["rollout"].parameters())
         self._places = {role: places_of([self._transformers[role]]) for role in ("learner", "rollout")}
         # In the same places of each, so that the learner's report is that of all.
-        self.kernels = [_speed_up(each, runtime) for each in self._transformers.values()][0]
+        self.kernels = [_speed_up(family, each, runtime) for each in self._transformers.values()][0]
 
-    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
+    def transformer(self, role: Role, *, for_images: bool = False) -> ModelMixin:
         self.check()
         return self._transformers[role]
 
@@ -115,13 +121,16 @@ class LoraPolicies:
 
     _ADAPTERS = ("learner", "rollout")  # named after their roles
 
-    def __init__(self, transformer: SD3Transformer2DModel, config: ModelConfig, runtime: RuntimeConfig) -> None:
-        self._transformer, self._merge = transformer, runtime.merge_lora
+    def __init__(
+        self, family: ModelFamily, transformer: ModelMixin, config: ModelConfig, runtime: RuntimeConfig
+    ) -> None:
+        self.family, self._transformer, self._merge = family, transformer, runtime.merge_lora
+        self.all_merged = runtime.merge_lora == "all"
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             init_lora_weights="gaussian",
-            target_modules=config.lora_targets,
+            target_modules=list(family.lora_targets) if config.lora_targets is None else config.lora_targets,
         )
         with warnings.catch_warnings():
             # PEFT doubts that a second adapter is meant.
@@ -137,11 +146,11 @@ class LoraPolicies:
                 rollout.data = learner.data.clone()
                 learner.requires_grad_(True)
                 rollout.requires_grad_(False)
-        self.kernels = _speed_up(transformer, runtime)
-        self._modulation = af.nn.ModulationCache(transformer) if runtime.modulation_cache else nullcontext()
+        self.kernels = _speed_up(family, transformer, runtime)
+        self._modulation = family.modulation_cache(transformer) if runtime.modulation_cache else nullcontext()
 
-    def transformer(self, role: Role, *, for_images: bool = False) -> SD3Transformer2DModel:
-        allowed = self._merge == "all" or (self._merge == "images" and for_images)
+    def transformer(self, role: Role, *, for_images: bool = False) -> ModelMixin:
+        allowed = self.all_merged or (self._merge == "images" and for_images)
         self._policies.activate(role, merged=allowed and (for_images or not torch.is_grad_enabled()))
         return self._transformer
 
@@ -157,8 +166,9 @@ class GraphedPolicies:
 
     def __init__(self, policies: Policies) -> None:
         self._policies = policies
-        self._graphs: dict[SD3Transformer2DModel, af.CudaGraphs] = {}
-        self.kernels, self.learner, self.rollout = policies.kernels, policies.learner, policies.rollout
+        self._graphs: dict[ModelMixin, af.CudaGraphs] = {}
+        self.learner, self.rollout, self.kernels = policies.learner, policies.rollout, policies.kernels
+        self.family, self.all_merged = policies.family, policies.all_merged
 
     def transformer(self, role: Role, *, for_images: bool = False) -> Any:
         transformer = self._policies.transformer(role, for_images=for_images)
@@ -181,21 +191,31 @@ class GraphedPolicies:
         return nullcontext()  # a recording must not read what another pass has made
 
 
+def velocity_of(policies: Policies, role: Role, *, for_images: bool = False) -> Velocity:
+    """The velocity of `role`, in force until the next policy is. `for_images` as in `Policies.transformer`."""
+    family, transformer = policies.family, policies.transformer(role, for_images=for_images)
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return family.velocity(transformer, x, family.timesteps(t), conditioning)
+
+    return velocity
+
+
 def policy_velocities(
-    policies: Policies, needs: Needs, x: torch.Tensor, t: torch.Tensor, prompts: PromptEmbeddings
+    policies: Policies, needs: Needs, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The learner's velocity at (x, t), with gradients, and those of rollout policy and reference where needed."""
-    timestep = timesteps(t)
+    family, timestep = policies.family, policies.family.timesteps(t)
 
     def frozen(role: Role) -> torch.Tensor:
         with torch.no_grad():
-            return velocity_at(policies.transformer(role), x, timestep, prompts)
+            return family.velocity(policies.transformer(role), x, timestep, conditioning)
 
     with policies.shared_modulation():
         v_old = frozen("rollout") if needs.old else None
         v_ref = frozen("reference") if needs.reference else None
         # The learner comes last and stays in force: a checkpointed backward pass runs its forward again.
-        return velocity_at(policies.transformer("learner"), x, timestep, prompts), v_old, v_ref
+        return family.velocity(policies.transformer("learner"), x, timestep, conditioning), v_old, v_ref
 
 
 def follow(policies: Policies, rho: float) -> None:

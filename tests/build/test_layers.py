@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ TRAINER_FLOORS = (
     ("settings",),
     ("core", "samplers"),
     ("world", "models", "algorithms"),
-    ("rewards", "control", "policies"),
-    ("data", "processes"),
+    ("data", "control", "policies"),
+    ("rewards", "processes"),
     ("run",),
     ("report",),
     ("cli", "__main__"),
@@ -97,6 +98,20 @@ def test_a_room_of_the_bench_too(room: str) -> None:
 def test_the_bench_asks_the_trainer_past_its_command_line() -> None:
     callers = [path for path in BENCH.rglob("*.py") for name in imported(path) if name.startswith("advflow.cli")]
     assert callers == []
+
+
+def test_a_model_family_is_named_in_its_own_file_alone() -> None:
+    """And in the list of names, and where the embedded world's pipeline is made."""
+    allowed = {"models/sd3.py", "settings/registry.py", "settings/model.py", "world/pretrain.py"}
+    names = re.compile(r"StableDiffusion3|SD3|\bsd3\b|apply_to_sd3")
+    found = {str(path.relative_to(TRAINER)) for path in TRAINER.rglob("*.py") if names.search(path.read_text())}
+    assert found <= allowed and "models/sd3.py" in found
+
+
+def test_all_settings_at_once_are_for_those_who_put_a_run_together() -> None:
+    """A reward, an algorithm, a process or a policy is handed its own section."""
+    users = {path for path in TRAINER.rglob("*.py") if "advflow.settings.config.TrainConfig" in imported(path)}
+    assert {path.relative_to(TRAINER).parts[0] for path in users} == {"run", "report", "cli.py"}
 
 
 def test_every_room_has_its_floor() -> None:

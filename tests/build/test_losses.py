@@ -76,11 +76,11 @@ def test_a_trainer_is_compared_with_each() -> None:
 
 def test_the_loop_trains_with_each() -> None:
     pytest.importorskip("diffusers")
-    from advflow.algorithms import FORWARD, REVERSE
 
-    assert {f"{name}_loss" for name in FORWARD} == {name for name, loss in LOSSES.items() if loss.family == "forward"}
-    assert {algorithm.LOSS.name for algorithm in REVERSE.values()} == {
-        name for name, loss in LOSSES.items() if loss.family == "reverse"
+    from advflow.settings.registry import METHODS, section_of
+
+    assert {(f"{section_of(name)}_loss", method.process) for name, method in METHODS.items()} == {
+        (name, loss.family) for name, loss in LOSSES.items()
     }
 
 

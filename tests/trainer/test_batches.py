@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import advflow.processes.forward as forward_module
-import advflow.processes.reverse as reverse_module
-import advflow.samplers.sampling as sampling_module
 import pytest
 import torch
 from advflow.cli import main
+from advflow.models.sd3 import SD3
 from advflow.report import write_report
-from advflow.rewards import Scores
+from advflow.rewards import Prompt, Scores
 from advflow.run.checkpoint import checkpoints
 from advflow.run.evaluate import finite_mean
 from advflow.run.inference import draw_images, load_run
@@ -39,11 +38,10 @@ WINDOWS = {
 def plain_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
     """A velocity whose rounding knows no batch, so that latents can be compared bit by bit."""
 
-    def velocity(transformer: Any, x: torch.Tensor, t: torch.Tensor, prompts: Any) -> torch.Tensor:
+    def velocity(self: SD3, transformer: Any, x: torch.Tensor, timestep: torch.Tensor, prompts: Any) -> torch.Tensor:
         return x * 0.5 + prompts.pooled.sum(1).view(-1, 1, 1, 1)
 
-    monkeypatch.setattr(sampling_module, "velocity", velocity)
-    monkeypatch.setattr(reverse_module, "velocity", velocity)
+    monkeypatch.setattr(SD3, "velocity", velocity)
 
 
 def _rollouts(small_config: Make, **changes: object) -> list[Any]:
@@ -105,19 +103,18 @@ class Told:
     reward: Callable[[int], float] = staticmethod(lambda place: 0.1 * (place % 7))
     score: Callable[[int], float] = staticmethod(lambda place: 0.5)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         first = sum(Told.calls)
         Told.calls.append(len(images))
         places = range(first, first + len(images))
         return Scores(torch.tensor([Told.reward(p) for p in places]), torch.tensor([Told.score(p) for p in places]))
 
-    def category(self, prompt: str) -> str:
-        return prompt.split()[0]
-
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No call yet, and prompts whose first word is their category, which no line of a text file can say."""
     monkeypatch.setattr(Told, "calls", [])
+    monkeypatch.setattr("advflow.data.prompts.Prompt", lambda text: Prompt(text, text.split()[0]))
     return monkeypatch
 
 
@@ -139,11 +136,8 @@ def test_a_file_of_prompts_is_evaluated_in_batches_and_by_category(
                 evaluation=EvalConfig(every=2, steps=2, prompts_per_category=wanted),
             )
         )
-        assert len(trainer.eval_prompts) == 3 * min(wanted, 4) and trainer.eval_prompts[:3] == [
-            "one 0",
-            "two 0",
-            "three 0",
-        ]
+        assert len(trainer.eval_prompts) == 3 * min(wanted, 4)
+        assert [prompt.text for prompt in trainer.eval_prompts[:3]] == ["one 0", "two 0", "three 0"]
         kept = trainer.evaluate(keep=[2, 0])
         assert Told.calls == calls
         torch.testing.assert_close(kept.images, trainer.evaluate().images[[2, 0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from advflow.cli import main
-from advflow.run.checkpoint import RunState, checkpoints, load_newest, save_checkpoint
+from advflow.run.checkpoint import _digest, checkpoints, load_checkpoint, load_newest, save_checkpoint
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import METRICS
+from advflow.run.state import OptimizerState, State, copy_tensors, weights_of
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.model import ModelConfig
@@ -71,29 +73,93 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
             for parameter in trainer.policies.learner:
                 parameter.add_(1.0)
         kept.append([parameter.detach().clone() for parameter in trainer.policies.learner])
-        save_checkpoint(tmp_path, RunState(iteration), trainer.policies, trainer.optimizer)
-    assert load_newest(tmp_path, trainer.policies, trainer.optimizer) == RunState(2)
+        save_checkpoint(tmp_path, iteration, trainer.parts)
+    assert load_newest(tmp_path, trainer.parts) == 2
     damage(tmp_path / "000002" / name)
     with pytest.warns(UserWarning, match=rf"checkpoint .*000002 is damaged: .*{reason}.*; going on from .*000001"):
-        assert load_newest(tmp_path, trainer.policies, trainer.optimizer) == RunState(1)
+        assert load_newest(tmp_path, trainer.parts) == 1
     assert all(torch.equal(a, b) for a, b in zip(kept[0], trainer.policies.learner, strict=True))
     (tmp_path / "000001" / "tensors.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"no checkpoint can be read: .*000002 is damaged.*000001 is damaged"):
-        load_newest(tmp_path, trainer.policies, trainer.optimizer)
+        load_newest(tmp_path, trainer.parts)
     assert all(torch.equal(a, b) for a, b in zip(kept[0], trainer.policies.learner, strict=True))
 
 
 def test_an_optimizer_that_never_stepped_is_restored(trainer: Trainer, tmp_path: Path) -> None:
     """Every step may have been skipped so far; AdamW's count of steps must not begin at 1 then."""
     new = torch.optim.AdamW(trainer.policies.learner)
-    save_checkpoint(tmp_path, RunState(1), trainer.policies, new)
-    assert load_newest(tmp_path, trainer.policies, new) == RunState(1)
+    parts = trainer.parts | {"optimizer": OptimizerState(new, trainer.policies.learner)}
+    save_checkpoint(tmp_path, 1, parts)
+    assert load_newest(tmp_path, parts) == 1
     assert not any(new.state.values())
+
+
+class Tracker:
+    """A part as others may add one: tensors of its own shapes, and plain values."""
+
+    def __init__(self) -> None:
+        self.seen, self.gamma, self.names = torch.zeros(3), 1.0, ["a"]
+
+    def state_dict(self) -> State:
+        return {"seen": self.seen, "gamma": self.gamma, "names": self.names}
+
+    def load_state_dict(self, state: State) -> None:
+        copy_tensors({"seen": state["seen"]}, {"seen": self.seen})
+        self.gamma, self.names = state["gamma"], state["names"]
+
+
+def test_a_part_of_ones_own_goes_on_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
+    saved, fresh = Tracker(), Tracker()
+    saved.seen, saved.gamma, saved.names = torch.rand(3), 0.1 + 0.2, ["a", "b"]
+    save_checkpoint(tmp_path, 4, trainer.parts | {"capability": saved})
+    assert load_newest(tmp_path, trainer.parts | {"capability": fresh}) == 4
+    assert torch.equal(saved.seen, fresh.seen) and (saved.gamma, saved.names) == (fresh.gamma, fresh.names)
+    assert not list(tmp_path.rglob("*.pkl")) and {path.suffix for path in (tmp_path / "000004").iterdir()} == {
+        ".json",
+        ".safetensors",
+    }
+
+
+def test_a_part_too_many_or_too_few_is_named(trainer: Trainer, tmp_path: Path) -> None:
+    more = trainer.parts | {"capability": Tracker()}
+    with_it, without = (
+        save_checkpoint(tmp_path / name, 1, parts) for name, parts in (("a", more), ("b", trainer.parts))
+    )
+    before = [parameter.detach().clone() for parameter in trainer.policies.learner]
+    with torch.no_grad():
+        for parameter in trainer.policies.learner:
+            parameter.add_(1.0)
+    with pytest.raises(ValueError, match="b/000001 does not fit this run: it has no part 'capability'"):
+        load_checkpoint(without, more)
+    with pytest.raises(ValueError, match="it has a part 'capability', which nothing in this run goes on from"):
+        load_checkpoint(with_it, trainer.parts)
+    assert not torch.equal(before[0], trainer.policies.learner[0])  # refused before anything is restored
+    assert load_checkpoint(with_it, weights_of(trainer.policies), only=True) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policies.learner, strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_a_checkpoint_from_before_there_were_parts_loads(tmp_path: Path, scale: float | None) -> None:
+    trainer = Trainer(TrainConfig(model=LORA))
+    trainer.reference_control.scale = 3.0
+    path = save_checkpoint(tmp_path, 3, trainer.parts)
+    old: dict[str, Any] = {"iteration": 3}
+    if scale is not None:
+        old["reference_scale"] = scale
+        old["sha256"] = _digest(path / "tensors.safetensors", old)
+    (path / "state.json").write_text(json.dumps(old))
+    kept = [parameter.detach().clone() for parameter in trainer.policies.learner]
+    with torch.no_grad():
+        for parameter in trainer.policies.learner:
+            parameter.zero_()
+    assert load_checkpoint(path, trainer.parts) == 3
+    assert trainer.reference_control.scale == (scale or 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, trainer.policies.learner, strict=True))
 
 
 def test_where_there_is_no_checkpoint_there_is_no_state(trainer: Trainer, tmp_path: Path) -> None:
     (tmp_path / ".000002.partial").mkdir()
-    assert load_newest(tmp_path, trainer.policies, None) is None
+    assert load_newest(tmp_path, trainer.parts) is None
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(tmp_path: Path) -> None:
@@ -144,7 +210,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(
 def test_saved_files_have_the_ordinary_mode(trainer: Trainer, tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        path = save_checkpoint(tmp_path, RunState(1), trainer.policies, trainer.optimizer)
+        path = save_checkpoint(tmp_path, 1, trainer.parts)
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~mask}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from advflow.cli import main
 from advflow.models.sd3 import pipeline_folder
-from advflow.rewards import load_reward
+from advflow.rewards import Prompt, Scores, load_reward
 from advflow.run.trainer import Trainer
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.sources import (
@@ -148,19 +148,14 @@ def test_the_sd35_config_trains_the_tiny_pipeline(tmp_path: Path) -> None:
     trainer = Trainer(config)
     row = trainer.iterate(0)
     assert row["grad_norm"] > 0 and row["nonfinite_samples"] == 0
-    assert trainer.prompts.texts == ["a red circle", "a blue square"]
+    assert trainer.prompts.prompts == [Prompt("a red circle"), Prompt("a blue square")]
     assert set(trainer.evaluate().categories) == {"all"}
 
 
 class MeanRed:
-    def __call__(self, images: torch.Tensor, prompts: list[str]):
-        from advflow.rewards import Scores
-
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         red = images[:, 0].mean((1, 2)).cpu()
         return Scores(red, red)
-
-    def category(self, prompt: str) -> str:
-        return "all"
 
 
 def test_a_reward_of_ones_own_loads_by_its_path() -> None:

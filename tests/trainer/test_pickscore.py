@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from advflow.rewards import Prompt
 from advflow.rewards.pickscore import PickScore
 from advflow.world.pretrain import build_clip_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_scores_are_scaled_cosines(folder: str) -> None:
     reward = PickScore(model=folder, processor=folder)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    prompts = ["a red circle", "two squares", "a circle above a square"]
+    prompts = [Prompt(text) for text in ("a red circle", "two squares", "a circle above a square")]
     scores = reward(images, prompts)
     assert scores.reward.shape == (3,) and torch.equal(scores.reward, scores.score)
     bound = reward._model.logit_scale.exp().item() / 26

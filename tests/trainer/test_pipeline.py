@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from advflow.models.sd3 import encode_prompts, load_pipeline, pipeline_folder
+from advflow.models.sd3 import decode, encode_prompts, load_pipeline, pipeline_folder
 from advflow.run.trainer import Trainer
-from advflow.samplers.sampling import decode
 from advflow.settings.config import TrainConfig
 from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, caption_words, pretrain
 from advflow.world.reward import score
-from advflow.world.scene import CATEGORIES, all_prompts, render, sample_scene
+from advflow.world.scene import CATEGORIES, all_captions, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings
 from diffusers import StableDiffusion3Pipeline
 
@@ -40,13 +39,13 @@ def test_every_caption_fits_the_tokenizers() -> None:
     tokenizer = build_clip_tokenizer()
     for word in caption_words():
         assert len(tokenizer(word).input_ids) == 3
-    assert max(len(tokenizer(prompt.text).input_ids) for prompt in all_prompts()) <= MAX_TOKENS
+    assert max(len(tokenizer(prompt.text).input_ids) for prompt in all_captions()) <= MAX_TOKENS
 
 
 def test_different_prompts_have_different_embeddings() -> None:
     config = TrainConfig()
     pipeline = load_pipeline(config.model, torch.device("cpu"))
-    texts = [prompt.text for prompt in all_prompts()]
+    texts = [prompt.text for prompt in all_captions()]
     embeddings = encode_prompts(pipeline, texts, config.model.max_sequence_length)
     distances = torch.cdist(embeddings.tokens.flatten(1), embeddings.tokens.flatten(1))
     distances.fill_diagonal_(torch.inf)
@@ -57,7 +56,7 @@ def test_different_prompts_have_different_embeddings() -> None:
 def test_the_autoencoder_keeps_what_the_reward_looks_at(category: str) -> None:
     vae = load_pipeline(TrainConfig().model, torch.device("cpu")).vae
     rng = np.random.default_rng(3)
-    prompts = [prompt for prompt in all_prompts() if prompt.category == category]
+    prompts = [prompt for prompt in all_captions() if prompt.category == category]
     chosen = [prompts[rng.integers(len(prompts))] for _ in range(100)]
     images = torch.from_numpy(np.stack([render(sample_scene(prompt, rng)) for prompt in chosen]))
     with torch.no_grad():

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from advflow.cli import main
-from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts, read_prompts
-from advflow.rewards import Scores, UnknownPrompt, load_reward
+from advflow.data.prompts import PromptSource, check_prompts, load_eval_prompts, load_training_prompts, read_prompts
+from advflow.rewards import Prompt, Scores, UnknownPrompt, load_reward
 from advflow.settings.data import DataConfig
-from advflow.world.prompts import held_out_prompts, training_prompts
+from advflow.world.captions import held_out_captions, training_captions
 
 
 class Any:
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         return Scores(torch.ones(len(prompts)), torch.ones(len(prompts)))
 
-    def category(self, prompt: str) -> str:
-        if prompt == "unspeakable":
+    def check(self, prompt: Prompt) -> None:
+        if prompt.text == "unspeakable":
             raise UnknownPrompt("that cannot be said")
-        return "all"
 
 
-ANY = load_reward(f"{__name__}:Any")
+ANY = load_reward(f"{__name__}:Any").check
 
 
 def _texts(content: bytes, folder: Path) -> list[str]:
     file = folder / "prompts.txt"
     file.write_bytes(content)
-    texts = load_training_prompts(str(file)).texts
-    assert load_eval_prompts(str(file), 64) == texts
-    return texts
+    prompts = load_training_prompts(str(file)).prompts
+    assert load_eval_prompts(str(file), 64) == prompts
+    assert all(prompt == Prompt(prompt.text, "all", {}) for prompt in prompts)
+    return [prompt.text for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +107,39 @@ def test_repeats_and_overlap_are_counted_and_said(tmp_path: Path) -> None:
         f"data.eval_prompts: 1 line repeats an earlier one of {held_out}; its 4 prompts count once each",
         "data.eval_prompts: 2 of 4 held-out prompts are also trained on, first 'a cow'",
     ]
-    training.write_text(training_prompts()[0].text + "\n" + held_out_prompts()[0].text + "\n")
+    training.write_text(training_captions()[0].text + "\n" + held_out_captions()[0].text + "\n")
     assert len(check_prompts(DataConfig(str(training)), ANY)) == 1
-    assert check_prompts(DataConfig(), load_reward("embedded")) == []
+    assert check_prompts(DataConfig(), load_reward("embedded").check) == []
+
+
+class Recording(Any):
+    seen: list[Prompt] = []
+
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        Recording.seen += prompts
+        return super().__call__(images, prompts)
+
+
+def test_a_prompt_reaches_the_reward_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its category and its metadata, in training and in evaluation."""
+    monkeypatch.setattr(Recording, "seen", [])
+    asked = [Prompt("two cats", "counting", {"count": 2}), Prompt("a red cat", "colors", {"color": "red"})]
+    monkeypatch.setattr(
+        "advflow.run.trainer.load_training_prompts", lambda name: PromptSource(asked, torch.ones(len(asked)))
+    )
+    monkeypatch.setattr("advflow.run.trainer.load_eval_prompts", lambda name, per_category: asked)
+    small = "--iterations 1 --rollout.prompts 2 --rollout.images_per_prompt 2 --rollout.steps 1 --draws.per_image 1"
+    words = ["--data.reward", f"{__name__}:Recording", *small.split(), "--evaluation.steps", "1"]
+    main(["train", "--out", str(tmp_path / "run"), *words])
+    assert len(Recording.seen) == 2 + 4 + 2 and all(any(prompt is each for each in asked) for prompt in Recording.seen)
+    assert Recording.seen[:2] == asked
+    evaluated = json.loads((tmp_path / "run" / "evals.jsonl").read_text().splitlines()[0])
+    assert list(evaluated["categories"]) == ["counting", "colors"]
+
+
+def test_the_prompt_needs_no_torch() -> None:
+    code = "import sys, advflow.data.prompt; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_says_it_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

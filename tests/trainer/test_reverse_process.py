@@ -9,15 +9,15 @@ from typing import get_args
 
 import pytest
 import torch
-from advflow.algorithms import FORWARD, REVERSE
-from advflow.algorithms.batch import Rollout
+from advflow.algorithms.batch import Experience
 from advflow.processes.reverse import stochastic_steps
 from advflow.run.trainer import Trainer
 from advflow.samplers.sampling import MultistepDPM, euler_step
-from advflow.settings.config import REVERSE_PROCESS, Algorithm, TrainConfig
+from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
+from advflow.settings.registry import METHODS
 
 import advflow_ext as af
 
@@ -31,10 +31,6 @@ def _trainer(small_config: Make, algorithm: str = "flow_grpo", **changes: object
     return Trainer(small_config(**(settings | changes)))
 
 
-def test_every_algorithm_has_one_process() -> None:
-    assert set(REVERSE) == REVERSE_PROCESS and set(FORWARD) == set(get_args(Algorithm)) - REVERSE_PROCESS
-
-
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_every_algorithm_moves_the_learner(small_config: Make, algorithm: str) -> None:
     trainer = _trainer(small_config, algorithm)
@@ -42,7 +38,7 @@ def test_every_algorithm_moves_the_learner(small_config: Make, algorithm: str) -
     row = trainer.iterate(0)
     assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["nonfinite_samples"] == 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policies.learner, strict=True))
-    if algorithm in REVERSE_PROCESS:
+    if METHODS[algorithm].process == "reverse":
         # Before the first update both policies are the same network, run in different batches.
         assert row["first_max_log_ratio"] < 1e-5 and row["first_kl"] < 1e-9
 
@@ -68,7 +64,7 @@ def test_a_window_must_leave_the_last_step_alone(small_config: Make) -> None:
         _trainer(small_config, sde=SDEConfig(steps=3))
 
 
-def _rollout(trainer: Trainer) -> Rollout:
+def _rollout(trainer: Trainer) -> Experience:
     rollout, _ = trainer.roll_out(0)
     assert rollout.transitions is not None
     return rollout

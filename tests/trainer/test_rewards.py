@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from advflow.cli import main
-from advflow.rewards import Scores, UnknownPrompt, load_reward
+from advflow.rewards import Prompt, Scores, UnknownPrompt, load_reward
 
 SMALL = (
     "--iterations 1 --rollout.prompts 2 --rollout.images_per_prompt 2 --rollout.steps 1 --draws.per_image 1 "
@@ -19,6 +19,7 @@ SMALL = (
 ).split()
 HERE = f"{__name__}:Chosen"
 VALUES = [0.0, 1.0, 2.0]
+ABC = [Prompt("a"), Prompt("b"), Prompt("c")]
 
 
 def _inference_tensor() -> torch.Tensor:
@@ -30,13 +31,10 @@ class Chosen:
     """Returns what it was made with."""
 
     def __init__(self, returns: object, group: object = "all", *, unused: float = 1.0) -> None:
-        self._returns, self._group = returns, group
+        self._returns = returns
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Any:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Any:
         return self._returns
-
-    def category(self, prompt: str) -> Any:
-        return self._group
 
 
 TAKEN = {
@@ -63,7 +61,9 @@ TAKEN = {
 @pytest.mark.parametrize("kind", TAKEN)
 def test_every_kind_of_number_is_taken_and_copied(kind: str) -> None:
     theirs = TAKEN[kind]()
-    scores = load_reward(HERE, {"returns": Scores(theirs, theirs)})(torch.rand(3, 3, 4, 4), ["a", "b", "c"])
+    scores = load_reward(HERE, {"returns": Scores(theirs, theirs)})(
+        torch.rand(3, 3, 4, 4), [Prompt("a"), Prompt("b"), Prompt("c")]
+    )
     for column in (scores.reward, scores.score):
         assert column.dtype == torch.float32 and column.device.type == "cpu" and column.tolist() == VALUES
         assert not column.requires_grad and not column.is_inference()
@@ -74,7 +74,7 @@ def test_every_kind_of_number_is_taken_and_copied(kind: str) -> None:
 
 def test_booleans_count_as_zero_and_one_and_nan_stays() -> None:
     scores = load_reward(HERE, {"returns": Scores(torch.tensor([False, True]), [torch.nan, 1])})(
-        torch.rand(2, 3, 4, 4), ["a", "b"]
+        torch.rand(2, 3, 4, 4), ABC[:2]
     )
     assert scores.reward.tolist() == [0.0, 1.0] and scores.score.isnan().tolist() == [True, False]
 
@@ -106,14 +106,8 @@ REFUSED = {
 def test_anything_else_is_refused_by_the_rewards_name(kind: str) -> None:
     make, sentence = REFUSED[kind]
     with pytest.raises(ValueError) as caught:
-        load_reward(HERE, {"returns": make()})(torch.rand(3, 3, 4, 4), ["a", "b", "c"])
+        load_reward(HERE, {"returns": make()})(torch.rand(3, 3, 4, 4), ABC)
     assert str(caught.value).startswith(f"reward {HERE} ") and sentence in str(caught.value)
-
-
-@pytest.mark.parametrize(("group", "named"), [(None, "None"), (3, "3"), (["a"], "a list of 1")])
-def test_a_category_is_a_string(group: object, named: str) -> None:
-    with pytest.raises(ValueError, match=f"put the prompt 'a cat' into category {named}.*; accepted: a string"):
-        load_reward(HERE, {"returns": None, "group": group}).category("a cat")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,6 @@ def test_a_category_is_a_string(group: object, named: str) -> None:
         ("embedded", {"x": 1}, "there is no data.reward_args.x; reward 'embedded' takes no arguments"),
         ("pickscore", {"modle": "x"}, "there is no data.reward_args.modle; did you mean 'model'? reward 'pickscore'"),
         ("builtins:dict", {}, "data.reward 'builtins:dict' has no method __call__; accepted: a class with __call__"),
-        (f"{__name__}:NoCategory", {}, "has no method category; accepted: a class with __call__ and category"),
     ],
 )  # fmt: skip
 def test_a_reward_that_cannot_be_made_is_named(name: str, arguments: dict[str, Any], sentence: str) -> None:
@@ -140,24 +133,17 @@ def test_a_reward_that_cannot_be_made_is_named(name: str, arguments: dict[str, A
     assert sentence in str(caught.value)
 
 
-class NoCategory:
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> None:
-        return None
-
-
 def test_a_reward_that_takes_anything_gets_it() -> None:
-    assert load_reward(f"{__name__}:Anything", {"a": 1, "b": 2}).category("x") == "['a', 'b']"
+    reward = load_reward(f"{__name__}:Anything", {"a": 1, "b": 2})
+    assert reward(torch.rand(1, 3, 4, 4), [Prompt("x")]).reward.tolist() == [2.0]
 
 
 class Anything:
     def __init__(self, **settings: int) -> None:
         self._settings = settings
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
-        return Scores(torch.ones(len(prompts)), torch.ones(len(prompts)))
-
-    def category(self, prompt: str) -> str:
-        return str(sorted(self._settings))
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        return Scores([len(self._settings)] * len(prompts), torch.ones(len(prompts)))
 
 
 REWARD_FILE = """
@@ -177,9 +163,6 @@ class Red:
         with torch.inference_mode():
             red = images[:, 0].mean((1, 2)) * self.scale
         return Scores(red, (red > 0.5).long())
-
-    def category(self, prompt):
-        return "all"
 """
 
 
@@ -198,7 +181,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_reward_in_the_current_folder_trains_with_its_arguments(folder: Path) -> None:
     reward = load_reward("my_red_reward:Red", {"scale": 2})
-    assert reward(torch.full((1, 3, 4, 4), 0.25), ["x"]).reward.tolist() == [0.5]
+    assert reward(torch.full((1, 3, 4, 4), 0.25), [Prompt("x")]).reward.tolist() == [0.5]
     main(["train", "--out", "run", "--data.reward", "my_red_reward:Red", "--data.reward_args.scale", "2", *SMALL])
     assert (folder / "run" / "report.html").is_file()
 
@@ -239,13 +222,13 @@ def test_a_broken_contract_is_a_sentence_of_the_command(folder: Path) -> None:
 
 def test_the_embedded_reward_names_a_prompt_it_does_not_know() -> None:
     reward = load_reward("embedded")
-    assert reward.category("a red circle") == "colors"
+    reward.check(Prompt("a red circle"))
     with pytest.raises(
         UnknownPrompt, match="the reward 'embedded' scores the prompts of the embedded world alone.*'a dog'"
     ):
-        reward.category("a dog")
+        reward.check(Prompt("a dog"))
     with pytest.raises(UnknownPrompt, match="a dog"):
-        reward(torch.rand(1, 3, 32, 32), ["a dog"])
+        reward(torch.rand(1, 3, 32, 32), [Prompt("a dog")])
 
 
 def test_pickscore_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

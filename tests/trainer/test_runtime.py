@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from advflow.algorithms import FORWARD, REVERSE
+from advflow.algorithms import make_algorithm
 from advflow.policies import LoraPolicies
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
@@ -18,6 +18,7 @@ from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
+from advflow.settings.registry import METHODS
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
@@ -81,14 +82,12 @@ def test_too_little_memory_means_unmerged(small_config: Make, forwards: list[Any
         RuntimeConfig(merged_gigabytes=-1.0)
 
 
-@pytest.mark.parametrize("algorithm", [*FORWARD, *REVERSE])
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_no_method_needs_a_reference_without_weight(algorithm: str) -> None:
-    settings = {"dance_grpo": "flow_grpo", "mix_grpo": "flow_grpo"}.get(algorithm, algorithm)
     weight = "lam" if algorithm == "advantage_flow" else "kl_weight"
     for value, needed in ((0.0, False), (0.1, True)):
-        config = TrainConfig(algorithm=algorithm)  # type: ignore[arg-type]
-        setattr(getattr(config, settings), weight, value)
-        assert (FORWARD | REVERSE)[algorithm].needs(config).reference is needed  # type: ignore[operator]
+        settings = METHODS[algorithm].settings(**{weight: value})
+        assert make_algorithm(algorithm, settings).needs.reference is needed
 
 
 @pytest.mark.parametrize("algorithm", ["advantage_flow", "flow_grpo"])

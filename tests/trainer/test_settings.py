@@ -8,8 +8,9 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from advflow.algorithms import FORWARD, REVERSE, check_settings
+from advflow.algorithms import check_settings
 from advflow.settings.config import TrainConfig
+from advflow.settings.registry import METHODS
 from advflow.world.settings import FlowStage, PretrainSettings
 
 ZERO_IS_FINE = {
@@ -65,8 +66,8 @@ def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
 def _checked(path: tuple[str, ...], value: Any) -> None:
     """The setting at `path` as a run's: of a method's own section the method's op has the word."""
     config = _with(TrainConfig(), path, value)
-    if path[0] in (*FORWARD, *REVERSE):
-        check_settings(replace(config, algorithm=path[0]))
+    if path[0] in METHODS:
+        check_settings(path[0], getattr(config, path[0]), config.rollout.images_per_prompt)
 
 
 SETTINGS = dict(_numbers(TrainConfig()))

@@ -11,18 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import advflow.run.inference as inference_module
-import advflow.run.trainer as trainer_module
 import pytest
 import torch
-from advflow.algorithms import FORWARD, REVERSE, check_settings
+from advflow.algorithms import check_settings
 from advflow.cli import main
 from advflow.core import provenance
-from advflow.models.sd3 import LatentShape, check_pipeline, load_pipeline, pick_device, pipeline_folder
-from advflow.rewards import Scores
-from advflow.settings.config import TrainConfig
+from advflow.core.device import pick_device
+from advflow.models.sd3 import SD3, SD3Latents, load_pipeline, pipeline_folder
+from advflow.rewards import Prompt, Scores
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
+from advflow.settings.registry import METHODS
 from runs import SMALL
 
 
@@ -37,17 +36,13 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise Loaded
 
-    for module in (trainer_module, inference_module):
-        monkeypatch.setattr(module, "load_pipeline", load)
+    monkeypatch.setattr(SD3, "load", load)
 
 
 class Reward:
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         red = images[:, 0].mean((1, 2)).cpu()
         return Scores(red, red)
-
-    def category(self, prompt: str) -> str:
-        return "all"
 
 
 class RaisesWhenMade(Reward):
@@ -56,7 +51,7 @@ class RaisesWhenMade(Reward):
 
 
 class RaisesWhenAsked(Reward):
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         raise ValueError("this reward does not know what to say")
 
 
@@ -272,11 +267,11 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
 
 
 def test_the_embedded_pipeline_passes_its_own_check() -> None:
-    check_pipeline(ModelConfig())
+    SD3().check(ModelConfig())
     pipeline = load_pipeline(ModelConfig(), torch.device("cpu"))
     for resolution in (30, 34):
         config = ModelConfig(resolution=resolution)
-        for check in (lambda: check_pipeline(config), lambda: LatentShape.of(pipeline, resolution)):  # noqa: B023
+        for check in (lambda: SD3().check(config), lambda: SD3Latents(pipeline, resolution)):  # noqa: B023
             with pytest.raises(
                 ValueError, match=rf"model.resolution is {resolution}; this pipeline needs a multiple of"
             ):
@@ -319,6 +314,6 @@ def test_what_the_op_refuses_is_refused_before_anything_exists(
 
 def test_what_the_op_takes_is_taken() -> None:
     """A clip of 0 leaves every ratio that has moved its bound."""
-    for algorithm in (*FORWARD, *REVERSE):
-        check_settings(TrainConfig(algorithm=algorithm))
-    check_settings(TrainConfig(algorithm="flow_grpo", flow_grpo=FlowGRPOConfig(clip=0.0)))
+    for algorithm, method in METHODS.items():
+        check_settings(algorithm, method.settings(), group_size=8)
+    check_settings("flow_grpo", FlowGRPOConfig(clip=0.0), group_size=8)

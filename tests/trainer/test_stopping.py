@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from advflow.cli import main
-from advflow.rewards import Scores
+from advflow.rewards import Prompt, Scores
 from advflow.run.checkpoint import checkpoints
 from advflow.run.log import EVALS, METRICS
 from advflow.run.run import Run
@@ -32,14 +32,11 @@ class Red:
     calls: list[int] = []
     at: dict[int, Any] = {}
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         Red.calls.append(len(images))
         Red.at.get(len(Red.calls), lambda: None)()
         red = images[:, 0].mean((1, 2)).cpu()
         return Scores(red, red)
-
-    def category(self, prompt: str) -> str:
-        return "all"
 
 
 @pytest.fixture(autouse=True)

@@ -9,23 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from advflow.algorithms import FORWARD
+from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
-from advflow.models.sd3 import PromptEncoder, load_pipeline
-from advflow.policies import Policies, follow, make_policies
+from advflow.models.encoding import PromptEncoder
+from advflow.models.sd3 import SD3, load_pipeline
+from advflow.policies import Policies, follow, make_policies, velocity_of
 from advflow.processes.metrics import join_metrics
-from advflow.run.checkpoint import RunState, checkpoints, load_checkpoint, save_checkpoint
+from advflow.run.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from advflow.run.log import EVALS, METRICS, SAMPLES, read_rows
 from advflow.run.train import train
 from advflow.run.trainer import Trainer, learning_rate, rollout_decay
-from advflow.samplers.sampling import velocity
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import AdvantageConfig
 from advflow.settings.methods import DiffusionNFTConfig, FlowAWRConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
+from advflow.settings.registry import METHODS
 from safetensors.torch import load_file
 
 import advflow_ext as af
@@ -108,7 +109,7 @@ def _velocities(policies: Policies, trainer: Trainer) -> dict[str, torch.Tensor]
     t = torch.tensor([0.3, 0.9])
     roles = ("learner", "rollout", "reference")
     with torch.no_grad():
-        return {r: velocity(policies.transformer(r), x, t, trainer.encode([0, 1])) for r in roles}  # type: ignore[arg-type]
+        return {r: velocity_of(policies, r)(x, t, trainer.encode([0, 1])) for r in roles}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
@@ -130,7 +131,7 @@ def test_the_three_policies(small_config: Make, model: ModelConfig) -> None:
 
 
 def test_following_with_rho_zero_copies_the_learner() -> None:
-    policies = make_policies(load_pipeline(LORA, torch.device("cpu")).transformer, LORA, RuntimeConfig(), seed=0)
+    policies = make_policies(SD3(), load_pipeline(LORA, torch.device("cpu")).transformer, LORA, RuntimeConfig(), seed=0)
     with torch.no_grad():
         for parameter in policies.learner:
             parameter.normal_()
@@ -177,7 +178,7 @@ def test_the_pull_towards_the_reference_grows_while_the_learner_is_too_far_away(
     grown = 1.01 * 1.02
     assert used == pytest.approx([1.0, 1.0, 1.01, grown, grown, grown, grown * 0.99, 1.0])
     for each in (control, free):
-        each.restore(5.0)
+        each.load_state_dict({"scale": 5.0})
     assert (control.scale, free.scale) == (5.0, 1.0)
 
 
@@ -195,19 +196,17 @@ def test_the_scale_is_logged_and_acts(small_config: Make) -> None:
     assert [row["loss"] == other["loss"] for row, other in zip(held, wide, strict=True)] == [True, True, False]
 
 
-@pytest.mark.parametrize("name", list(FORWARD))
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.process == "forward"])
 def test_the_scale_multiplies_every_method_s_weight_of_the_reference(name: str) -> None:
     rng = torch.Generator().manual_seed(0)
     v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
     t, rewards = torch.linspace(0.1, 0.9, 6), torch.rand(6, generator=rng)
-    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 1.0)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 6, 1.0)
     weight = "lam" if name == "advantage_flow" else "kl_weight"
-    plain, doubled = TrainConfig(), TrainConfig()
-    setattr(getattr(plain, name), weight, 0.25)
-    setattr(getattr(doubled, name), weight, 0.5)
-    loss = FORWARD[name].loss
-    assert loss(replace(batch, reference_scale=2.0), plain).loss == loss(batch, doubled).loss
-    assert loss(batch, plain).loss != loss(batch, doubled).loss
+    section = METHODS[name].settings
+    plain, doubled = (make_algorithm(name, section(**{weight: value})) for value in (0.25, 0.5))
+    assert plain.loss(replace(batch, reference_scale=2.0)).loss == doubled.loss(batch).loss
+    assert plain.loss(batch).loss != doubled.loss(batch).loss
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -225,11 +224,11 @@ def test_flow_awr_trains_with_its_weighting() -> None:
     rng = torch.Generator().manual_seed(0)
     v, v_old, v_ref, x0, noise = torch.randn(5, 6, 8, generator=rng).unbind()
     t, A = torch.linspace(0.1, 0.9, 6), torch.linspace(-1, 2, 6)
-    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 1.0)
+    batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 6, 1.0)
     for weighting in ("adaptive", "prediction", "velocity"):
-        config = TrainConfig(flow_awr=FlowAWRConfig(kl_weight=0.5, weighting=weighting))
+        algorithm = make_algorithm("flow_awr", FlowAWRConfig(kl_weight=0.5, weighting=weighting))
         expected = af.flow_awr_loss(v, x0, noise, t, A, v_old=v_old, v_ref=v_ref, kl_weight=0.5, weighting=weighting)
-        assert FORWARD["flow_awr"].loss(batch, config).loss == expected.loss
+        assert algorithm.loss(batch).loss == expected.loss
     assert TrainConfig().flow_awr.weighting == "adaptive"
 
 
@@ -240,26 +239,19 @@ def test_a_reference_without_weight_is_not_asked(small_config: Make) -> None:
         ReferenceConfig(0.0)
 
 
-def test_a_checkpoint_from_before_the_reference_had_a_scale_loads(small_config: Make, tmp_path: Path) -> None:
-    trainer = Trainer(small_config())
-    path = save_checkpoint(tmp_path, RunState(3), trainer.policies, trainer.optimizer)
-    (path / "state.json").write_text('{"iteration": 3}')
-    assert load_checkpoint(path, trainer.policies, None) == RunState(3, 1.0)
-
-
 def test_a_checkpoint_of_another_model_is_refused(small_config: Make, tmp_path: Path) -> None:
     small, large = (Trainer(small_config(model=replace(LORA, lora_rank=rank))) for rank in (2, 4))
-    path = save_checkpoint(tmp_path, RunState(1), small.policies, small.optimizer)
-    with pytest.raises(ValueError, match="does not fit this run: learner.0000 is"):
-        load_checkpoint(path, large.policies, None)
+    path = save_checkpoint(tmp_path, 1, small.parts)
+    with pytest.raises(ValueError, match="does not fit this run: of its part 'learner', its 0000 is"):
+        load_checkpoint(path, large.parts)
     full = Trainer(small_config())
     with pytest.raises(ValueError, match="does not fit this run"):
-        load_checkpoint(path, full.policies, None)
+        load_checkpoint(path, full.parts)
 
 
 def test_a_half_written_checkpoint_is_not_a_checkpoint(small_config: Make, tmp_path: Path) -> None:
     trainer = Trainer(small_config(model=LORA))
-    save_checkpoint(tmp_path, RunState(1), trainer.policies, trainer.optimizer)
+    save_checkpoint(tmp_path, 1, trainer.parts)
     (tmp_path / ".000002.partial").mkdir()
     (tmp_path / "000003").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["000001"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from advflow.world.prompts import held_out_prompts, training_prompts
+from advflow.world.captions import held_out_captions, training_captions
 from advflow.world.reward import detect, score
 from advflow.world.scene import (
     CATEGORIES,
     COLORS,
     IMAGE_SIZE,
     SHAPES,
+    Caption,
     Placed,
-    Prompt,
     Wanted,
-    all_prompts,
+    all_captions,
     relation_holds,
     render,
     sample_scene,
@@ -22,7 +22,7 @@ from advflow.world.scene import (
 
 RED_CIRCLE = Placed("circle", "red", 8, 8, 5.5)
 BLUE_SQUARE = Placed("square", "blue", 23, 22, 5.5)
-ATTRIBUTION = Prompt(
+ATTRIBUTION = Caption(
     "a red circle and a blue square", "color_attribution", (Wanted("circle", "red"), Wanted("square", "blue"))
 )
 
@@ -30,7 +30,7 @@ ATTRIBUTION = Prompt(
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_reward_is_right_on_rendered_truth(category: str) -> None:
     rng = np.random.default_rng(7)
-    prompts = [prompt for prompt in all_prompts() if prompt.category == category]
+    prompts = [prompt for prompt in all_captions() if prompt.category == category]
     scenes = [prompts[rng.integers(len(prompts))] for _ in range(300)]
     correct = [score(render(sample_scene(prompt, rng)), prompt).correct for prompt in scenes]
     assert np.mean(correct) >= 0.95
@@ -40,8 +40,8 @@ def test_reward_is_right_on_rendered_truth(category: str) -> None:
 def test_reward_is_right_on_scenes_of_another_prompt(category: str) -> None:
     """Scenes that do not fulfil a prompt are refused as reliably as fitting ones are accepted."""
     rng = np.random.default_rng(8)
-    prompts = [prompt for prompt in all_prompts() if prompt.category == category]
-    others = [prompt for prompt in all_prompts() if prompt.category != category]
+    prompts = [prompt for prompt in all_captions() if prompt.category == category]
+    others = [prompt for prompt in all_captions() if prompt.category != category]
     accepted = []
     while len(accepted) < 300:
         prompt, other = prompts[rng.integers(len(prompts))], others[rng.integers(len(others))]
@@ -51,7 +51,7 @@ def test_reward_is_right_on_scenes_of_another_prompt(category: str) -> None:
     assert np.mean(accepted) <= 0.05
 
 
-def _fulfils(scene: list[Placed], prompt: Prompt) -> bool:
+def _fulfils(scene: list[Placed], prompt: Caption) -> bool:
     """Whether a scene, taken as drawn, shows what a prompt asks for (position prompts: only if clearly not)."""
     wanted = sorted(str(w) for w in prompt.wanted)
     colored = prompt.wanted[0].color is not None
@@ -95,14 +95,14 @@ def test_partial_score_counts_what_is_met(scene: list[Placed], partial: float) -
 @pytest.mark.parametrize(("relation", "holds"), [("left of", True), ("right of", False), ("above", False)])
 def test_position_needs_the_dominant_direction(relation: str, holds: bool) -> None:
     assert relation_holds(relation, (8, 12), (24, 18), margin=4) == holds
-    prompt = Prompt("", "position", (Wanted("circle"), Wanted("square")), relation)
+    prompt = Caption("", "position", (Wanted("circle"), Wanted("square")), relation)
     scene = [Placed("circle", "red", 8, 12, 5), Placed("square", "blue", 24, 18, 5)]
     assert score(render(scene), prompt).correct == holds
 
 
 def test_scenes_stay_inside_the_image_and_apart() -> None:
     rng = np.random.default_rng(0)
-    for prompt in all_prompts():
+    for prompt in all_captions():
         scene = sample_scene(prompt, rng)
         assert [p.shape for p in scene] == [w.shape for w in prompt.wanted]
         for index, p in enumerate(scene):
@@ -111,11 +111,11 @@ def test_scenes_stay_inside_the_image_and_apart() -> None:
                 assert max(abs(p.x - q.x), abs(p.y - q.y)) >= p.radius + q.radius + 2
 
 
-def test_held_out_prompts_are_never_trained_on() -> None:
-    held_out = held_out_prompts()
+def test_held_out_captions_are_never_trained_on() -> None:
+    held_out = held_out_captions()
     assert len(held_out) >= 384
     assert {prompt.category for prompt in held_out} == set(CATEGORIES)
-    training = {prompt.text for prompt in training_prompts()}
+    training = {prompt.text for prompt in training_captions()}
     assert training.isdisjoint(prompt.text for prompt in held_out)
-    texts = [prompt.text for prompt in all_prompts()]
+    texts = [prompt.text for prompt in all_captions()]
     assert len(texts) == len(set(texts))

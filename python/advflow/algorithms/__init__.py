@@ -1,100 +1,62 @@
 """Policy-improvement methods: one small file each, which turns a batch into a loss.
 
-A method of the forward process learns from (t, noise) pairs put on the rollout's images, one of the reverse process
-from the sampler steps that made them. Every module has
-
-* ``loss(batch, config)``, with a ``ForwardBatch`` or a ``TransitionBatch`` of :mod:`advflow.algorithms.batch`;
-* ``needs(config)``: which frozen policies' velocities the batch has to hold beside the learner's.
+A method of the forward process learns from (t, noise) pairs put on the images of a rollout, one of the reverse process
+from the sampler steps that made them. Each is a class, made with its own section of the settings; the list of them is
+`advflow.settings.registry.METHODS`.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 
 import advflow_ext as af
-from advflow.algorithms import (
-    advantage_flow,
-    awm,
-    diffusion_nft,
-    flow_awr,
-    flow_cps,
-    flow_dppo,
-    flow_grpo,
-    grpo_guard,
-    reward_weighted,
-)
-from advflow.algorithms.batch import ForwardBatch, TransitionBatch
-
-if TYPE_CHECKING:
-    from advflow.algorithms.batch import Needs
-    from advflow.settings.config import TrainConfig
-    from advflow_ext.losses import Loss
+from advflow.algorithms.batch import ForwardBatch, Needs, ReverseBatch
+from advflow.algorithms.trust_region import Bound
+from advflow.settings.registry import METHODS, load_code, section_of
 
 
 class ForwardAlgorithm(Protocol):
-    def needs(self, config: TrainConfig) -> Needs: ...
+    needs: Needs
 
-    def loss(self, batch: ForwardBatch, config: TrainConfig) -> af.LossOutput: ...
+    def loss(self, batch: ForwardBatch) -> af.LossOutput: ...
 
 
 class ReverseAlgorithm(Protocol):
-    LOSS: Loss
+    needs: Needs
+    bound: Bound
 
-    def settings(self, config: TrainConfig) -> object:
-        """Its section, which holds the option of the loss's trust region."""
-
-    def needs(self, config: TrainConfig) -> Needs: ...
-
-    def loss(self, batch: TransitionBatch, config: TrainConfig) -> af.LossOutput: ...
+    def loss(self, batch: ReverseBatch) -> af.LossOutput: ...
 
 
-FORWARD: dict[str, ForwardAlgorithm] = {
-    "advantage_flow": advantage_flow,
-    "diffusion_nft": diffusion_nft,
-    "awm": awm,
-    "flow_awr": flow_awr,
-    "reward_weighted": reward_weighted,
-}
-
-# DanceGRPO and MixGRPO are Flow-GRPO's loss on another sampler and another window of steps.
-REVERSE: dict[str, ReverseAlgorithm] = {
-    "flow_grpo": flow_grpo,
-    "dance_grpo": flow_grpo,
-    "mix_grpo": flow_grpo,
-    "flow_cps": flow_cps,
-    "grpo_guard": grpo_guard,
-    "flow_dppo": flow_dppo,
-}
+def make_algorithm(name: str, settings: object) -> Any:
+    """The method called `name`, a ForwardAlgorithm or a ReverseAlgorithm, with its own section of the settings."""
+    return load_code(METHODS[name].code)(settings)
 
 
-def check_settings(config: TrainConfig) -> None:
-    """Calls the method's own op on a group of images of four elements with the run's settings, before anything exists.
+def check_settings(name: str, settings: Any, group_size: int) -> None:
+    """Lets the method's own op meet its settings, on a group of images of four elements, before anything exists.
 
     Raises ValueError with what the op has to say, its option by its place in the configuration.
     """
-    name = config.algorithm
-    section = REVERSE[name].LOSS.name.removesuffix("_loss") if name in REVERSE else name
     try:
-        _loss_of_ones(config)
+        _loss_of_ones(name, settings, group_size)
     except ValueError as error:
-        options = {field.name for field in fields(getattr(config, section))}
+        options = {field.name for field in fields(settings)}
         text = str(error).replace(", or such a tensor of shape [] or [B]", "")  # which no configuration holds
-        raise ValueError(f"{section}.{text}" if text.split(" ")[0] in options else f"{name}: {text}") from error
+        named = text.split(" ")[0] in options
+        raise ValueError(f"{section_of(name)}.{text}" if named else f"{name}: {text}") from error
 
 
-def _loss_of_ones(config: TrainConfig) -> None:
-    count = config.rollout.images_per_prompt
+def _loss_of_ones(name: str, settings: object, count: int) -> None:
+    algorithm = make_algorithm(name, settings)
     latent, ones = torch.ones(count, 4), torch.ones(count)
     v = latent.clone().requires_grad_()
-    if config.algorithm in FORWARD:
-        forward = FORWARD[config.algorithm]
-        v_ref = latent if forward.needs(config).reference else None
-        forward.loss(ForwardBatch(v, latent, v_ref, latent, latent, ones, ones, ones, reference_scale=1.0), config)
-        return
-    reverse = REVERSE[config.algorithm]
-    table, index = af.StepTable([0.9, 0.6, 0.3, 0.0]), torch.ones(count, dtype=torch.int64)
-    v_ref = latent if reverse.needs(config).reference else None
-    reverse.loss(TransitionBatch(v, latent, v_ref, latent, table, index, ones), config)
+    v_ref = latent if algorithm.needs.reference else None
+    if METHODS[name].process == "forward":
+        algorithm.loss(ForwardBatch(v, latent, v_ref, latent, latent, ones, ones, ones, count, reference_scale=1.0))
+    else:
+        table, index = af.StepTable([0.9, 0.6, 0.3, 0.0]), torch.ones(count, dtype=torch.int64)
+        algorithm.loss(ReverseBatch(v, latent, v_ref, latent, table, index, ones))

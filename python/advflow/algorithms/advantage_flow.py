@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.settings.config import TrainConfig
+from advflow.settings.methods import AdvantageFlowConfig
 
 
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=config.advantage_flow.lam > 0)
+class AdvantageFlow:
+    def __init__(self, settings: AdvantageFlowConfig) -> None:
+        self._settings = settings
+        self.needs = Needs(old=True, reference=settings.lam > 0)
 
-
-def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
-    assert batch.v_old is not None
-    choice = config.advantage_flow
-    return af.advantage_flow_loss(
-        batch.v,
-        batch.x0,
-        batch.noise,
-        batch.t,
-        batch.advantages + choice.offset,
-        v_old=batch.v_old,
-        v_ref=batch.v_ref,
-        gamma=choice.gamma,
-        lam=choice.lam * batch.reference_scale,
-        weighting=choice.weighting,
-        beta=choice.beta,
-    )
+    def loss(self, batch: ForwardBatch) -> af.LossOutput:
+        assert batch.v_old is not None
+        return af.advantage_flow_loss(
+            batch.v,
+            batch.x0,
+            batch.noise,
+            batch.t,
+            batch.advantages + self._settings.offset,
+            v_old=batch.v_old,
+            v_ref=batch.v_ref,
+            gamma=self._settings.gamma,
+            lam=self._settings.lam * batch.reference_scale,
+            weighting=self._settings.weighting,
+            beta=self._settings.beta,
+        )

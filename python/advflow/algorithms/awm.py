@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.settings.config import TrainConfig
+from advflow.settings.methods import AWMConfig
 
 
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=config.awm.ema_weight > 0, reference=config.awm.kl_weight > 0)
+class AWM:
+    def __init__(self, settings: AWMConfig) -> None:
+        self._settings = settings
+        self.needs = Needs(old=settings.ema_weight > 0, reference=settings.kl_weight > 0)
 
-
-def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
-    choice = config.awm
-    return af.awm_loss(
-        batch.v,
-        batch.x0,
-        batch.noise,
-        batch.t,
-        batch.advantages,
-        v_ema=batch.v_old,
-        v_ref=batch.v_ref,
-        weighting=choice.weighting,
-        power=choice.power,
-        ema_weight=choice.ema_weight,
-        kl_weight=choice.kl_weight * batch.reference_scale,
-    )
+    def loss(self, batch: ForwardBatch) -> af.LossOutput:
+        return af.awm_loss(
+            batch.v,
+            batch.x0,
+            batch.noise,
+            batch.t,
+            batch.advantages,
+            v_ema=batch.v_old,
+            v_ref=batch.v_ref,
+            weighting=self._settings.weighting,
+            power=self._settings.power,
+            ema_weight=self._settings.ema_weight,
+            kl_weight=self._settings.kl_weight * batch.reference_scale,
+        )

@@ -1,4 +1,4 @@
-"""What passes between rollout, algorithm and optimiser."""
+"""What passes between sampler, algorithm and optimiser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import advflow_ext as af
-from advflow.samplers.sampling import PromptEmbeddings
+from advflow.samplers.sampling import Conditioning
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Transitions:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], their prompts.
+class Experience:
+    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
+    policies were told.
 
     `transitions` is there for methods of the reverse process alone.
     """
@@ -34,7 +35,7 @@ class Rollout:
     x0: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
-    prompts: PromptEmbeddings
+    conditioning: Conditioning
     images_per_prompt: int
     transitions: Transitions | None = None
 
@@ -59,7 +60,8 @@ class Needs:
 class ForwardBatch:
     """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B].
 
-    `reference_scale` multiplies the weight that the configuration gives to the reference.
+    `group_size` is how many images a prompt has, `reference_scale` multiplies the weight that the settings give to the
+    reference.
     """
 
     v: torch.Tensor
@@ -70,11 +72,12 @@ class ForwardBatch:
     t: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
+    group_size: int
     reference_scale: float
 
 
 @dataclass(frozen=True)
-class TransitionBatch:
+class ReverseBatch:
     """Sampler steps: velocities and eps [N, C, H, W], index [N] into `table`, advantages [N] of the steps' images."""
 
     v: torch.Tensor

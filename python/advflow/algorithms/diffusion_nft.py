@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.settings.config import TrainConfig
+from advflow.settings.methods import DiffusionNFTConfig
 
 
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=config.diffusion_nft.kl_weight > 0)
+class DiffusionNFT:
+    def __init__(self, settings: DiffusionNFTConfig) -> None:
+        self._settings = settings
+        self.needs = Needs(old=True, reference=settings.kl_weight > 0)
 
-
-def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
-    assert batch.v_old is not None
-    choice = config.diffusion_nft
-    return af.diffusion_nft_loss(
-        batch.v,
-        batch.x0,
-        batch.noise,
-        batch.t,
-        batch.advantages,
-        v_old=batch.v_old,
-        v_ref=batch.v_ref,
-        beta=choice.beta,
-        adv_clip_max=choice.adv_clip_max,
-        kl_weight=choice.kl_weight * batch.reference_scale,
-        adaptive=choice.adaptive,
-        mode=choice.mode,
-    )
+    def loss(self, batch: ForwardBatch) -> af.LossOutput:
+        assert batch.v_old is not None
+        return af.diffusion_nft_loss(
+            batch.v,
+            batch.x0,
+            batch.noise,
+            batch.t,
+            batch.advantages,
+            v_old=batch.v_old,
+            v_ref=batch.v_ref,
+            beta=self._settings.beta,
+            adv_clip_max=self._settings.adv_clip_max,
+            kl_weight=self._settings.kl_weight * batch.reference_scale,
+            adaptive=self._settings.adaptive,
+            mode=self._settings.mode,
+        )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.settings.config import TrainConfig
+from advflow.settings.methods import FlowAWRConfig
 
 
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=config.flow_awr.kl_weight > 0)
+class FlowAWR:
+    def __init__(self, settings: FlowAWRConfig) -> None:
+        self._settings = settings
+        self.needs = Needs(old=True, reference=settings.kl_weight > 0)
 
-
-def loss(batch: ForwardBatch, config: TrainConfig) -> af.LossOutput:
-    assert batch.v_old is not None
-    return af.flow_awr_loss(
-        batch.v,
-        batch.x0,
-        batch.noise,
-        batch.t,
-        batch.advantages,
-        v_old=batch.v_old,
-        v_ref=batch.v_ref,
-        kl_weight=config.flow_awr.kl_weight * batch.reference_scale,
-        weighting=config.flow_awr.weighting,
-    )
+    def loss(self, batch: ForwardBatch) -> af.LossOutput:
+        assert batch.v_old is not None
+        return af.flow_awr_loss(
+            batch.v,
+            batch.x0,
+            batch.noise,
+            batch.t,
+            batch.advantages,
+            v_old=batch.v_old,
+            v_ref=batch.v_ref,
+            kl_weight=self._settings.kl_weight * batch.reference_scale,
+            weighting=self._settings.weighting,
+        )

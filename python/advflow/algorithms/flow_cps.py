@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.algorithms.batch import Needs, TransitionBatch
-from advflow.settings.config import TrainConfig
+from advflow.algorithms.batch import Needs, ReverseBatch
+from advflow.algorithms.trust_region import bound_of
 from advflow.settings.methods import FlowCPSConfig
-from advflow_ext.losses import LOSSES
-
-LOSS = LOSSES["flow_cps_loss"]
 
 
-def settings(config: TrainConfig) -> FlowCPSConfig:
-    return config.flow_cps
+class FlowCPS:
+    def __init__(self, settings: FlowCPSConfig) -> None:
+        self._settings = settings
+        self.bound = bound_of("flow_cps_loss", settings)
+        self.needs = Needs(old=True, reference=settings.kl_weight > 0)
 
-
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=settings(config).kl_weight > 0)
-
-
-def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
-    choice = settings(config)
-    return af.flow_cps_loss(
-        batch.v,
-        batch.v_old,
-        batch.eps,
-        batch.table,
-        batch.index,
-        batch.advantages,
-        clip=choice.clip,
-        v_ref=batch.v_ref,
-        kl_weight=choice.kl_weight,
-    )
+    def loss(self, batch: ReverseBatch) -> af.LossOutput:
+        return af.flow_cps_loss(
+            batch.v,
+            batch.v_old,
+            batch.eps,
+            batch.table,
+            batch.index,
+            batch.advantages,
+            clip=self._settings.clip,
+            v_ref=batch.v_ref,
+            kl_weight=self._settings.kl_weight,
+        )

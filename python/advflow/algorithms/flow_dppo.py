@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.algorithms.batch import Needs, TransitionBatch
-from advflow.settings.config import TrainConfig
+from advflow.algorithms.batch import Needs, ReverseBatch
+from advflow.algorithms.trust_region import bound_of
 from advflow.settings.methods import FlowDPPOConfig
-from advflow_ext.losses import LOSSES
-
-LOSS = LOSSES["flow_dppo_loss"]
 
 
-def settings(config: TrainConfig) -> FlowDPPOConfig:
-    return config.flow_dppo
+class FlowDPPO:
+    def __init__(self, settings: FlowDPPOConfig) -> None:
+        self._settings = settings
+        self.bound = bound_of("flow_dppo_loss", settings)
+        self.needs = Needs(old=True, reference=settings.kl_weight > 0)
 
-
-def needs(config: TrainConfig) -> Needs:
-    return Needs(old=True, reference=settings(config).kl_weight > 0)
-
-
-def loss(batch: TransitionBatch, config: TrainConfig) -> af.LossOutput:
-    choice = settings(config)
-    return af.flow_dppo_loss(
-        batch.v,
-        batch.v_old,
-        batch.eps,
-        batch.table,
-        batch.index,
-        batch.advantages,
-        threshold=choice.threshold,
-        direction=choice.direction,
-        mask=choice.mask,
-        step_size=choice.step_size,
-        v_ref=batch.v_ref,
-        kl_weight=choice.kl_weight,
-    )
+    def loss(self, batch: ReverseBatch) -> af.LossOutput:
+        return af.flow_dppo_loss(
+            batch.v,
+            batch.v_old,
+            batch.eps,
+            batch.table,
+            batch.index,
+            batch.advantages,
+            threshold=self._settings.threshold,
+            direction=self._settings.direction,
+            mask=self._settings.mask,
+            step_size=self._settings.step_size,
+            v_ref=batch.v_ref,
+            kl_weight=self._settings.kl_weight,
+        )

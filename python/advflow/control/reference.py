@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from advflow.algorithms import FORWARD
-from advflow.settings.config import TrainConfig
+from collections.abc import Mapping
 
 _GAIN = 0.1  # with _ERROR the constants of the adaptive KL penalty: at most 2 % an iteration
 _ERROR = 0.2
-
-
-def reference_target(config: TrainConfig) -> float | None:
-    """The distance to settle at; None where the reference has no weight, or the method is of the reverse process."""
-    algorithm = FORWARD.get(config.algorithm)
-    pulled = algorithm is not None and algorithm.needs(config).reference
-    return config.reference.target_deviation if pulled else None
 
 
 class ReferenceControl:
@@ -27,10 +19,13 @@ class ReferenceControl:
         self._target = target
         self.scale = 1.0
 
-    def restore(self, scale: float) -> None:
-        """Goes on from the scale of a checkpoint; without a target there is none to go on from."""
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Without a target there is no scale to go on from."""
         if self._target is not None:
-            self.scale = scale
+            self.scale = float(state["scale"])
 
     def update(self, row: dict[str, float]) -> dict[str, float]:
         """Takes note of an iteration's metrics; returns what belongs into its log, the scale it was made with."""

@@ -1,1 +1,1 @@
-"""Prompts, embedded and in files."""
+"""Prompts: what they are, and where they come from."""

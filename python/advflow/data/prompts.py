@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from advflow.models.sd3 import EMBEDDED
-from advflow.rewards import Reward, UnknownPrompt
-from advflow.settings.data import DataConfig
+from advflow.data.prompt import Prompt, UnknownPrompt
+from advflow.settings.data import EMBEDDED, DataConfig
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.text_files import read_text
-from advflow.world.prompts import held_out_prompts, training_prompts
+from advflow.world.captions import held_out_captions, training_captions
+from advflow.world.scene import Caption
 
 
 @dataclass(frozen=True)
 class PromptSource:
     """Training prompts; each iteration draws some without repetition, with probability proportional to `weights`."""
 
-    texts: list[str]
+    prompts: list[Prompt]
     weights: torch.Tensor
 
     def require(self, count: int) -> None:
         """Refuses to draw more prompts in an iteration than there are."""
-        if count > len(self.texts):
-            raise ValueError(f"rollout.prompts is {count}; data.prompts has only {len(self.texts)} different prompts")
+        if count > len(self.prompts):
+            raise ValueError(f"rollout.prompts is {count}; data.prompts has only {len(self.prompts)} different prompts")
 
     def draw(self, count: int, rng: torch.Generator) -> list[int]:
         return torch.multinomial(self.weights, count, generator=rng).tolist()
@@ -35,18 +37,28 @@ class PromptSource:
 def load_training_prompts(name: str) -> PromptSource:
     """The embedded world's training prompts, every category as likely as the others, or the lines of a file."""
     if name != EMBEDDED:
-        texts = list(read_prompts(name, "data.prompts"))
-        return PromptSource(texts, torch.ones(len(texts)))
-    prompts = training_prompts()
-    sizes = {category: sum(p.category == category for p in prompts) for category in {p.category for p in prompts}}
-    return PromptSource([p.text for p in prompts], torch.tensor([1.0 / sizes[p.category] for p in prompts]))
+        prompts = [Prompt(text) for text in read_prompts(name, "data.prompts")]
+        return PromptSource(prompts, torch.ones(len(prompts)))
+    prompts = _of_captions(training_captions())
+    sizes = Counter(prompt.category for prompt in prompts)
+    return PromptSource(prompts, torch.tensor([1.0 / sizes[prompt.category] for prompt in prompts]))
 
 
-def load_eval_prompts(name: str, per_category: int) -> list[str]:
-    """The embedded world's held-out prompts or the lines of a file."""
-    if name != EMBEDDED:
-        return list(read_prompts(name, "data.eval_prompts"))
-    return [prompt.text for prompt in held_out_prompts(per_category)]
+def load_eval_prompts(name: str, per_category: int) -> list[Prompt]:
+    """The first `per_category` of each category of the embedded world's held-out prompts, or of the lines of a file."""
+    if name == EMBEDDED:
+        return _of_captions(held_out_captions(per_category))
+    seen: Counter[str] = Counter()
+    chosen = []
+    for prompt in (Prompt(text) for text in read_prompts(name, "data.eval_prompts")):
+        seen[prompt.category] += 1
+        if seen[prompt.category] <= per_category:
+            chosen.append(prompt)
+    return chosen
+
+
+def _of_captions(captions: list[Caption]) -> list[Prompt]:
+    return [Prompt(caption.text, caption.category) for caption in captions]
 
 
 def read_prompts(path: str, field: str) -> dict[str, list[int]]:
@@ -78,34 +90,38 @@ def _is_json(line: str) -> bool:
         return False
 
 
-def check_prompts(data: DataConfig, reward: Reward) -> list[str]:
-    """Refuses prompts that the reward cannot score; returns what else should be said about the files, a sentence each.
+def check_prompts(data: DataConfig, check: Callable[[Prompt], None]) -> list[str]:
+    """Refuses prompts that `check` does not know; returns what else should be said about the files, a sentence each.
 
     Raises ValueError naming the field, the file, the line and the prompt.
     """
     remarks = []
-    training = {key: [0] for key in (p.text for p in training_prompts())}
-    held_out = {key: [0] for key in (p.text for p in held_out_prompts())}
-    if data.prompts != EMBEDDED:
-        training = read_prompts(data.prompts, "data.prompts")
-    if data.eval_prompts != EMBEDDED:
-        held_out = read_prompts(data.eval_prompts, "data.eval_prompts")
+    training = _with_lines(data.prompts, "data.prompts", training_captions())
+    held_out = _with_lines(data.eval_prompts, "data.eval_prompts", held_out_captions())
     for field, path, prompts in (
         ("data.prompts", data.prompts, training),
         ("data.eval_prompts", data.eval_prompts, held_out),
     ):
-        for text, (line, *_) in prompts.items():
+        for prompt, (line, *_) in prompts.items():
             try:
-                reward.category(text)
+                check(prompt)
             except UnknownPrompt as error:
-                where = f", line {line}" if line else ""
-                raise ValueError(f"{field} is {path!r}{where}: {error}") from error
+                place = f", line {line}" if line else ""
+                raise ValueError(f"{field} is {path!r}{place}: {error}") from error
         if repeats := sum(len(lines) - 1 for lines in prompts.values()):
             lines = "1 line repeats" if repeats == 1 else f"{repeats:,} lines repeat"
             remarks.append(f"{field}: {lines} an earlier one of {path}; its {len(prompts):,} prompts count once each")
-    if both := [text for text in held_out if text in training]:
+    trained_on = {prompt.text for prompt in training}
+    if both := [prompt.text for prompt in held_out if prompt.text in trained_on]:
         are = "prompt is" if len(both) == 1 else "prompts are"
         remarks.append(
             f"data.eval_prompts: {len(both):,} of {len(held_out):,} held-out {are} also trained on, first {both[0]!r}"
         )
     return remarks
+
+
+def _with_lines(name: str, field: str, captions: list[Caption]) -> dict[Prompt, list[int]]:
+    """The prompts of a setting and the lines that hold each; line 0 for `captions`, the embedded world's."""
+    if name == EMBEDDED:
+        return {prompt: [0] for prompt in _of_captions(captions)}
+    return {Prompt(text): lines for text, lines in read_prompts(name, field).items()}

@@ -1,1 +1,1 @@
-"""Model families: what the loop has to know of each."""
+"""Model families: what the loop has to know of each, a file for each."""

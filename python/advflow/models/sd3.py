@@ -1,7 +1,9 @@
-"""Loading a pipeline and encoding prompts."""
+"""Stable Diffusion 3 and 3.5: everything the loop knows of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,57 +16,121 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from advflow.samplers.sampling import PromptEmbeddings
+import advflow_ext as af
+from advflow.models.family import LoadedModel
+from advflow.settings.data import EMBEDDED
 from advflow.settings.model import ModelConfig
 
-EMBEDDED = "embedded"
+_TEXTS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the text encoders say of a list of prompts: `tokens` [N, L, E] and `pooled` [N, P]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor | slice) -> PromptEmbeddings:
+        return PromptEmbeddings(self.tokens[index], self.pooled[index])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class SD3:
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def check(self, config: ModelConfig) -> None:
+        """Reads the small files of the pipeline, before gigabytes are loaded, and refuses what cannot be trained.
+
+        Raises ValueError where `config.pipeline` is no StableDiffusion3Pipeline, or where nobody can be asked for it.
+        """
+        folder = pipeline_folder(config.pipeline)
+        try:
+            kind = StableDiffusion3Pipeline.load_config(folder).get("_class_name")
+            vae = AutoencoderKL.load_config(folder, subfolder="vae")
+            patch = SD3Transformer2DModel.load_config(folder, subfolder="transformer")["patch_size"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f'model.pipeline is {config.pipeline!r}; accepted: "{EMBEDDED}", the folder of a '
+                f"StableDiffusion3Pipeline or its name on a hub that can be reached ({reason})"
+            ) from error
+        if kind != "StableDiffusion3Pipeline":
+            raise ValueError(f"model.pipeline is {config.pipeline!r}, a {kind}; accepted: a StableDiffusion3Pipeline")
+        _require_multiple(config.resolution, 2 ** (len(vae["block_out_channels"]) - 1) * patch)
+
+    def load(self, config: ModelConfig, device: torch.device) -> LoadedModel:
+        pipeline = load_pipeline(config, device)
+
+        def encode(texts: Sequence[str]) -> PromptEmbeddings:
+            return encode_prompts(pipeline, texts, config.max_sequence_length)
+
+        return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config.resolution), encode)
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        return t * 1000.0
+
+    def velocity(
+        self,
+        transformer: SD3Transformer2DModel,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: PromptEmbeddings,
+    ) -> torch.Tensor:
+        """Computed in the precision of the prompt embeddings, which is that of the frozen weights."""
+        dtype = conditioning.tokens.dtype
+        with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            v: torch.Tensor = transformer(
+                x_t.to(dtype), conditioning.tokens, conditioning.pooled, timestep, return_dict=False
+            )[0]
+        return v
+
+    def fuse(self, transformer: SD3Transformer2DModel) -> af.SD3Patch:
+        return af.apply_to_sd3(transformer)
+
+    def blocks(self, transformer: SD3Transformer2DModel) -> Iterable[torch.nn.Module]:
+        """Diffusers' own compile_repeated_blocks has no list of them."""
+        blocks: Iterable[torch.nn.Module] = transformer.transformer_blocks
+        return blocks
+
+    def modulation_cache(self, transformer: SD3Transformer2DModel) -> AbstractContextManager[object]:
+        return af.nn.ModulationCache(transformer)
+
+
+class SD3Latents:
+    """Decoder and schedule, which stay after the text encoders have done their work."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, resolution: int) -> None:
+        _require_multiple(resolution, pipeline.vae_scale_factor * pipeline.patch_size)
+        self._vae: AutoencoderKL = pipeline.vae
+        self._scheduler: FlowMatchEulerDiscreteScheduler = pipeline.scheduler
+        side = resolution // pipeline.vae_scale_factor
+        self.shape = (pipeline.transformer.config.in_channels, side, side)
+
+    def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+        return torch.randn(count, *self.shape, generator=generator).to(device)
+
+    def sigmas(self, steps: int) -> list[float]:
+        return sigma_grid(self._scheduler, steps)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return decode(self._vae, latents)
 
 
 def pipeline_folder(name: str) -> str:
     """Where `StableDiffusion3Pipeline.from_pretrained` finds the pipeline called `name`."""
     return str(Path(str(resources.files("advflow.world"))) / "pipeline") if name == EMBEDDED else name
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one, else cpu. Raises ValueError where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device is {name!r}; accepted: "auto", "cpu", "cuda" or "cuda:N"')
-    usable = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= usable:
-        raise ValueError(f"device is {name!r}, and torch {torch.__version__} finds {usable} usable CUDA devices here")
-    return device
-
-
-def check_pipeline(config: ModelConfig) -> None:
-    """Reads the small files of the pipeline, before gigabytes are loaded, and refuses what cannot be trained.
-
-    Raises ValueError where `config.pipeline` is no StableDiffusion3Pipeline, or where nobody can be asked for it.
-    """
-    folder = pipeline_folder(config.pipeline)
-    try:
-        kind = StableDiffusion3Pipeline.load_config(folder).get("_class_name")
-        vae = AutoencoderKL.load_config(folder, subfolder="vae")
-        patch = SD3Transformer2DModel.load_config(folder, subfolder="transformer")["patch_size"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f'model.pipeline is {config.pipeline!r}; accepted: "{EMBEDDED}", the folder of a StableDiffusion3Pipeline '
-            f"or its name on a hub that can be reached ({reason})"
-        ) from error
-    if kind != "StableDiffusion3Pipeline":
-        raise ValueError(f"model.pipeline is {config.pipeline!r}, a {kind}; accepted: a StableDiffusion3Pipeline")
-    _require_multiple(config.resolution, 2 ** (len(vae["block_out_channels"]) - 1) * patch)
-
-
-def _require_multiple(resolution: int, multiple: int) -> None:
-    if resolution % multiple:
-        raise ValueError(f"model.resolution is {resolution}; this pipeline needs a multiple of {multiple}")
 
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:
@@ -82,31 +148,16 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3
     return pipeline.to(device)
 
 
-@dataclass(frozen=True)
-class LatentShape:
-    channels: int
-    side: int
-
-    @staticmethod
-    def of(pipeline: StableDiffusion3Pipeline, resolution: int) -> LatentShape:
-        _require_multiple(resolution, pipeline.vae_scale_factor * pipeline.patch_size)
-        return LatentShape(pipeline.transformer.config.in_channels, resolution // pipeline.vae_scale_factor)
-
-    def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-        """Standard normal fp32 [count, C, H, W], drawn on the CPU so that every device starts from the same."""
-        return torch.randn(count, self.channels, self.side, self.side, generator=generator).to(device)
-
-
 @torch.no_grad()
 def encode_prompts(
-    pipeline: StableDiffusion3Pipeline, prompts: list[str], max_sequence_length: int, batch: int = 64
+    pipeline: StableDiffusion3Pipeline, texts: Sequence[str], max_sequence_length: int
 ) -> PromptEmbeddings:
-    """Encodes `prompts` with all text encoders of the pipeline."""
+    """Encodes `texts` with all text encoders of the pipeline."""
     tokens: list[torch.Tensor] = []
     pooled: list[torch.Tensor] = []
-    for start in range(0, len(prompts), batch):
+    for start in range(0, len(texts), _TEXTS_AT_A_TIME):
         chunk_tokens, _, chunk_pooled, _ = pipeline.encode_prompt(
-            prompts[start : start + batch],
+            list(texts[start : start + _TEXTS_AT_A_TIME]),
             None,
             None,
             do_classifier_free_guidance=False,
@@ -117,28 +168,21 @@ def encode_prompts(
     return PromptEmbeddings(torch.cat(tokens), torch.cat(pooled))
 
 
-class PromptEncoder:
-    """Embeddings of a list of prompts by number: computed once where they fit, else each time they are asked for."""
-
-    PRECOMPUTED_AT_MOST = 2048  # of SD3.5 Medium's embeddings this many take about 3.5 GB in bfloat16
-
-    def __init__(self, pipeline: StableDiffusion3Pipeline, texts: list[str], max_sequence_length: int) -> None:
-        self._texts, self._max_sequence_length = texts, max_sequence_length
-        few = len(texts) <= self.PRECOMPUTED_AT_MOST
-        self._stored = encode_prompts(pipeline, texts, max_sequence_length) if few else None
-        # Holding on to the pipeline keeps its text encoders in memory; they are not needed where all is stored.
-        self._pipeline = None if few else pipeline
-
-    def __call__(self, numbers: list[int]) -> PromptEmbeddings:
-        if self._stored is not None:
-            return self._stored[torch.tensor(numbers, device=self._stored.tokens.device)]
-        return encode_prompts(self._pipeline, [self._texts[i] for i in numbers], self._max_sequence_length)
+def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
+    """The scheduler's `steps + 1` noise levels, from 1 (noise) down to 0 (image)."""
+    scheduler.set_timesteps(steps)
+    sigmas: list[float] = scheduler.sigmas.tolist()
+    return sigmas
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """The parts of a pipeline that stay after its text encoders have done their work."""
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in [0, 1], fp32. A sample that is not finite decodes to mid grey."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    return torch.nan_to_num(images / 2 + 0.5, nan=0.5, posinf=0.5, neginf=0.5).clamp_(0, 1)
 
-    vae: AutoencoderKL
-    scheduler: FlowMatchEulerDiscreteScheduler
-    latent: LatentShape
+
+def _require_multiple(resolution: int, multiple: int) -> None:
+    if resolution % multiple:
+        raise ValueError(f"model.resolution is {resolution}; this pipeline needs a multiple of {multiple}")

@@ -6,23 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import SD3Transformer2DModel
 
-from advflow.algorithms import FORWARD
-from advflow.algorithms.batch import ForwardBatch, Rollout, WeightedLoss
+from advflow.algorithms import ForwardAlgorithm
+from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
-from advflow.models.sd3 import LatentShape
+from advflow.models.family import Latents
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics
-from advflow.samplers.sampling import PromptEmbeddings, sample_latents
-from advflow.settings.config import TrainConfig
+from advflow.samplers.sampling import Conditioning, Velocity, like, sample_latents
+from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import DrawConfig, require_grid
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, C, H, W]."""
+    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, ...]."""
 
     t: torch.Tensor
     noise: torch.Tensor
@@ -31,18 +30,19 @@ class Draw:
 class Draws:
     """The (t, noise) pairs of a run; pair `index` of an iteration depends on the seed and nothing drawn before."""
 
-    def __init__(self, config: DrawConfig, latent: LatentShape, sigmas: list[float], seed: int) -> None:
+    def __init__(self, config: DrawConfig, latents: Latents, sigmas: list[float], seed: int) -> None:
         require_grid(config, len(sigmas) - 1)
-        self._config, self._latent, self._seed = config, latent, seed
+        self._config, self._latents, self._seed = config, latents, seed
         self._grid = torch.tensor(sigmas[:-1])
+        self.per_image = config.per_image
 
-    def draw(self, iteration: int, index: int, rollout: Rollout) -> Draw:
-        config, device = self._config, rollout.x0.device
-        repeat = rollout.images_per_prompt if config.noise == "shared_in_group" else 1
-        count = len(rollout.x0) // repeat
+    def draw(self, iteration: int, index: int, experience: Experience) -> Draw:
+        config, device = self._config, experience.x0.device
+        repeat = experience.images_per_prompt if config.noise == "shared_in_group" else 1
+        count = len(experience.x0) // repeat
         number = iteration * config.per_image + index
         t = self._times(iteration, index, count, generator(self._seed, "time", number))
-        noise = self._latent.noise(count, generator(self._seed, "noise", number), device)
+        noise = self._latents.noise(count, generator(self._seed, "noise", number), device)
         return Draw(t.to(device).repeat_interleave(repeat), noise.repeat_interleave(repeat, dim=0))
 
     def _times(self, iteration: int, index: int, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -66,53 +66,56 @@ class ForwardProcess:
 
     def __init__(
         self,
-        config: TrainConfig,
         policies: Policies,
+        algorithm: ForwardAlgorithm,
         draws: Draws,
+        solver: str,
         sigmas: list[float],
         control: ReferenceControl,
+        optim: OptimConfig,
     ) -> None:
-        self._config, self._policies, self._draws, self._control = config, policies, draws, control
-        self._sigmas = sigmas
-        self._algorithm = FORWARD[config.algorithm]
-        self._needs = self._algorithm.needs(config)
+        self._policies, self._algorithm, self._draws, self._control = policies, algorithm, draws, control
+        self._solver, self._sigmas, self._optim = solver, sigmas, optim
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         return noise
 
     def sample(
         self,
-        transformer: SD3Transformer2DModel,
+        velocity: Velocity,
         noise: torch.Tensor,
-        prompts: PromptEmbeddings,
+        conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, None]:
-        return sample_latents(transformer, noise, self._sigmas, prompts, self._config.rollout.solver), None
+        return sample_latents(velocity, noise, self._sigmas, conditioning, self._solver), None
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         return {}
 
-    def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
+    def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
-        share = self._config.draws.per_image // self._config.optim.steps_per_iteration
-        for step in range(self._config.optim.steps_per_iteration):
-            yield self._losses(iteration, rollout, range(step * share, (step + 1) * share))
+        share = self._draws.per_image // self._optim.steps_per_iteration
+        for step in range(self._optim.steps_per_iteration):
+            yield self._losses(iteration, experience, range(step * share, (step + 1) * share))
 
-    def _losses(self, iteration: int, rollout: Rollout, pairs: range) -> Iterator[WeightedLoss]:
-        count, size = len(rollout.x0), self._config.optim.micro_batch
+    def _losses(self, iteration: int, experience: Experience, pairs: range) -> Iterator[WeightedLoss]:
+        count, size = len(experience.x0), self._optim.micro_batch
         for index in pairs:
-            draw = self._draws.draw(iteration, index, rollout)
+            draw = self._draws.draw(iteration, index, experience)
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
-                batch = self._batch(rollout, draw, rows)
+                batch = self._batch(experience, draw, rows)
                 weight = (rows.stop - rows.start) / (count * len(pairs))
-                yield WeightedLoss(self._algorithm.loss(batch, self._config), weight)
+                yield WeightedLoss(self._algorithm.loss(batch), weight)
 
-    def _batch(self, rollout: Rollout, draw: Draw, rows: slice) -> ForwardBatch:
+    def _batch(self, experience: Experience, draw: Draw, rows: slice) -> ForwardBatch:
         """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
-        x0, noise, t, prompts = rollout.x0[rows], draw.noise[rows], draw.t[rows], rollout.prompts[rows]
-        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        v, v_old, v_ref = policy_velocities(self._policies, self._needs, x_t, t, prompts)
-        rewards, advantages = rollout.rewards[rows], rollout.advantages[rows]
-        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, self._control.scale)
+        x0, noise, t = experience.x0[rows], draw.noise[rows], draw.t[rows]
+        x_t = torch.lerp(x0, noise, like(t, x0))
+        v, v_old, v_ref = policy_velocities(
+            self._policies, self._algorithm.needs, x_t, t, experience.conditioning[rows]
+        )
+        rewards, advantages = experience.rewards[rows], experience.advantages[rows]
+        group = experience.images_per_prompt
+        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, group, self._control.scale)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 import advflow_ext as af
-from advflow.algorithms import REVERSE
-from advflow.algorithms.batch import Needs, Rollout, TransitionBatch, Transitions, WeightedLoss
+from advflow.algorithms import ReverseAlgorithm
+from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics, join_metrics
-from advflow.samplers.sampling import PromptEmbeddings, euler_step, velocity
-from advflow.settings.config import TrainConfig
+from advflow.samplers.sampling import Conditioning, Velocity, euler_step, like
+from advflow.settings.data import RolloutConfig
+from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import SDEConfig
 
 
@@ -47,54 +46,54 @@ def reachable_steps(config: SDEConfig, sampler_steps: int) -> int:
 class StochasticSampler:
     """Draws images by the SDE inside a window of steps and by the Euler ODE outside."""
 
-    def __init__(self, config: TrainConfig, sigmas: list[float]) -> None:
-        self._config, self._sigmas = config, sigmas
+    def __init__(self, config: SDEConfig, rollout: RolloutConfig, sigmas: list[float], seed: int) -> None:
+        self._config, self._rollout, self._sigmas, self._seed = config, rollout, sigmas, seed
         self._table = af.StepTable(sigmas, stochastic_steps=())
         try:
-            self.table(list(range(reachable_steps(config.sde, len(sigmas) - 1))))  # a bad step is seen here, not later
+            self.table(list(range(reachable_steps(config, len(sigmas) - 1))))  # a bad step is seen here, not later
         except ValueError as error:
-            raise ValueError(f"sde.noise_level is {config.sde.noise_level}, with this sampler: {error}") from error
+            raise ValueError(f"sde.noise_level is {config.noise_level}, with this sampler: {error}") from error
 
     def table(self, window: list[int]) -> af.StepTable:
         """The steps' coefficients; the last one is kept, so that what it holds on the device is kept too."""
         if self._table.stochastic_steps != tuple(window):
-            sde = self._config.sde
+            config = self._config
             self._table = af.StepTable(
-                self._sigmas, sampler=sde.sampler, noise_level=sde.noise_level, stochastic_steps=window
+                self._sigmas, sampler=config.sampler, noise_level=config.noise_level, stochastic_steps=window
             )
         return self._table
 
     def window(self, iteration: int) -> list[int]:
-        return stochastic_steps(self._config.sde, len(self._sigmas) - 1, iteration, self._config.seed)
+        return stochastic_steps(self._config, len(self._sigmas) - 1, iteration, self._seed)
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         """Lets the images of a group start from the first one's `noise` [N, C, H, W] where the method wants that."""
-        if self._config.sde.shared_noise or self._config.sde.window == "branch":
-            group = self._config.rollout.images_per_prompt
+        if self._config.shared_noise or self._config.window == "branch":
+            group = self._rollout.images_per_prompt
             return noise[::group].repeat_interleave(group, dim=0)
         return noise
 
     @torch.no_grad()
     def sample(
         self,
-        transformer: SD3Transformer2DModel,
+        velocity: Velocity,
         noise: torch.Tensor,
-        prompts: PromptEmbeddings,
+        conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, Transitions]:
-        """The latents [B, C, H, W] at sigma 0 and every stochastic step that led to them.
+        """The latents [B, ...] at sigma 0 and every stochastic step that led to them.
 
         `first_image` is the place of these images in the iteration: each has noise of its own, whatever the batch.
         """
         window = self.window(iteration)
         table = self.table(window)
-        first = iteration * self._config.images + first_image
-        generators = [generator(self._config.seed, "sde", first + place) for place in range(len(noise))]
+        first = iteration * self._rollout.images + first_image
+        generators = [generator(self._seed, "sde", first + place) for place in range(len(noise))]
         x = noise.float()
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
-            v = velocity(transformer, x, torch.full((len(x),), sigma, device=x.device), prompts)
+            v = velocity(x, torch.full((len(x),), sigma, device=x.device), conditioning)
             if step in window:
                 drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
                 out = af.sde_step(v, x, table, step, drawn.to(x.device))
@@ -118,36 +117,44 @@ def join(parts: list[Transitions]) -> Transitions:
 class ReverseProcess(StochasticSampler):
     """Turns the sampler steps of a rollout into optimiser steps of a reverse-process algorithm."""
 
-    def __init__(self, config: TrainConfig, policies: Policies, sigmas: list[float]) -> None:
-        super().__init__(config, sigmas)
-        self._policies = policies
+    def __init__(
+        self,
+        policies: Policies,
+        algorithm: ReverseAlgorithm,
+        config: SDEConfig,
+        rollout: RolloutConfig,
+        sigmas: list[float],
+        optim: OptimConfig,
+        seed: int,
+    ) -> None:
+        super().__init__(config, rollout, sigmas, seed)
+        self._policies, self._algorithm, self._optim = policies, algorithm, optim
         # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
-        self.for_images = config.sde.anchor == "replay"
-        self._algorithm = REVERSE[config.algorithm]
-        self._needs = Needs(config.sde.anchor == "replay", self._algorithm.needs(config).reference)
+        self.for_images = config.anchor == "replay"
+        self._needs = Needs(config.anchor == "replay", algorithm.needs.reference)
         self._warned = False
 
-    def steps(self, iteration: int, rollout: Rollout) -> Iterator[Iterator[WeightedLoss]]:
+    def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1.
 
         Each epoch splits the images anew into `optim.steps_per_iteration` equal parts.
         """
-        assert rollout.transitions is not None
-        steps = self._trained(iteration, rollout.transitions)
-        count = len(rollout.x0)
-        for epoch in range(self._config.sde.epochs):
-            number = iteration * self._config.sde.epochs + epoch
-            order = torch.randperm(count, generator=generator(self._config.seed, "split", number))
-            for images in order.chunk(self._config.optim.steps_per_iteration):
-                yield self._losses(rollout, steps, images.to(rollout.x0.device))
+        assert experience.transitions is not None
+        steps = self._trained(iteration, experience.transitions)
+        count = len(experience.x0)
+        for epoch in range(self._config.epochs):
+            number = iteration * self._config.epochs + epoch
+            order = torch.randperm(count, generator=generator(self._seed, "split", number))
+            for images in order.chunk(self._optim.steps_per_iteration):
+                yield self._losses(experience, steps, images.to(experience.x0.device))
 
     def _trained(self, iteration: int, all_steps: Transitions) -> Transitions:
         """A random `trained_share` of each image's steps."""
         count, steps = all_steps.index.shape
-        kept = max(1, int(steps * self._config.sde.trained_share))
+        kept = max(1, int(steps * self._config.trained_share))
         if kept == steps:
             return all_steps
-        rng = generator(self._config.seed, "trained_steps", iteration)
+        rng = generator(self._seed, "trained_steps", iteration)
         chosen = torch.rand(count, steps, generator=rng).argsort(1)[:, :kept].to(all_steps.index.device)
         rows = torch.arange(count, device=chosen.device)[:, None]
         return Transitions(
@@ -158,27 +165,29 @@ class ReverseProcess(StochasticSampler):
             all_steps.table,
         )
 
-    def _losses(self, rollout: Rollout, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
+    def _losses(self, experience: Experience, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
         each = steps.index.shape[1]
         image = images.repeat_interleave(each)
         step = torch.arange(each, device=images.device).repeat(len(images))
-        for start in range(0, len(image), self._config.optim.micro_batch):
-            rows = slice(start, start + self._config.optim.micro_batch)
-            batch = self._batch(rollout, steps, image[rows], step[rows])
-            yield WeightedLoss(self._algorithm.loss(batch, self._config), len(batch.index) / len(image))
+        for start in range(0, len(image), self._optim.micro_batch):
+            rows = slice(start, start + self._optim.micro_batch)
+            batch = self._batch(experience, steps, image[rows], step[rows])
+            yield WeightedLoss(self._algorithm.loss(batch), len(batch.index) / len(image))
 
-    def _batch(self, rollout: Rollout, steps: Transitions, image: torch.Tensor, step: torch.Tensor) -> TransitionBatch:
+    def _batch(
+        self, experience: Experience, steps: Transitions, image: torch.Tensor, step: torch.Tensor
+    ) -> ReverseBatch:
         """Evaluates the policies where the chosen steps began, all steps in one forward pass."""
-        x, index, prompts = steps.x[image, step], steps.index[image, step], rollout.prompts[image]
+        x, index = steps.x[image, step], steps.index[image, step]
         t = torch.tensor(self._sigmas, device=x.device)[index]
-        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, prompts)
+        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, experience.conditioning[image])
         v_old, eps = steps.v_old[image, step], steps.eps[image, step]
         if replayed is not None:
             # The latent after the step stays what it was, so the noise that explains it moves with the mean.
-            kappa = steps.table.rows(index, torch.float32).kappa.view(-1, 1, 1, 1)
+            kappa = like(steps.table.rows(index, torch.float32).kappa, x)
             eps = (eps.float() - kappa * (replayed.float() - v_old.float())).to(eps.dtype)
             v_old = replayed
-        return TransitionBatch(v, v_old, v_ref, eps, steps.table, index, rollout.advantages[image])
+        return ReverseBatch(v, v_old, v_ref, eps, steps.table, index, experience.advantages[image])
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         """What the metrics of an iteration's first update say about the forward pass itself.
@@ -186,25 +195,16 @@ class ReverseProcess(StochasticSampler):
         Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes
         from the network giving other numbers in another batch, and a trust region below it cannot work.
         """
-        first = join_metrics(parts)
-        metric, limit = self._trust_region()
-        value = first[metric]
-        if value >= limit and not self._warned:
+        first, bound = join_metrics(parts), self._algorithm.bound
+        value = first[bound.metric]
+        if value >= bound.limit and not self._warned:
             self._warned = True
-            merged = "runtime.merge_lora=images, " if self._config.runtime.merge_lora == "all" else ""
+            merged = "runtime.merge_lora=images, " if self._policies.all_merged else ""
             warnings.warn(
                 f"before any update the learner already differs from the rollout's velocities by {value:.3g}, and "
-                f"{self._config.algorithm} acts on differences of {limit:.3g}: it would act on rounding. Use "
+                f"the algorithm acts on differences of {bound.limit:.3g}: it would act on rounding. Use "
                 f"{merged}sde.anchor=replay, the same batch sizes for rollout and training, or a higher precision.",
                 UserWarning,
                 stacklevel=2,
             )
         return {"first_max_log_ratio": first["max_abs_log_ratio"], "first_kl": first["mean_kl_old"]}
-
-    def _trust_region(self) -> tuple[str, float]:
-        """The metric that the method bounds, and the bound."""
-        algorithm = REVERSE[self._config.algorithm]
-        region = algorithm.LOSS.trust_region
-        assert region is not None, f"{algorithm.LOSS.name} has no trust region"
-        option = float(getattr(algorithm.settings(self._config), region.option))
-        return region.metric, math.log1p(option) if region.of_ratio else option

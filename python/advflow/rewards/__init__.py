@@ -1,8 +1,9 @@
 """Rewards: what scores the images of a run.
 
-A reward is any class with the two methods of `Reward`. "embedded" and "pickscore" are built in;
+A reward is any class with the method of `Reward`. "embedded" and "pickscore" are built in;
 "package.module:Class" names your own, looked for in the current folder first. It is made with what `data.reward_args`
-holds, and asked for nothing but what `Reward` says: what it returns is checked here, copied, and never written to.
+holds, and asked for nothing but what `Reward` says: what it returns is checked here, copied, and never written to. A
+reward that cannot score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.settings.suggest import did_you_mean
+
+__all__ = ["CheckedReward", "Prompt", "Reward", "Scores", "UnknownPrompt", "load_reward"]
 
 _BUILT_IN = {
     "embedded": "advflow.rewards.embedded:EmbeddedReward",
@@ -39,20 +43,12 @@ class Scores:
     score: torch.Tensor
 
 
-class UnknownPrompt(ValueError):
-    """Raised by a reward's `category` for a prompt that the reward cannot score. It ends a run before it begins."""
-
-
 class Reward(Protocol):
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         """Scores `images`, fp32 [B, 3, H, W] in [0, 1], each against the prompt at the same place.
 
         The images are for reading: they are shown and stored after this.
         """
-        ...
-
-    def category(self, prompt: str) -> str:
-        """The group under which evaluation reports this prompt. Raises UnknownPrompt for one it cannot score."""
         ...
 
 
@@ -63,7 +59,7 @@ class CheckedReward:
         self._reward = reward
         self.name = f"{type(reward).__module__}:{type(reward).__qualname__}"
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         scores = self._reward(images, list(prompts))
         if not isinstance(scores, Scores):
             raise ValueError(
@@ -81,13 +77,10 @@ class CheckedReward:
             )
         return tensor.detach().to("cpu", torch.float32, copy=True)
 
-    def category(self, prompt: str) -> str:
-        category = self._reward.category(prompt)
-        if not isinstance(category, str):
-            raise ValueError(
-                f"reward {self.name} put the prompt {prompt!r} into category {_described(category)}; accepted: a string"
-            )
-        return category
+    def check(self, prompt: Prompt) -> None:
+        """Raises UnknownPrompt for one that the reward cannot score."""
+        if check := getattr(self._reward, "check", None):
+            check(prompt)
 
 
 def _as_tensor(values: object) -> torch.Tensor | None:
@@ -124,15 +117,13 @@ def load_reward(name: str, arguments: Mapping[str, Any] | None = None) -> Checke
     """Makes the reward called `name` with `arguments`.
 
     Raises ValueError where there is no such reward, where its class does not take the arguments, and where it has not
-    the methods of one. What its module or its constructor raise is theirs, and passes.
+    the method of one. What its module or its constructor raise is theirs, and passes.
     """
     make = _find(name)
     _check_arguments(name, make, arguments or {})
     reward = make(**(arguments or {}))
-    if missing := [what for what in ("__call__", "category") if not callable(getattr(reward, what, None))]:
-        raise ValueError(
-            f"data.reward {name!r} has no method {missing[0]}; accepted: a class with __call__ and category"
-        )
+    if not callable(reward):
+        raise ValueError(f"data.reward {name!r} has no method __call__; accepted: a class with __call__")
     return CheckedReward(reward)
 
 

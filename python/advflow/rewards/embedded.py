@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from advflow.rewards import Scores, UnknownPrompt
+from advflow.data.prompt import Prompt, UnknownPrompt
+from advflow.rewards import Scores
 from advflow.world.reward import score_batch
-from advflow.world.scene import Prompt, all_prompts
+from advflow.world.scene import Caption, all_captions
 
 
 class EmbeddedReward:
@@ -16,20 +17,20 @@ class EmbeddedReward:
     """
 
     def __init__(self) -> None:
-        self._prompts = {prompt.text: prompt for prompt in all_prompts()}
+        self._captions = {caption.text: caption for caption in all_captions()}
 
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
-        scores = score_batch(images.cpu().numpy(), [self._known(text) for text in prompts])
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        scores = score_batch(images.cpu().numpy(), [self._caption(prompt) for prompt in prompts])
         return Scores(
             reward=torch.tensor([(s.partial + s.correct) / 2 for s in scores], dtype=torch.float32),
             score=torch.tensor([float(s.correct) for s in scores]),
         )
 
-    def category(self, prompt: str) -> str:
-        return self._known(prompt).category
+    def check(self, prompt: Prompt) -> None:
+        self._caption(prompt)
 
-    def _known(self, text: str) -> Prompt:
-        if text not in self._prompts:
+    def _caption(self, prompt: Prompt) -> Caption:
+        if prompt.text not in self._captions:
             known = "the prompts of the embedded world alone, such as 'a red circle'"
-            raise UnknownPrompt(f"the reward 'embedded' scores {known}, not {text!r}")
-        return self._prompts[text]
+            raise UnknownPrompt(f"the reward 'embedded' scores {known}, not {prompt.text!r}")
+        return self._captions[prompt.text]

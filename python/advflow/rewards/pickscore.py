@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, CLIPModel
 
+from advflow.data.prompt import Prompt
 from advflow.rewards import Scores
 
 _PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -30,10 +31,10 @@ class PickScore:
         self._processor = _load(AutoProcessor, "processor", processor)
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> Scores:
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         inputs = self._processor(
             images=list((images * 255).round().to(torch.uint8).cpu()),
-            text=prompts,
+            text=[prompt.text for prompt in prompts],
             padding=True,
             truncation=True,
             return_tensors="pt",
@@ -42,9 +43,6 @@ class PickScore:
         cosine = (output.image_embeds * output.text_embeds).sum(-1)
         score = (self._model.logit_scale.exp() * cosine / _USUAL_MAXIMUM).float().cpu()
         return Scores(reward=score, score=score)
-
-    def category(self, prompt: str) -> str:
-        return "all"
 
 
 def _load(kind: Any, argument: str, name: str) -> Any:

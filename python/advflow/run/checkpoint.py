@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON, no pickle; a checkpoint folder exists only when it is complete."""
+"""Checkpoints: safetensors and JSON, no pickle; a checkpoint folder exists only when it is complete.
+
+Tensors are stored under the name of their part and their own, numbers in state.json below the name of their part.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from advflow.policies import Policies
+from advflow.run.state import Part
 
 _KEEP = 2
 _TENSORS = "tensors.safetensors"
@@ -23,29 +26,19 @@ _STATE = "state.json"
 _DIGEST = "sha256"
 
 
-@dataclass(frozen=True)
-class RunState:
-    """What a run depends on beside tensors: the iteration to run next, and the scale of the reference's weight."""
-
-    iteration: int
-    reference_scale: float = 1.0
-
-
 class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written."""
 
 
-def save_checkpoint(
-    folder: Path, state: RunState, policies: Policies, optimizer: torch.optim.Optimizer, best: int | None = None
-) -> Path:
-    """Writes everything that the next iteration depends on; keeps the newest two, and that of iteration `best`."""
-    target = folder / checkpoint_name(state.iteration)
+def save_checkpoint(folder: Path, iteration: int, parts: Mapping[str, Part], best: int | None = None) -> Path:
+    """Writes `parts`, the state after `iteration` iterations; keeps the newest two, and that of iteration `best`."""
+    target = folder / checkpoint_name(iteration)
     scratch = folder / f".{target.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    tensors = _flatten(policies, optimizer)
+    tensors, others = _flatten(parts)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / _TENSORS)
-    stored = asdict(state)
+    stored = {"iteration": iteration, "parts": others}
     (scratch / _STATE).write_text(json.dumps(stored | {_DIGEST: _digest(scratch / _TENSORS, stored)}))
     shutil.copymode(scratch / _STATE, scratch / _TENSORS)  # safetensors leaves its files to their owner alone
     for path in (*scratch.iterdir(), scratch):
@@ -69,76 +62,83 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in _numbered(folder) if (path / _STATE).is_file()]
 
 
-def load_newest(folder: Path, policies: Policies, optimizer: torch.optim.Optimizer | None) -> RunState | None:
-    """Restores the newest checkpoint under `folder` that is whole, naming those that are not; None where there is none.
+def load_newest(folder: Path, parts: Mapping[str, Part], *, only: bool = False) -> int | None:
+    """Restores the newest checkpoint under `folder` that is whole, naming those that are not.
 
-    Raises ValueError where none of them is whole, or the newest whole one does not fit the policies.
+    Returns the iteration to run next; None where there is no checkpoint. Raises ValueError where none of them is whole,
+    or the newest whole one does not fit. `only` as in `load_checkpoint`.
     """
     damages: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
-            state = load_checkpoint(path, policies, optimizer)
+            iteration = load_checkpoint(path, parts, only=only)
         except DamagedCheckpoint as error:
             damages.append(str(error))
             continue
         if damages:
             warnings.warn(f"{'; '.join(damages)}; going on from {path}", UserWarning, stacklevel=2)
-        return state
+        return iteration
     if damages:
         raise DamagedCheckpoint(f"no checkpoint can be read: {'; '.join(damages)}")
     return None
 
 
-def load_checkpoint(path: Path, policies: Policies, optimizer: torch.optim.Optimizer | None) -> RunState:
-    """Restores what `save_checkpoint` wrote, bit for bit.
+def load_checkpoint(path: Path, parts: Mapping[str, Part], *, only: bool = False) -> int:
+    """Restores what `save_checkpoint` wrote, bit for bit; returns the iteration to run next.
 
-    Raises DamagedCheckpoint, a ValueError, where that is no longer there, before anything is restored; ValueError where
-    it is of another model.
+    With `only`, other parts than these may be in the checkpoint. Raises DamagedCheckpoint, a ValueError, where it is no
+    longer what was written, ValueError where it holds other parts, both before anything is restored; ValueError too
+    where it is of another model.
     """
-    state, stored = _read(path)
-    if optimizer is not None:
-        _materialise_optimizer_state(optimizer)
-        stepped = {name.split(".")[1] for name in stored if name.startswith("optimizer.")}
-        for index, parameter in enumerate(policies.learner):
-            if f"{index:04d}" not in stepped:  # every step so far was skipped
-                del optimizer.state[parameter]
-    expected = _flatten(policies, optimizer)
-    missing = sorted(expected.keys() - stored.keys())
-    if missing:
-        raise ValueError(f"checkpoint {path} does not fit this run: it has no {missing[0]!r} ({len(missing)} missing)")
-    for name, tensor in expected.items():
-        if tensor.shape != stored[name].shape:
-            raise ValueError(
-                f"checkpoint {path} does not fit this run: {name} is {tuple(stored[name].shape)}, "
-                f"the model's {tuple(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(stored[name])
-    return state
+    iteration, stored = _read(path)
+    if missing := parts.keys() - stored.keys():
+        raise ValueError(f"checkpoint {path} does not fit this run: it has no part {min(missing)!r}")
+    if (unknown := stored.keys() - parts.keys()) and not only:
+        raise ValueError(
+            f"checkpoint {path} does not fit this run: it has a part {min(unknown)!r}, which nothing in this run goes "
+            f"on from; its parts are {', '.join(sorted(parts))}"
+        )
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(stored[name])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"checkpoint {path} does not fit this run: of its part {name!r}, {error}") from error
+    return iteration
 
 
 def _numbered(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("[0-9]*") if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
-def _read(path: Path) -> tuple[RunState, dict[str, torch.Tensor]]:
-    """What the checkpoint at `path` holds, compared with the checksum that older ones do not have."""
+def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Iteration and parts of the checkpoint at `path`, compared with the checksum that older ones do not have."""
     for name in (_STATE, _TENSORS):
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: it has no {name}")
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         digest = state.pop(_DIGEST, None)
-        restored = RunState(**state)
-    except (ValueError, TypeError, AttributeError) as error:
+        iteration, parts = _unpacked(state)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_STATE} cannot be read") from error
     if digest is not None and digest != _digest(path / _TENSORS, state):
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: its files are not those that were written")
     try:
-        return restored, load_file(path / _TENSORS)
+        tensors = load_file(path / _TENSORS)
     except SafetensorError as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_TENSORS} cannot be read ({error})") from error
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = tensor
+    return iteration, parts
+
+
+def _unpacked(state: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Iteration and plain values by part. Checkpoints from before there were parts held one number beside tensors."""
+    if "parts" in state:
+        return int(state["iteration"]), {name: dict(values) for name, values in state["parts"].items()}
+    scale = float(state.get("reference_scale", 1.0))
+    return int(state["iteration"]), {"learner": {}, "rollout": {}, "optimizer": {}, "reference": {"scale": scale}}
 
 
 def _digest(tensors: Path, state: dict[str, Any]) -> str:
@@ -149,28 +149,16 @@ def _digest(tensors: Path, state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _flatten(policies: Policies, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+def _flatten(parts: Mapping[str, Part]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Tensors by the name of their part and their own, and the other values by part."""
     tensors: dict[str, torch.Tensor] = {}
-    for index, (learner, rollout) in enumerate(zip(policies.learner, policies.rollout, strict=True)):
-        tensors[f"learner.{index:04d}"] = learner
-        tensors[f"rollout.{index:04d}"] = rollout
-        if optimizer is not None:
-            for key, value in optimizer.state[learner].items():
-                tensors[f"optimizer.{index:04d}.{key}"] = value
-    return tensors
-
-
-def _materialise_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes AdamW create its state, which it does lazily: a step of size zero on zero gradients moves nothing."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    others: dict[str, dict[str, Any]] = {}
+    for part, saved in parts.items():
+        assert "." not in part, f"{part!r}: a dot ends the name of a part"
+        state = saved.state_dict()
+        tensors |= {f"{part}.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        others[part] = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+    return tensors, others
 
 
 def _flush_to_disk(path: Path) -> None:

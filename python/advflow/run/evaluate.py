@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 from advflow.core.randomness import generator
-from advflow.data.prompts import load_eval_prompts
-from advflow.models.sd3 import EMBEDDED, Sampler
+from advflow.data.prompt import Prompt
+from advflow.models.family import Latents
 from advflow.rewards import Reward
-from advflow.samplers.sampling import PromptEmbeddings, decode, sample_latents
-from advflow.settings.config import TrainConfig
+from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
 
 _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the same noise
 
@@ -34,30 +31,15 @@ class Evaluation:
     unscored: int = 0
 
 
-def evaluation_prompts(config: TrainConfig, reward: Reward) -> list[str]:
-    """What a run is judged on: `evaluation.prompts_per_category` prompts of every category."""
-    wanted = config.evaluation.prompts_per_category
-    prompts = load_eval_prompts(config.data.eval_prompts, wanted)
-    if config.data.eval_prompts == EMBEDDED:  # whose categories are the world's, whatever the reward calls them
-        return prompts
-    seen: Counter[str] = Counter()
-    chosen = []
-    for prompt in prompts:
-        category = reward.category(prompt)
-        seen[category] += 1
-        if seen[category] <= wanted:
-            chosen.append(prompt)
-    return chosen
-
-
 def evaluate(
-    transformer: SD3Transformer2DModel,
-    sampler: Sampler,
-    prompts: list[str],
-    embeddings: PromptEmbeddings,
+    velocity: Velocity,
+    latents: Latents,
+    prompts: list[Prompt],
+    conditioning: Conditioning,
     reward: Reward,
     sigmas: list[float],
     batch: int,
+    device: torch.device,
     keep: list[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -66,7 +48,7 @@ def evaluate(
     Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
     evaluation by raising.
     """
-    noise = sampler.latent.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
+    noise = latents.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
     keep = list(range(len(prompts))) if keep is None else keep
     images: dict[int, torch.Tensor] = {}
     rewards, scores = [], []
@@ -74,14 +56,14 @@ def evaluate(
         between_batches()
         rows = range(start, min(start + batch, len(prompts)))
         part = slice(rows.start, rows.stop)
-        start_latents = noise[part].to(embeddings.tokens.device)
-        drawn = decode(sampler.vae, sample_latents(transformer, start_latents, sigmas, embeddings[part])).cpu()
+        x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part])
+        drawn = latents.decode(x0).cpu()
         result = reward(drawn, prompts[part])
         rewards.append(result.reward)
         scores.append(result.score)
         images |= {row: image for row, image in zip(rows, drawn, strict=True) if row in keep}
     score = torch.cat(scores)
-    names = [reward.category(prompt) for prompt in prompts]
+    names = [prompt.category for prompt in prompts]
     categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
     scored = [value for value in categories.values() if math.isfinite(value)]
     overall = sum(scored) / len(scored) if scored else math.nan

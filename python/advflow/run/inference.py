@@ -7,32 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 
+from advflow.core.device import pick_device
 from advflow.core.randomness import generator
-from advflow.models.sd3 import LatentShape, Sampler, check_pipeline, encode_prompts, load_pipeline, pick_device
-from advflow.policies import Policies, make_policies
+from advflow.data.prompts import load_eval_prompts
+from advflow.models.family import LoadedModel, make_family
+from advflow.policies import Policies, make_policies, velocity_of
 from advflow.rewards import load_reward
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
-from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts
+from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
-from advflow.samplers.sampling import decode, sample_latents, sigma_grid
+from advflow.run.state import weights_of
+from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's settings, its pipeline, and its policies at the last checkpoint."""
+    """A run's settings, its model, and its policies at the last checkpoint."""
 
     config: TrainConfig
-    pipeline: StableDiffusion3Pipeline
+    model: LoadedModel
     policies: Policies
-
-    @property
-    def sampler(self) -> Sampler:
-        latent = LatentShape.of(self.pipeline, self.config.model.resolution)
-        return Sampler(self.pipeline.vae, self.pipeline.scheduler, latent)
+    device: torch.device
 
 
 def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "last") -> LoadedRun:
@@ -42,14 +40,15 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     """
     chosen = None if base else _chosen(folder, checkpoint)
     device = pick_device(config.device)
-    check_pipeline(config.model)
-    pipeline = load_pipeline(config.model, device)
-    policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
+    family = make_family(config.model.family)
+    family.check(config.model)
+    model = family.load(config.model, device)
+    policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
     if chosen is not None:
-        load_checkpoint(chosen, policies, optimizer=None)
+        load_checkpoint(chosen, weights_of(policies), only=True)
     elif not base:
-        load_newest(folder / CHECKPOINTS, policies, optimizer=None)
-    return LoadedRun(config, pipeline, policies)
+        load_newest(folder / CHECKPOINTS, weights_of(policies), only=True)
+    return LoadedRun(config, model, policies, device)
 
 
 def _chosen(folder: Path, checkpoint: str) -> Path | None:
@@ -72,15 +71,16 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     """
     config = run.config
     reward = load_reward(config.data.reward, config.data.reward_args)
-    prompts = evaluation_prompts(config, reward)
+    prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
     result = evaluate(
-        run.policies.transformer("learner", for_images=True),
-        run.sampler,
+        velocity_of(run.policies, "learner", for_images=True),
+        run.model.latents,
         prompts,
-        encode_prompts(run.pipeline, prompts, config.model.max_sequence_length),
+        run.model.encode([prompt.text for prompt in prompts]),
         reward,
-        sigma_grid(run.pipeline.scheduler, config.evaluation.steps),
+        run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
+        run.device,
         keep=[0],
     )
     if not math.isfinite(result.overall):
@@ -90,13 +90,12 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
 
 def draw_images(run: LoadedRun, prompt: str, count: int, steps: int, seed: int) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
-    embeddings = encode_prompts(run.pipeline, [prompt], run.config.model.max_sequence_length)
-    noise = run.sampler.latent.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
-    sigmas = sigma_grid(run.pipeline.scheduler, steps)
-    transformer, vae = run.policies.transformer("learner", for_images=True), run.sampler.vae
+    conditioning, latents = run.model.encode([prompt]), run.model.latents
+    noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
+    velocity = velocity_of(run.policies, "learner", for_images=True)
     images = []
     for part in noise.split(run.config.rollout.batch):
-        prompts = embeddings[torch.zeros(len(part), dtype=torch.int64)]
-        latents = sample_latents(transformer, part.to(embeddings.tokens.device), sigmas, prompts)
-        images.append(decode(vae, latents).cpu())
+        same = conditioning[torch.zeros(len(part), dtype=torch.int64)]
+        x0 = sample_latents(velocity, part.to(run.device), latents.sigmas(steps), same)
+        images.append(latents.decode(x0).cpu())
     return torch.cat(images)

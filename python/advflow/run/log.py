@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from advflow.core.files import write_atomically
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
+    from advflow.models.family import FusedKernels
     from advflow.run.evaluate import Evaluation
-    from advflow_ext import SD3Patch
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
@@ -36,10 +36,11 @@ class RunLog:
         _truncate(folder / EVALS, lambda row: row["iteration"] <= iteration)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration or None)
 
-    def kernels(self, patch: SD3Patch | None) -> str:
+    def kernels(self, kernels: FusedKernels | None) -> str:
         """Notes which modules of the transformer run on fused kernels, which do not and why. Returns it in a line."""
-        found: dict[str, dict[str, Any]]
-        found = {"replaced": patch.replaced, "kept": patch.kept} if patch is not None else {"replaced": {}, "kept": {}}
+        found: dict[str, dict[str, Any]] = {"replaced": {}, "kept": {}}
+        if kernels is not None:
+            found = {"replaced": dict(kernels.replaced), "kept": dict(kernels.kept)}
         (self._folder / KERNELS).write_text(json.dumps(found, indent=2) + "\n")
         told = [f"{op} in {count} modules" for op, count in found["replaced"].items()] or ["none"]
         names: dict[str, list[str]] = {}

@@ -14,12 +14,13 @@ import torch
 from advflow.core.files import write_atomically
 from advflow.core.progress import show_progress
 from advflow.core.provenance import commit, versions
-from advflow.run.checkpoint import RunState, save_checkpoint
+from advflow.run.checkpoint import save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
 from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
+    from advflow.data.prompt import Prompt
     from advflow.run.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -29,15 +30,15 @@ _FRUITLESS_AT_MOST = 3  # iterations in a row without one image to learn from
 
 
 class Run:
-    """The iterations of `trainer` from `state` on. Every state that is evaluated has been saved before."""
+    """The iterations of `trainer` from number `first` on. Every state that is evaluated has been saved before."""
 
-    def __init__(self, trainer: Trainer, state: RunState, stop: StopRequest) -> None:
+    def __init__(self, trainer: Trainer, first: int, stop: StopRequest) -> None:
         self._trainer, self._config, self._stop = trainer, trainer.config, stop
         self._folder = Path(self._config.out)
-        self._done = self._saved = state.iteration
+        self._done = self._saved = first
         self._log = RunLog(self._folder, self._done)
-        self._grid = _grid_indices(trainer)
-        self._log.sample_prompts([trainer.eval_prompts[index] for index in self._grid])
+        self._grid = _grid_indices(trainer.eval_prompts)
+        self._log.sample_prompts([trainer.eval_prompts[index].text for index in self._grid])
         earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
         self._started = time.monotonic() - earlier
         self._fruitless = 0
@@ -100,9 +101,8 @@ class Run:
 
     def _save(self) -> None:
         if self._saved < self._done:
-            state = RunState(self._done, self._trainer.reference_control.scale)
-            trainer, best = self._trainer, best_iteration(self._folder)
-            save_checkpoint(self._folder / CHECKPOINTS, state, trainer.policies, trainer.optimizer, best)
+            best = best_iteration(self._folder)
+            save_checkpoint(self._folder / CHECKPOINTS, self._done, self._trainer.parts, best)
             self._saved = self._done
 
     def _evaluate(self) -> str:
@@ -115,16 +115,17 @@ class Run:
             )
         seconds = time.monotonic() - self._started
         shown = list(range(len(self._grid)))
-        self._log.evaluation(self._done, self._done * self._config.images, seconds, result, shown)
+        self._log.evaluation(self._done, self._done * self._config.rollout.images, seconds, result, shown)
         return f"{result.overall:.3f}" + (f" ({result.unscored} unscored)" if result.unscored else "")
 
     def _require_usable_images(self, row: dict[str, float]) -> None:
         """Ends a run that has nothing to learn from for several iterations on end."""
         broken, unscored = int(row["broken_images"]), int(row["unscored_images"])
-        self._fruitless = self._fruitless + 1 if broken + unscored == self._config.images else 0
+        images = self._config.rollout.images
+        self._fruitless = self._fruitless + 1 if broken + unscored == images else 0
         if self._fruitless == _FRUITLESS_AT_MOST:
             raise ValueError(
-                f"no image of {_FRUITLESS_AT_MOST} iterations in a row could be learnt from: of {self._config.images} "
+                f"no image of {_FRUITLESS_AT_MOST} iterations in a row could be learnt from: of {images} "
                 f"in the last one, number {self._done}, {broken} are not finite and {unscored} got a reward from "
                 f"data.reward {self._config.data.reward!r} that is not"
             )
@@ -160,9 +161,9 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
     }
 
 
-def _grid_indices(trainer: Trainer) -> list[int]:
+def _grid_indices(prompts: list[Prompt]) -> list[int]:
     """The first few evaluation prompts of each category."""
     by_category: dict[str, list[int]] = {}
-    for index, prompt in enumerate(trainer.eval_prompts):
-        by_category.setdefault(trainer.reward.category(prompt), []).append(index)
+    for index, prompt in enumerate(prompts):
+        by_category.setdefault(prompt.category, []).append(index)
     return [index for indices in by_category.values() for index in indices[:GRID_COLUMNS]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from advflow.algorithms import check_settings
-from advflow.run.checkpoint import RunState, load_newest
+from advflow.run.checkpoint import load_newest
 from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
 from advflow.run.interrupt import StopRequest
 from advflow.run.run import CHECKPOINTS, Run
@@ -21,29 +21,28 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     where they are not, and SystemExit where a signal has ended the run early.
     """
     folder, stop = Path(config.out), StopRequest()
-    check_settings(config)
+    check_settings(config.algorithm, config.method, config.rollout.images_per_prompt)
     check_folder(config, resume)
     new = not folder.exists()
     with FolderLock(folder) as lock:
         if not new:
             lock.take()
         trainer = Trainer(config, stop.check)
-        state = _saved_state(trainer, folder) if resume else RunState(0)
+        first = _restore(trainer, folder) if resume else 0
         if new:
             make_folder(config)
             lock.take()
             check_folder(config, resume=False)  # another process may have been faster, and done already
         write_config(config)
-        return Run(trainer, state, stop).finish()
+        return Run(trainer, first, stop).finish()
 
 
-def _saved_state(trainer: Trainer, folder: Path) -> RunState:
-    """Restores the newest whole checkpoint; the state of a new run where there is none."""
-    state = load_newest(folder / CHECKPOINTS, trainer.policies, trainer.optimizer) or RunState(0)
-    if state.iteration > trainer.config.iterations:
+def _restore(trainer: Trainer, folder: Path) -> int:
+    """Restores the newest whole checkpoint, if any; returns the iteration to run next."""
+    done = load_newest(folder / CHECKPOINTS, trainer.parts) or 0
+    if done > trainer.config.iterations:
         raise ValueError(
-            f"iterations is {trainer.config.iterations}; the run in {trainer.config.out!r} has done {state.iteration}, "
+            f"iterations is {trainer.config.iterations}; the run in {trainer.config.out!r} has done {done}, "
             "so accepted are that many or more"
         )
-    trainer.reference_control.restore(state.reference_scale)
-    return state
+    return done

@@ -9,26 +9,23 @@ from collections.abc import Callable
 import torch
 
 import advflow_ext as af
-from advflow.algorithms.batch import Rollout, Transitions
-from advflow.control.reference import ReferenceControl, reference_target
+from advflow.algorithms import make_algorithm
+from advflow.algorithms.batch import Experience, Transitions
+from advflow.control.reference import ReferenceControl
+from advflow.core.device import pick_device
 from advflow.core.randomness import generator
-from advflow.data.prompts import check_prompts, load_training_prompts
-from advflow.models.sd3 import (
-    LatentShape,
-    PromptEncoder,
-    Sampler,
-    check_pipeline,
-    encode_prompts,
-    load_pipeline,
-    pick_device,
-)
-from advflow.policies import follow, make_policies
+from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
+from advflow.models.encoding import PromptEncoder
+from advflow.models.family import make_family
+from advflow.policies import follow, make_policies, velocity_of
+from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics
-from advflow.processes.process import make_process
-from advflow.processes.reverse import join
+from advflow.processes.process import Process
+from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
-from advflow.run.evaluate import Evaluation, evaluate, evaluation_prompts, finite_mean
-from advflow.samplers.sampling import PromptEmbeddings, decode, sigma_grid
+from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.state import OptimizerState, Part, weights_of
+from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 
@@ -45,21 +42,20 @@ class Trainer:
         self.device = pick_device(config.device)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require(config.rollout.prompts)
-        check_pipeline(config.model)
+        family = make_family(config.model.family)
+        family.check(config.model)
         self.reward = load_reward(config.data.reward, config.data.reward_args)
-        for remark in check_prompts(config.data, self.reward):
+        for remark in check_prompts(config.data, self.reward.check):
             print(remark)
-        self.eval_prompts = evaluation_prompts(config, self.reward)
-        pipeline = load_pipeline(config.model, self.device)
-        self.sampler = Sampler(pipeline.vae, pipeline.scheduler, LatentShape.of(pipeline, config.model.resolution))
-        length = config.model.max_sequence_length
-        self.encode = PromptEncoder(pipeline, self.prompts.texts, length)
-        self.eval_embeddings = encode_prompts(pipeline, self.eval_prompts, length)
-        self.policies = make_policies(pipeline.transformer, config.model, config.runtime, config.seed)
-        self.sigmas = sigma_grid(pipeline.scheduler, config.rollout.steps)
-        self.eval_sigmas = sigma_grid(pipeline.scheduler, config.evaluation.steps)
-        self.reference_control = ReferenceControl(reference_target(config))
-        self.process = make_process(config, self.policies, self.sampler.latent, self.sigmas, self.reference_control)
+        self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
+        model = family.load(config.model, self.device)
+        self.latents = model.latents
+        self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
+        self.eval_conditioning = model.encode([prompt.text for prompt in self.eval_prompts])
+        self.policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
+        self.sigmas = self.latents.sigmas(config.rollout.steps)
+        self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
+        self._make_process()
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -68,13 +64,36 @@ class Trainer:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
         )
+        # What the next iteration depends on; whatever keeps a state of its own adds it here.
+        self.parts: dict[str, Part] = {
+            **weights_of(self.policies),
+            "optimizer": OptimizerState(self.optimizer, self.policies.learner),
+            "reference": self.reference_control,
+        }
+
+    def _make_process(self) -> None:
+        """The algorithm in its process, and what adapts its settings; each is handed its own section."""
+        config, policies, sigmas = self.config, self.policies, self.sigmas
+        algorithm = make_algorithm(config.algorithm, config.method)
+        # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
+        adapts = config.process == "forward" and algorithm.needs.reference
+        self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
+        self.process: Process
+        if config.process == "forward":
+            draws = Draws(config.draws, self.latents, sigmas, config.seed)
+            solver, control = config.rollout.solver, self.reference_control
+            self.process = ForwardProcess(policies, algorithm, draws, solver, sigmas, control, config.optim)
+        else:
+            self.process = ReverseProcess(
+                policies, algorithm, config.sde, config.rollout, sigmas, config.optim, config.seed
+            )
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One round. Returns its numbers."""
         started = time.monotonic()
-        rollout, row = self.roll_out(iteration)
+        experience, row = self.roll_out(iteration)
         rolled_out = time.monotonic()
-        row |= self._improve(iteration, rollout)
+        row |= self._improve(iteration, experience)
         trained = time.monotonic()
         rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
@@ -87,28 +106,29 @@ class Trainer:
     def evaluate(self, keep: list[int] | None = None) -> Evaluation:
         """Scores the learner on the held-out prompts; returns the images number `keep`, None being all."""
         return evaluate(
-            self.policies.transformer("learner", for_images=True),
-            self.sampler,
+            velocity_of(self.policies, "learner", for_images=True),
+            self.latents,
             self.eval_prompts,
-            self.eval_embeddings,
+            self.eval_conditioning,
             self.reward,
             self.eval_sigmas,
             self.config.rollout.batch,
+            self.device,
             keep,
             self._between_batches,
         )
 
-    def roll_out(self, iteration: int) -> tuple[Rollout, dict[str, float]]:
+    def roll_out(self, iteration: int) -> tuple[Experience, dict[str, float]]:
         """Samples groups of images from the rollout policy and scores them."""
         config = self.config.rollout
         group = config.images_per_prompt
         chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
-        texts = [self.prompts.texts[i] for i in chosen for _ in range(group)]
-        embeddings = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
-        noise = self.sampler.latent.noise(len(texts), generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(noise, embeddings, iteration)
-        images = torch.cat([decode(self.sampler.vae, latents) for latents in x0.split(config.batch)])
-        scores = self.reward(images, texts)
+        prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)]
+        conditioning = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
+        noise = self.latents.noise(len(prompts), generator(self.config.seed, "rollout", iteration), self.device)
+        x0, transitions = self._sample(noise, conditioning, iteration)
+        images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
+        scores = self.reward(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
@@ -130,21 +150,21 @@ class Trainer:
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards.to(self.device), advantages.to(self.device)
-        return Rollout(x0, rewards, advantages, embeddings, group, transitions), row
+        return Experience(x0, rewards, advantages, conditioning, group, transitions), row
 
     @torch.no_grad()
     def _sample(
-        self, noise: torch.Tensor, embeddings: PromptEmbeddings, iteration: int
+        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int
     ) -> tuple[torch.Tensor, Transitions | None]:
         """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
         config, process = self.config.rollout, self.process
-        transformer = self.policies.transformer(config.policy, for_images=process.for_images)
+        velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
         noise = process.starting_noise(noise)
         latents, transitions = [], []
         for start in range(0, len(noise), config.batch):
             self._between_batches()
             rows = slice(start, start + config.batch)
-            x0, steps = process.sample(transformer, noise[rows], embeddings[rows], iteration, start)
+            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, start)
             latents.append(x0)
             if steps is not None:
                 transitions.append(steps)
@@ -156,11 +176,11 @@ class Trainer:
             return af.softmax_advantages(rewards, group, clip_rewards=choice.clip, scale_by_std=choice.scale_by_std)
         return af.group_advantages(rewards, group, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
 
-    def _improve(self, iteration: int, rollout: Rollout) -> dict[str, float]:
+    def _improve(self, iteration: int, experience: Experience) -> dict[str, float]:
         """Takes this iteration's optimiser steps."""
         updates: list[list[WeightedMetrics]] = []
         norms: list[float] = []
-        for losses in self.process.steps(iteration, rollout):
+        for losses in self.process.steps(iteration, experience):
             updates.append([])
             for loss in losses:
                 (loss.out.loss * loss.weight).backward()

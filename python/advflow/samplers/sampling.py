@@ -1,76 +1,47 @@
-"""Images from a policy: deterministic integration of its ODE from noise to latent, and the decoder."""
+"""Images from a policy: deterministic integration of its ODE from noise to latent."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Protocol, Self
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 
-@dataclass(frozen=True)
-class PromptEmbeddings:
-    """What the text encoders say of a list of prompts: `tokens` [N, L, E] and `pooled` [N, P]."""
+class Conditioning(Protocol):
+    """What a policy is told of a list of prompts; a model family's own, indexed by their places."""
 
-    tokens: torch.Tensor
-    pooled: torch.Tensor
+    def __getitem__(self, index: torch.Tensor | slice) -> Self: ...
 
-    def __getitem__(self, index: torch.Tensor | slice) -> PromptEmbeddings:
-        return PromptEmbeddings(self.tokens[index], self.pooled[index])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def __len__(self) -> int: ...
 
 
-def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
-    """The scheduler's `steps + 1` noise levels, from 1 (noise) down to 0 (image)."""
-    scheduler.set_timesteps(steps)
-    sigmas: list[float] = scheduler.sigmas.tolist()
-    return sigmas
-
-
-def velocity(
-    transformer: SD3Transformer2DModel, x_t: torch.Tensor, t: torch.Tensor, prompts: PromptEmbeddings
-) -> torch.Tensor:
-    """The policy's velocity at latents `x_t` [B, C, H, W] and times `t` [B] in (0, 1], 1 being noise.
-
-    Computed in the precision of the prompt embeddings, which is that of the frozen weights.
-    """
-    return velocity_at(transformer, x_t, timesteps(t), prompts)
-
-
-def timesteps(t: torch.Tensor) -> torch.Tensor:
-    """What the transformer calls the times `t`."""
-    return t * 1000.0
-
-
-def velocity_at(
-    transformer: SD3Transformer2DModel, x_t: torch.Tensor, timestep: torch.Tensor, prompts: PromptEmbeddings
-) -> torch.Tensor:
-    """`velocity` at the `timesteps` [B] of t. Policies that share their modulation have to be given the same tensor."""
-    dtype = prompts.tokens.dtype
-    with torch.autocast(x_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        v: torch.Tensor = transformer(x_t.to(dtype), prompts.tokens, prompts.pooled, timestep, return_dict=False)[0]
-    return v
+Velocity = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""A policy's velocity at latents x [B, ...] and times t [B] in (0, 1], 1 being noise."""
 
 
 @torch.no_grad()
 def sample_latents(
-    transformer: SD3Transformer2DModel,
+    velocity: Velocity,
     noise: torch.Tensor,
     sigmas: list[float],
-    prompts: PromptEmbeddings,
+    conditioning: Conditioning,
     solver: str = "euler",
 ) -> torch.Tensor:
-    """Integrates dx = v dsigma from `noise` [B, C, H, W] at sigma 1 to the latent at sigma 0, in fp32."""
+    """Integrates dx = v dsigma from `noise` [B, ...] at sigma 1 to the latent at sigma 0, in fp32."""
     x = noise.float()
     step = MultistepDPM(sigmas) if solver == "dpm" else euler_step
     for sigma, next_sigma in itertools.pairwise(sigmas):
         t = torch.full((len(x),), sigma, device=x.device)
-        x = step(x, velocity(transformer, x, t, prompts).float(), sigma, next_sigma)
+        x = step(x, velocity(x, t, conditioning).float(), sigma, next_sigma)
     return x
+
+
+def like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """`values` [B], one for each of `latents` [B, ...], in a shape that broadcasts."""
+    return values.view(-1, *(1,) * (latents.dim() - 1))
 
 
 def euler_step(x: torch.Tensor, v: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
@@ -103,11 +74,3 @@ def _half_log_snr(sigma: float) -> float:
     if sigma >= 1:
         return -math.inf
     return math.log((1 - sigma) / sigma) if sigma > 0 else math.inf
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] in [0, 1], fp32. A sample that is not finite decodes to mid grey."""
-    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-    return torch.nan_to_num(images / 2 + 0.5, nan=0.5, posinf=0.5, neginf=0.5).clamp_(0, 1)

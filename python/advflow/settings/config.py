@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from advflow.settings.data import AdvantageConfig, DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import (
@@ -21,25 +21,12 @@ from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.numbers import require, require_numbers
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import DrawConfig, SDEConfig, require_grid
+from advflow.settings.registry import METHODS, section_of
 
-Algorithm = Literal[
-    "advantage_flow",
-    "diffusion_nft",
-    "awm",
-    "flow_awr",
-    "reward_weighted",
-    "flow_grpo",
-    "dance_grpo",
-    "mix_grpo",
-    "flow_cps",
-    "grpo_guard",
-    "flow_dppo",
-]
-
-
-REVERSE_PROCESS: frozenset[Algorithm] = frozenset(
-    ["flow_grpo", "dance_grpo", "mix_grpo", "flow_cps", "grpo_guard", "flow_dppo"]
-)
+if TYPE_CHECKING:
+    Algorithm = str
+else:
+    Algorithm = Literal[tuple(METHODS)]
 
 
 @dataclass
@@ -88,7 +75,7 @@ class TrainConfig:
         require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "zero or a positive integer")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
-        if self.algorithm in REVERSE_PROCESS:
+        if self.process == "reverse":
             self._require_stochastic_steps()
         else:
             self._require_draws()
@@ -112,18 +99,23 @@ class TrainConfig:
                 f"sde.{name} is {reach}; with rollout.steps={self.rollout.steps} at most {self.rollout.steps - 1} is "
                 "accepted (the last step ends at sigma 0, where it has no density)"
             )
-        if self.images % self.optim.steps_per_iteration:
+        if self.rollout.images % self.optim.steps_per_iteration:
             raise ValueError(
                 f"optim.steps_per_iteration is {self.optim.steps_per_iteration}; accepted are divisors of the "
-                f"{self.images} images of an iteration"
+                f"{self.rollout.images} images of an iteration"
             )
 
     @property
-    def images(self) -> int:
-        """Images drawn in an iteration."""
-        return self.rollout.prompts * self.rollout.images_per_prompt
+    def method(self) -> Any:
+        """The algorithm's own section."""
+        return getattr(self, section_of(self.algorithm))
+
+    @property
+    def process(self) -> Literal["forward", "reverse"]:
+        """What the algorithm learns from."""
+        return METHODS[self.algorithm].process
 
     @property
     def updates(self) -> int:
         """Optimiser steps in an iteration."""
-        return self.optim.steps_per_iteration * (self.sde.epochs if self.algorithm in REVERSE_PROCESS else 1)
+        return self.optim.steps_per_iteration * (self.sde.epochs if self.process == "reverse" else 1)

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from advflow.settings.numbers import require
 
+EMBEDDED = "embedded"
+"""What stands for the embedded world where a setting names a file or a folder."""
+
 
 @dataclass
 class DataConfig:
@@ -52,6 +55,11 @@ class RolloutConfig:
         require(self.steps >= 1, "rollout.steps", self.steps, "1 or more")
         require(self.batch >= 1, "rollout.batch", self.batch, "1 or more")
 
+    @property
+    def images(self) -> int:
+        """Images drawn in an iteration."""
+        return self.prompts * self.images_per_prompt
+
 
 @dataclass
 class AdvantageConfig:
@@ -86,7 +94,7 @@ class EvalConfig:
         every: iterations between two evaluations.
         steps: Euler steps.
         prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
-            each that the reward knows (the first ones).
+            each that they have (the first ones).
     """
 
     every: int = 20

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from advflow.settings.data import EMBEDDED
 from advflow.settings.numbers import require
+from advflow.settings.registry import FAMILIES
 
-_LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 
 
 @dataclass
@@ -24,22 +20,25 @@ class ModelConfig:
     """Which pipeline is post-trained and which of its weights learn.
 
     Args:
-        pipeline: folder or hub name of a StableDiffusion3Pipeline; "embedded" is the tiny one inside this package.
+        family: whose loading, text encoders, latents and transformer it is; see advflow.models.
+        pipeline: folder or hub name of a pipeline of that family in diffusers; "embedded" is the tiny one inside this
+            package.
         trainable: "full" trains every transformer weight, "lora" trains adapters on a frozen base.
         lora_rank: rank of the adapters.
         lora_alpha: scale of the adapters; their output is multiplied by alpha / rank.
-        lora_targets: module names that get an adapter.
+        lora_targets: module names that get an adapter; null: those of the family.
         dtype: precision of the frozen weights and of the forward passes; what is trained is always fp32.
         resolution: side of the square images in pixels.
-        max_sequence_length: T5 tokens a prompt is padded or cut to.
+        max_sequence_length: tokens a prompt is padded or cut to.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
     """
 
-    pipeline: str = "embedded"
+    family: FamilyName = "sd3"
+    pipeline: str = EMBEDDED
     trainable: Literal["full", "lora"] = "full"
     lora_rank: int = 32
     lora_alpha: int = 64
-    lora_targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
+    lora_targets: list[str] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     resolution: int = 32
     max_sequence_length: int = 12
@@ -57,14 +56,14 @@ class RuntimeConfig:
     """What a run does for speed. A run that trains every weight looks at `fused`, `compile` and `cuda_graphs` alone.
 
     Args:
-        fused: run the transformer on the fused kernels of `advflow_ext.apply_to_sd3`, where there is a GPU; adapters on
+        fused: run the transformer on the fused kernels its family has, where there is a GPU; adapters on
             their low-rank layers anywhere.
         merge_lora: for what a policy may run on weights its adapter is merged into, which costs nothing per forward
             pass but is rounded to the base's precision: "images" to be looked at or learnt from, but whose velocities
             no loss compares with the learner's (rollouts of the forward process, rollouts whose anchor is replayed,
             evaluation); "all" forward passes without gradient, so that even the first ratio of an iteration is not 1
             and in bfloat16 small steps of the learner drown; "none".
-        merged_gigabytes: memory for merged weights; a policy of SD3.5 Medium takes 0.9 in bfloat16.
+        merged_gigabytes: memory for merged weights; of 2.5 billion parameters a policy takes 0.9 in bfloat16.
         modulation_cache: compute what depends on timestep and pooled text alone once for all policies. Exact.
         compile: "regional" compiles the transformer's blocks, one by one, when they are first used.
         cuda_graphs: replay forward and backward passes as CUDA graphs, each recorded when a policy first meets a batch

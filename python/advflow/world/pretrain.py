@@ -31,8 +31,8 @@ from transformers import (
 
 from advflow.core.files import require_folder
 from advflow.core.progress import show_progress
-from advflow.world.prompts import training_prompts
-from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Prompt, all_prompts, render, sample_scene
+from advflow.world.captions import training_captions
+from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Caption, all_captions, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings
 
 MAX_TOKENS = 12  # "a photo of a red circle and a blue square" between its start and end tokens
@@ -67,10 +67,10 @@ def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def render_scenes(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[Prompt]]:
+def render_scenes(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[Caption]]:
     """Scenes of all categories in equal shares. Returns images [count, 3, 32, 32] in [-1, 1] and their prompts."""
-    pool = {c: [p for p in training_prompts() if p.category == c] for c in CATEGORIES}
-    prompts: list[Prompt] = []
+    pool = {c: [p for p in training_captions() if p.category == c] for c in CATEGORIES}
+    prompts: list[Caption] = []
     images = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     for i in show_progress(range(count), desc="rendering scenes", unit="image"):
         choices = pool[CATEGORIES[i % len(CATEGORIES)]]
@@ -119,7 +119,7 @@ def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def caption_words() -> list[str]:
-    return sorted({word for prompt in all_prompts() for word in prompt.text.split()})
+    return sorted({word for prompt in all_captions() for word in prompt.text.split()})
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
@@ -222,7 +222,7 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def train_flow(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[Prompt], stage: FlowStage, batch: int
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, prompts: list[Caption], stage: FlowStage, batch: int
 ) -> None:
     """Flow matching with logit-normal timesteps; the text encoders learn along with the transformer."""
     transformer = pipeline.transformer

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from advflow.world.scene import BACKGROUND, COLORS, PALETTE, SHAPES, Prompt, Wanted, relation_holds
+from advflow.world.scene import BACKGROUND, COLORS, PALETTE, SHAPES, Caption, Wanted, relation_holds
 
 _MIN_AREA = 12  # pixels
 _MIN_SIDE = 3  # pixels; the antialiased rim of one colour may resemble another colour, but it is thinner than this
@@ -84,7 +84,7 @@ def _templates(height: int, width: int) -> tuple[np.ndarray, ...]:
     return tuple(masks)
 
 
-def score(image: np.ndarray, prompt: Prompt) -> Score:
+def score(image: np.ndarray, prompt: Caption) -> Score:
     """Scores one image, float [3, H, W] in [0, 1], against its prompt.
 
     Correct means: the wanted objects and nothing else, in the wanted colours, number and arrangement. The partial
@@ -103,7 +103,7 @@ def score(image: np.ndarray, prompt: Prompt) -> Score:
     return Score(correct=partial >= 1.0, partial=partial)
 
 
-def score_batch(images: np.ndarray, prompts: list[Prompt]) -> list[Score]:
+def score_batch(images: np.ndarray, prompts: list[Caption]) -> list[Score]:
     """Scores `images`, float [B, 3, H, W] in [0, 1], each against the prompt at the same place."""
     return [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 

@@ -45,8 +45,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A caption together with what it asks for. `relation` places the first object with respect to the second."""
+class Caption:
+    """A text together with what it asks for. `relation` places the first object with respect to the second."""
 
     text: str
     category: Category
@@ -65,27 +65,27 @@ class Placed:
     radius: float
 
 
-def all_prompts() -> list[Prompt]:
-    """Every prompt of the world, in a fixed order."""
-    bodies: list[Prompt] = []
+def all_captions() -> list[Caption]:
+    """Every caption of the world, in a fixed order."""
+    bodies: list[Caption] = []
     for shape in SHAPES:
-        bodies.append(Prompt(f"a {shape}", "single_object", (Wanted(shape),)))
+        bodies.append(Caption(f"a {shape}", "single_object", (Wanted(shape),)))
         for count, word in COUNT_WORDS.items():
-            bodies.append(Prompt(f"{word} {shape}s", "counting", (Wanted(shape),) * count))
+            bodies.append(Caption(f"{word} {shape}s", "counting", (Wanted(shape),) * count))
         for color in COLORS:
-            bodies.append(Prompt(f"a {color} {shape}", "colors", (Wanted(shape, color),)))
+            bodies.append(Caption(f"a {color} {shape}", "colors", (Wanted(shape, color),)))
         for other in SHAPES:
             if other == shape:
                 continue
             pair = (Wanted(shape), Wanted(other))
-            bodies.append(Prompt(f"a {shape} and a {other}", "two_objects", pair))
-            bodies += [Prompt(f"a {shape} {rel} a {other}", "position", pair, rel) for rel in RELATIONS]
+            bodies.append(Caption(f"a {shape} and a {other}", "two_objects", pair))
+            bodies += [Caption(f"a {shape} {rel} a {other}", "position", pair, rel) for rel in RELATIONS]
             for color in COLORS:
                 for other_color in COLORS:
                     if other_color != color:
                         colored = (Wanted(shape, color), Wanted(other, other_color))
                         text = f"a {colored[0]} and a {colored[1]}"
-                        bodies.append(Prompt(text, "color_attribution", colored))
+                        bodies.append(Caption(text, "color_attribution", colored))
     return [replace(body, text=prefix + body.text) for body in bodies for prefix in PREFIXES]
 
 
@@ -96,7 +96,7 @@ def relation_holds(relation: str, first: tuple[float, float], second: tuple[floa
     return along >= margin and along >= abs(across)
 
 
-def sample_scene(prompt: Prompt, rng: np.random.Generator) -> list[Placed]:
+def sample_scene(prompt: Caption, rng: np.random.Generator) -> list[Placed]:
     """Draws a scene that the prompt describes: exactly the wanted objects, at random free places."""
     while True:
         scene = _try_place(prompt, rng)
@@ -104,7 +104,7 @@ def sample_scene(prompt: Prompt, rng: np.random.Generator) -> list[Placed]:
             return scene
 
 
-def _try_place(prompt: Prompt, rng: np.random.Generator) -> list[Placed] | None:
+def _try_place(prompt: Caption, rng: np.random.Generator) -> list[Placed] | None:
     largest = 8.0 if len(prompt.wanted) == 1 else 6.5
     scene: list[Placed] = []
     for wanted in prompt.wanted:

@@ -1,0 +1,83 @@
+"""What the loop asks of a model family. Each is one file here, made by its name in the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import ModelMixin
+
+from advflow.samplers.sampling import Conditioning
+from advflow.settings.model import ModelConfig
+from advflow.settings.registry import FAMILIES, load_code
+
+
+class FusedKernels(Protocol):
+    """How many modules of the transformer run on each fused op, and by name why others were kept as they are."""
+
+    @property
+    def replaced(self) -> Mapping[str, int]: ...
+
+    @property
+    def kept(self) -> Mapping[str, str]: ...
+
+
+class Latents(Protocol):
+    """What an image is before it is decoded, and the schedule by which it is drawn."""
+
+    def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+        """Standard normal fp32 [count, ...], drawn on the CPU so that every device starts from the same."""
+
+    def sigmas(self, steps: int) -> list[float]:
+        """The `steps + 1` noise levels of a sampler, from 1 (noise) down to 0 (image)."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32. A sample that is not finite decodes to mid grey."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline's parts. `encode`, which holds on to its text encoders, makes of texts what the policies are told."""
+
+    transformer: ModelMixin
+    latents: Latents
+    encode: Callable[[Sequence[str]], Conditioning]
+
+
+class ModelFamily(Protocol):
+    lora_targets: Sequence[str]
+    """Names of the modules that get an adapter where the settings name none."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuses, from small files alone, a pipeline that cannot be trained: ValueError."""
+
+    def load(self, config: ModelConfig, device: torch.device) -> LoadedModel:
+        """Loads every part onto `device`. Raises ValueError where one is missing."""
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """What the transformer calls the times `t` in (0, 1], 1 being noise."""
+
+    def velocity(
+        self, transformer: ModelMixin, x_t: torch.Tensor, timestep: torch.Tensor, conditioning: Any
+    ) -> torch.Tensor:
+        """The velocity at latents `x_t` [B, ...] and the `timesteps` [B] of t, told what `encode` said of the prompts.
+
+        Policies that share their modulation have to be given the same tensor of timesteps.
+        """
+
+    def fuse(self, transformer: ModelMixin) -> FusedKernels | None:
+        """Puts the transformer on fused kernels; None where the family has none."""
+
+    def blocks(self, transformer: ModelMixin) -> Iterable[torch.nn.Module]:
+        """The blocks that are worth compiling one by one."""
+
+    def modulation_cache(self, transformer: ModelMixin) -> AbstractContextManager[object]:
+        """While it is open, policies on one transformer share what they make of the same timesteps and conditioning."""
+
+
+def make_family(name: str) -> ModelFamily:
+    family: ModelFamily = load_code(FAMILIES[name].code)()
+    return family
