@@ -1,0 +1,46 @@
+"""Relative links of a Markdown page, and the anchors of one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
+_BLOCK = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ +(.*?)(?: *\{ *#(\S+) *\})?$", re.MULTILINE)
+
+
+def links_of(markdown: str) -> list[str]:
+    return list(dict.fromkeys(_LINK.findall(_BLOCK.sub("", markdown))))
+
+
+def with_links(markdown: str, change: Callable[[str], str]) -> str:
+    """The page with each relative link changed; what stands in blocks of code is none."""
+    at, out = 0, ""
+    for block in [*_BLOCK.finditer(markdown), None]:
+        text = markdown[at : block.start()] if block else markdown[at:]
+        out += _LINK.sub(lambda found: f"]({change(found[1])})", text)
+        if block:
+            out, at = out + block[0], block.end()
+    return out
+
+
+def target_of(page: str, link: str) -> tuple[str, str]:
+    """The path in the repository that `link` on `page` leads to, and its anchor, "" or with its #."""
+    path, hash_, anchor = link.partition("#")
+    target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+    return target, hash_ + anchor
+
+
+def anchors_of(markdown: str) -> set[str]:
+    """What GitHub and the site make of a page's headings, which is the same while they are plain words."""
+    return {given or _slug(text) for text, given in _HEADING.findall(_BLOCK.sub("", markdown))}
+
+
+def _slug(heading: str) -> str:
+    heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
