@@ -63,7 +63,7 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
 docs: $(DOCS)/.installed ## the documentation site, into build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 docs-serve: $(DOCS)/.installed ## the site on this machine's port 8000, built anew when a page changes
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve

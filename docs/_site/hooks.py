@@ -53,8 +53,10 @@ def linked_files(path: str) -> list[str]:
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     here = page.file.src_uri
 
-    def moved(link: str) -> str:
+    def moved(link: str) -> str | None:
         target, anchor = target_of(repository_path(here), link)
+        if (ROOT / target).is_dir():  # which a site does not have
+            return None
         return os.path.relpath(site_path(target), os.path.dirname(here) or ".") + anchor
 
     markdown = _OPTIONS.sub(lambda found: options_table(found[1]), with_links(markdown, moved))

@@ -9,21 +9,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
+_LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|mailto:)([^)\s]+)\)")
 _BLOCK = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ +(.*?)(?: *\{ *#(\S+) *\})?$", re.MULTILINE)
 
 
 def links_of(markdown: str) -> list[str]:
-    return list(dict.fromkeys(_LINK.findall(_BLOCK.sub("", markdown))))
+    return list(dict.fromkeys(link for _, link in _LINK.findall(_BLOCK.sub("", markdown))))
 
 
-def with_links(markdown: str, change: Callable[[str], str]) -> str:
-    """The page with each relative link changed; what stands in blocks of code is none."""
+def with_links(markdown: str, change: Callable[[str], str | None]) -> str:
+    """The page with each relative link changed, or its text alone for None; what stands in blocks of code is none."""
+
+    def changed(found: re.Match[str]) -> str:
+        link = change(found[2])
+        return found[1] if link is None else f"[{found[1]}]({link})"
+
     at, out = 0, ""
     for block in [*_BLOCK.finditer(markdown), None]:
-        text = markdown[at : block.start()] if block else markdown[at:]
-        out += _LINK.sub(lambda found: f"]({change(found[1])})", text)
+        out += _LINK.sub(changed, markdown[at : block.start()] if block else markdown[at:])
         if block:
             out, at = out + block[0], block.end()
     return out

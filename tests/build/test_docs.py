@@ -56,9 +56,9 @@ def test_a_link_to_nowhere_is_noticed() -> None:
 
 
 def test_links_are_changed_outside_of_code_alone() -> None:
-    page = "[a](x.md)\n```\n[b](x.md)\n```\n[c](https://x.md) [d](y.md#z)"
-    changed = "[a](to/x.md)\n```\n[b](x.md)\n```\n[c](https://x.md) [d](to/y.md#z)"
-    assert with_links(page, lambda link: f"to/{link}") == changed
+    page = "[a](x.md)\n```\n[b](x.md)\n```\n[c](https://x.md) ![d](y.md#z) [`e`](folder)"
+    changed = "[a](to/x.md)\n```\n[b](x.md)\n```\n[c](https://x.md) ![d](to/y.md#z) `e`"
+    assert with_links(page, lambda link: None if link == "folder" else f"to/{link}") == changed
 
 
 def test_anchors_are_those_of_the_site() -> None:
