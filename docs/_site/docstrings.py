@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "advflow_ext"
 
 _LIST = re.compile(r"(Arguments|Attributes)\b.*:$")
-_ENTRY = re.compile(r"(?:^|(?<=\. ))((?:\w+, )*\w+): ")  # "x0, noise: ...", also after the full stop of another
+_ENTRY = re.compile(r"(?:^|(?<=\. ))((?:\w+, )*(?!None:)\w+): ")  # "x0, noise: ...", also after a full stop
 _ROLE = re.compile(r":(?:func|class|meth):`([\w.]+)`")
 _FULL_NAME = re.compile(r"(?<![`\[])`(advflow_ext\.[\w.]+)`(?![`\]])")
 _CODE = re.compile(r"(``.+?``|`.+?`)")

@@ -132,7 +132,7 @@ def test_docstrings_become_markdown() -> None:
 
     Arguments:
         v, w: one
-            and two. t: three.
+            and two. t: three. None: four.
 
     End.
     """
@@ -147,7 +147,7 @@ def test_docstrings_become_markdown() -> None:
         "",
         "**Arguments:**",
         "",
-        "* **`v`, `w`**: one and two. **`t`**: three.",
+        "* **`v`, `w`**: one and two. **`t`**: three. None: four.",
         "",
         "End.",
     ]
