@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|mailto:)([^)\s]+)\)")
 _BLOCK = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+_EXPLAINED = re.compile(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", re.MULTILINE)
 _HEADING = re.compile(r"^#+ +(.*?)(?: *\{ *#(\S+) *\})?$", re.MULTILINE)
 
 
@@ -41,8 +42,12 @@ def target_of(page: str, link: str) -> tuple[str, str]:
 
 
 def anchors_of(markdown: str) -> set[str]:
-    """What GitHub and the site make of a page's headings, which is the same while they are plain words."""
-    return {given or _slug(text) for text, given in _HEADING.findall(_BLOCK.sub("", markdown))}
+    """Those of headings, alike on GitHub and the site while they are plain words, and of public names."""
+    text = _BLOCK.sub("", markdown)
+    anchors = {given or _slug(heading) for heading, given in _HEADING.findall(text)}
+    for name, members in _EXPLAINED.findall(text):
+        anchors |= {name, *(f"{name}.{member}" for member in members.split(", ") if member)}
+    return anchors
 
 
 def _slug(heading: str) -> str:
