@@ -8,6 +8,7 @@ OUT ?= runs/demo-seed$(SEED)
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+DOCS := .venv-docs
 # An op of each kind, what hooks into diffusers, and the trainer: what a new release of either can break, in minutes.
 NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
 	tests/ops/test_loss_summary.py tests/ops/test_sde_step_op.py tests/nn/test_qk_norm.py tests/nn/test_sd3.py \
@@ -15,7 +16,7 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize setup lint bench gpu-check clean
+.PHONY: help demo test test-newest setup-newest sanitize setup lint docs docs-serve bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -61,6 +62,19 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
+docs: $(DOCS)/.installed ## the documentation site, into build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.installed ## the site on this machine's port 8000, built anew when a page changes
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
+# The extra of pyproject.toml without the package itself, which needs torch.
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --requirement $(DOCS)/requirements.txt
+	touch $@
+
 bench: setup ## this machine's plan of the bench
 	$(BIN)/python -m bench
 
@@ -68,4 +82,4 @@ gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and wit
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
 clean: ## what was built or installed here
-	rm -rf $(VENV) $(NEWEST) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) $(DOCS) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so

@@ -72,6 +72,7 @@ def awm_loss(
         v_ema: velocity of the slowly following policy that anchors the step, shaped like v, or None for no such term.
         log_prob_old: ``[B]``, :func:`awm_log_prob` of the policy that is the ratio's denominator, at the same x0, noise
             and t; None is on-policy: the ratio is 1 and has a gradient, as in every released configuration.
+        weighting: a row of the table.
         power: q of "ghuber", above 0.
         draws: M, B a multiple of it.
         clip: k, above 0, or a pair (below, above) for 1-below and 1+above. The clip is decided on log ratios.

@@ -42,6 +42,7 @@ def distillation_loss(
         v: policy velocity ``[N, ...]``, any rank from 2: the only tensor that receives a gradient.
         v_teacher: velocity of the teacher at the same x, shaped like v.
         table, index: as in :func:`flow_grpo_loss`; with ``form="ode"`` any step of the table.
+        form: "sde", the KL divergence, or "ode", the distance of the means.
         policy_weight: at least 0, a number or a tensor ``[]`` or ``[N]``.
         reduction: "mean" over N, "sum", or "none" for ``[N]``.
 

@@ -50,6 +50,7 @@ def reward_weighted_loss(
             t is only checked.
         rewards: ``[B]``, as scored. A negative sum of weight and kl_weight ("linear" alone can have it) makes a
             sample's loss unbounded below, which is warned of once as in :func:`advantage_flow_loss`.
+        method: a row of the table.
         tau: of "exp", above 0; 0.5 in the ORW-CFM-W2 code.
         group_size: of "best", which needs it: B is made of whole groups of consecutive images of one prompt. A reward
             that is not finite is never the largest.

@@ -301,6 +301,7 @@ def test_the_source_archive_holds_what_a_build_needs_and_what_the_readme_names(t
     needed |= {
         ".ci/run",
         "Makefile",
+        "mkdocs.yml",
         "requirements-newest.txt",
         ".clang-format",
         "python/pyproject.toml",
