@@ -7,17 +7,20 @@ import platform
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
+from contextlib import suppress
 from dataclasses import fields
 from importlib import metadata, resources
 from pathlib import Path
-from typing import get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
 from advflow.run.folder import CONFIG, MAY_CHANGE
 from advflow.settings.arguments import Parser
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig, config_class
+from advflow.settings.numbers import WrongSetting
+from advflow.settings.plugins import load_plugins
+from advflow.settings.registry import METHODS
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.yaml_files import read_yaml
 
@@ -35,6 +38,7 @@ examples:
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
 
+_PLUGINS = "--plugins"
 _RESUME = f"""go on with the run in --out, where there is one, with its own settings; {", ".join(MAY_CHANGE)} may be
 given anew (a learning rate that depends on iterations then follows the new number), any other change is refused"""
 
@@ -42,9 +46,9 @@ given anew (a learning rate that depends on iterations then follows the new numb
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
     words = sys.argv[1:] if argv is None else argv
-    arguments = _parse(words)
-    command: str = arguments.subcommand
+    command = words[0] if words else ""
     try:
+        arguments = _parse(words)
         _COMMANDS[command](arguments[command])
     except (ValueError, FileNotFoundError) as error:
         if not _is_refusal(error):
@@ -56,10 +60,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(words: list[str]) -> Namespace:
     """Parses a command line. A run that goes on has its own settings as the base instead of a config's."""
+    load_plugins(named_plugins(words))
     arguments = _parser().parse_args(resolve_configs(words))
     if arguments.subcommand == "train" and arguments.train.resume:
         own = Path(arguments.train.out) / CONFIG
         if own.is_file():
+            load_plugins(_plugins_of(own))
             words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
             arguments = _parser().parse_args(words)
     return arguments
@@ -68,8 +74,10 @@ def _parse(words: list[str]) -> Namespace:
 def _is_refusal(error: Exception) -> bool:
     """Whether our own code raised it, with nobody else's in between.
 
-    What a user's reward or a library raises keeps its traceback.
+    What a user's reward or a library raises keeps its traceback, but for settings that are refused.
     """
+    if isinstance(error, WrongSetting):
+        return True
     packages = [str(frame.f_globals.get("__package__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     roots = [package.partition(".")[0] for package in packages]
     ours = ("advflow", "advflow_ext")
@@ -85,7 +93,7 @@ def packaged_configs() -> dict[str, Path]:
 def algorithm_settings(config: str, algorithm: str) -> Path | None:
     """What the built-in `config` changes for `algorithm`; None where that is nothing."""
     path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
-    return path if algorithm in get_args(Algorithm) and path.is_file() else None
+    return path if algorithm in METHODS and path.is_file() else None
 
 
 def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
@@ -105,7 +113,33 @@ def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
     files = [] if base is None else [base]
     for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
         files += [known[name], *filter(None, [algorithm_settings(name, chosen)])]
-    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *rest]
+    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *_as_list(rest)]
+
+
+def named_plugins(argv: list[str]) -> list[str]:
+    """The plugins that a command line of `advflow train` names, or else the last of its files to name some."""
+    if argv[:1] != ["train"]:
+        return []
+    files, rest = _take_option("--config", argv[1:])
+    if given := _take_option(_PLUGINS, rest)[0]:
+        return given[-1].strip("[]").replace(" ", "").split(",")
+    found = [_plugins_of(Path(name)) for name in files if Path(name).is_file()]
+    return next((names for names in reversed(found) if names), [])
+
+
+def _plugins_of(file: Path) -> list[str]:
+    """The plugins that a file of settings names; what is wrong with the file is said by who parses it."""
+    try:
+        plugins = read_yaml(file, "--config").get("plugins")
+    except ValueError:
+        return []
+    return plugins if isinstance(plugins, list) else []
+
+
+def _as_list(words: list[str]) -> list[str]:
+    """`words` with the values of --plugins, which are separated by commas, as YAML has them."""
+    values, rest = _take_option(_PLUGINS, words)
+    return [*rest, *(word for value in values for word in (_PLUGINS, f"[{value.strip('[]')}]"))]
 
 
 def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -162,13 +196,14 @@ def train_parser() -> Parser:
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=_RESUME)
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(config_class())
     return parser
 
 
 def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
     values = parser.instantiate(parsed)
-    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    config = config_class()
+    return config(**{field.name: values[field.name] for field in fields(config)})
 
 
 def load_run_config(run: str) -> TrainConfig:
@@ -176,6 +211,7 @@ def load_run_config(run: str) -> TrainConfig:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
+    load_plugins(_plugins_of(path))
     parser = train_parser()
     parser.exit_on_error = False
     return to_config(parser, parser.parse_path(path, field="--run"))
@@ -287,6 +323,8 @@ def _check_sample(arguments: Namespace) -> None:
 def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
+    with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
+        load_plugins(_plugins_of(Path(arguments.run) / CONFIG))
     print(f"report: {write_report(Path(arguments.run))}")
 
 

@@ -131,9 +131,7 @@ def test_a_part_too_many_or_too_few_is_named(trainer: Trainer, tmp_path: Path) -
             parameter.add_(1.0)
     with pytest.raises(ValueError, match="b/000001 does not fit this run: it has no part 'capability'"):
         load_checkpoint(without, more)
-    with pytest.raises(
-        ValueError, match="it has a part 'capability', which nothing in this run goes on from"
-    ):
+    with pytest.raises(ValueError, match="it has a part 'capability', which nothing in this run goes on from"):
         load_checkpoint(with_it, trainer.parts)
     assert not torch.equal(before[0], trainer.policies.learner[0])  # refused before anything is restored
     assert load_checkpoint(with_it, weights_of(trainer.policies), only=True) == 1
