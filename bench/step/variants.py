@@ -31,6 +31,7 @@ from advflow.policies import (
     velocity_of,
 )
 from advflow.processes.forward import Draw
+from advflow.samplers.euler import Euler
 from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
@@ -211,7 +212,7 @@ class Variant:
         """Draws the batch's images with the rollout policy."""
         with torch.no_grad():
             velocity = velocity_of(self.policies, "rollout", for_images=True)
-        self._x0 = sample_latents(velocity, inputs.noise, inputs.sigmas, inputs.prompts)
+        self._x0 = sample_latents(velocity, inputs.noise, inputs.sigmas, inputs.prompts, Euler())
 
     def train(self, inputs: Inputs) -> None:
         """One optimiser step on the last rollout's images, each at every draw's timestep."""

@@ -7,6 +7,7 @@ import platform
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from jsonargparse import DefaultHelpFormatter, Namespace
 from advflow.core.cpu_memory import keep_freed_memory
 from advflow.run.folder import CONFIG, MAY_CHANGE
 from advflow.settings.arguments import Parser
-from advflow.settings.sources import load_run_config, resolve_configs, to_config, train_parser
+from advflow.settings.numbers import WrongSetting
+from advflow.settings.plugins import load_plugins
+from advflow.settings.sources import (
+    load_run_config,
+    named_plugins,
+    plugins_of,
+    resolve_configs,
+    to_config,
+    train_parser,
+)
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 
@@ -38,9 +48,9 @@ given anew (a learning rate that depends on iterations then follows the new numb
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
     words = sys.argv[1:] if argv is None else argv
-    arguments = _parse(words)
-    command: str = arguments.subcommand
+    command = words[0] if words else ""
     try:
+        arguments = _parse(words)
         _COMMANDS[command](arguments[command])
     except (ValueError, FileNotFoundError) as error:
         if not _is_refusal(error):
@@ -52,10 +62,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(words: list[str]) -> Namespace:
     """Parses a command line. A run that goes on has its own settings as the base instead of a config's."""
+    load_plugins(named_plugins(words))
     arguments = _parser().parse_args(resolve_configs(words))
     if arguments.subcommand == "train" and arguments.train.resume:
         own = Path(arguments.train.out) / CONFIG
         if own.is_file():
+            load_plugins(plugins_of(own))
             words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
             arguments = _parser().parse_args(words)
     return arguments
@@ -64,8 +76,10 @@ def _parse(words: list[str]) -> Namespace:
 def _is_refusal(error: Exception) -> bool:
     """Whether our own code raised it, with nobody else's in between.
 
-    What a user's reward or a library raises keeps its traceback.
+    What a user's reward or a library raises keeps its traceback, but for settings that are refused.
     """
+    if isinstance(error, WrongSetting):
+        return True
     packages = [str(frame.f_globals.get("__package__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     roots = [package.partition(".")[0] for package in packages]
     ours = ("advflow", "advflow_ext")
@@ -199,6 +213,8 @@ def _check_sample(arguments: Namespace) -> None:
 def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
+    with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
+        load_plugins(plugins_of(Path(arguments.run) / CONFIG))
     print(f"report: {write_report(Path(arguments.run))}")
 
 

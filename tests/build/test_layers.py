@@ -110,7 +110,8 @@ def test_a_model_family_is_named_in_its_own_file_alone() -> None:
 
 def test_all_settings_at_once_are_for_those_who_put_a_run_together() -> None:
     """A reward, an algorithm, a process or a policy is handed its own section."""
-    users = {path for path in TRAINER.rglob("*.py") if "advflow.settings.config.TrainConfig" in imported(path)}
+    whole = ("advflow.settings.config.TrainConfig", "advflow.settings.config.config_class")
+    users = {path for path in TRAINER.rglob("*.py") if imported(path).intersection(whole)}
     assert {path.relative_to(TRAINER).parts[0] for path in users} == {"run", "report", "cli.py"}
 
 

@@ -77,9 +77,9 @@ def test_a_trainer_is_compared_with_each() -> None:
 def test_the_loop_trains_with_each() -> None:
     pytest.importorskip("diffusers")
 
-    from advflow.settings.registry import METHODS, section_of
+    from advflow.settings.registry import METHODS
 
-    assert {(f"{section_of(name)}_loss", method.process) for name, method in METHODS.items()} == {
+    assert {(f"{METHODS.section_of(name)}_loss", method.process) for name, method in METHODS.items()} == {
         (name, loss.family) for name, loss in LOSSES.items()
     }
 

@@ -14,14 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from advflow.cli import main
 from advflow.report import write_report
 from advflow.report.charts import Chart, Series, draw, smooth, tick_text, value_axis
 from advflow.report.data import evenly_spaced
 from advflow.report.panels import MOST_POINTS, bin_size, binned
-from advflow.report.text import duration_text, gain_text, times_text, value_text
+from advflow.report.text import duration_text, gain_text, plain, times_text, value_text
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import RunLog, image_grid
 from advflow.settings.config import TrainConfig
+from advflow.settings.data import AdvantageConfig
+from advflow.settings.methods import FlowGRPOConfig
+from advflow.settings.processes import SDEConfig
+from advflow.settings.registry import METHODS
 from PIL import Image
 
 CATEGORIES = ("single_object", "counting", "color_attribution")
@@ -256,10 +261,44 @@ def test_a_file_of_bytes_that_are_no_text_is_read_up_to_them(tmp_path: Path) -> 
     assert "Not finished: iteration 3 of 40" in read(folder).text
 
 
-@pytest.mark.parametrize("algorithm", ["dance_grpo", "mix_grpo"])
-def test_methods_that_share_a_loss_show_its_coefficients(tmp_path: Path, algorithm: str) -> None:
-    page = read(make_run(tmp_path / "run", algorithm=algorithm))
-    assert f"Algorithm {algorithm} clip 0.0001, kl_weight 0, kl_convention exact" in page.text
+def test_every_method_shows_its_own_section(tmp_path: Path) -> None:
+    for name, method in METHODS.items():
+        text = read(make_run(tmp_path / name, iterations=1, algorithm=name)).text
+        shown = text[text.index(f"Algorithm {name} ") :]
+        for setting, value in asdict(method.settings()).items():
+            assert value is None or f"{setting} {plain(value)}" in shown, (name, setting)
+
+
+def test_what_is_compared_with_the_papers_of_the_reverse_process_is_shown(tmp_path: Path) -> None:
+    """DanceGRPO and MixGRPO are Flow-GRPO's loss: what makes them different is the sampler and its window."""
+    dance = SDEConfig(sampler="dance_sde", noise_level=1.5, steps=3, shared_noise=True, trained_share=0.6)
+    advantage = AdvantageConfig(norm="group_std", clip_mode="clip")
+    clip = FlowGRPOConfig(clip=0.0128, kl_weight=0.02)
+    page = read(make_run(tmp_path / "dance", algorithm="dance_grpo", sde=dance, advantage=advantage, flow_grpo=clip))
+    assert (
+        "Algorithm dance_grpo clip 0.0128, kl_weight 0.02, kl_convention exact "
+        "Sampler steps dance_sde, noise level 1.5 window first, steps 3, shift_every 25, shared_noise True, "
+        "trained_share 0.6, anchor stored, epochs 1 "
+        "Advantages group_std clip 5, clip_mode clip, scale_by_std False"
+    ) in page.text
+    mix = SDEConfig(window="sliding", steps=2, within=5, shift_every=75)
+    page = read(make_run(tmp_path / "mix", algorithm="mix_grpo", sde=mix))
+    assert "Sampler steps flow_sde, noise level 0.7 window sliding, steps 2, within 5, shift_every 75" in page.text
+
+
+def test_what_is_compared_with_the_papers_of_the_forward_process_is_shown(tmp_path: Path) -> None:
+    page = read(make_run(tmp_path / "run"))
+    assert "Draws of (t, noise) 4 an image noise shared_in_group, timesteps stratified, shift 1 Advantages" in page.text
+    assert "Sampler steps" not in page.text
+
+
+def test_a_run_of_a_plugin_that_is_elsewhere_has_a_report(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"algorithm": "theirs", "plugins": ["not_here"], "theirs": {"strength": 0.25}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["report", "--run", str(folder)])
+    assert "Algorithm theirs strength 0.25 Advantages" in Page((folder / "report.html").read_text()).text
 
 
 def test_grids_stay_small_whatever_the_resolution(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from advflow.algorithms.batch import Experience
 from advflow.processes.reverse import stochastic_steps
 from advflow.run.trainer import Trainer
-from advflow.samplers.sampling import MultistepDPM, euler_step
+from advflow.samplers.dpm import MultistepDPM
+from advflow.samplers.euler import euler_step
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig

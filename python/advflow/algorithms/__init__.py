@@ -15,7 +15,7 @@ import torch
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs, ReverseBatch
 from advflow.algorithms.trust_region import Bound
-from advflow.settings.registry import METHODS, load_code, section_of
+from advflow.settings.registry import METHODS
 
 
 class ForwardAlgorithm(Protocol):
@@ -33,7 +33,7 @@ class ReverseAlgorithm(Protocol):
 
 def make_algorithm(name: str, settings: object) -> Any:
     """The method called `name`, a ForwardAlgorithm or a ReverseAlgorithm, with its own section of the settings."""
-    return load_code(METHODS[name].code)(settings)
+    return METHODS.make(name, settings)
 
 
 def check_settings(name: str, settings: Any, group_size: int) -> None:
@@ -47,7 +47,7 @@ def check_settings(name: str, settings: Any, group_size: int) -> None:
         options = {field.name for field in fields(settings)}
         text = str(error).replace(", or such a tensor of shape [] or [B]", "")  # which no configuration holds
         named = text.split(" ")[0] in options
-        raise ValueError(f"{section_of(name)}.{text}" if named else f"{name}: {text}") from error
+        raise ValueError(f"{METHODS.section_of(name)}.{text}" if named else f"{name}: {text}") from error
 
 
 def _loss_of_ones(name: str, settings: object, count: int) -> None:

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.model import ModelConfig
-from advflow.settings.registry import FAMILIES, load_code
+from advflow.settings.registry import FAMILIES
 
 
 class FusedKernels(Protocol):
@@ -78,6 +78,7 @@ class ModelFamily(Protocol):
         """While it is open, policies on one transformer share what they make of the same timesteps and conditioning."""
 
 
-def make_family(name: str) -> ModelFamily:
-    family: ModelFamily = load_code(FAMILIES[name].code)()
+def make_family(name: str, settings: object = None) -> ModelFamily:
+    """The family called `name`, with its own section of the settings where it has one."""
+    family: ModelFamily = FAMILIES.make(name, settings)
     return family

@@ -14,7 +14,7 @@ from advflow.core.randomness import generator
 from advflow.models.family import Latents
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics
-from advflow.samplers.sampling import Conditioning, Velocity, like, sample_latents
+from advflow.samplers.sampling import Conditioning, Sampler, Velocity, like, sample_latents
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import DrawConfig, require_grid
 
@@ -69,13 +69,13 @@ class ForwardProcess:
         policies: Policies,
         algorithm: ForwardAlgorithm,
         draws: Draws,
-        solver: str,
+        sampler: Sampler,
         sigmas: list[float],
         control: ReferenceControl,
         optim: OptimConfig,
     ) -> None:
         self._policies, self._algorithm, self._draws, self._control = policies, algorithm, draws, control
-        self._solver, self._sigmas, self._optim = solver, sigmas, optim
+        self._sampler, self._sigmas, self._optim = sampler, sigmas, optim
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         return noise
@@ -88,7 +88,7 @@ class ForwardProcess:
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, None]:
-        return sample_latents(velocity, noise, self._sigmas, conditioning, self._solver), None
+        return sample_latents(velocity, noise, self._sigmas, conditioning, self._sampler), None
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         return {}

@@ -13,7 +13,8 @@ from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transition
 from advflow.core.randomness import generator
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics, join_metrics
-from advflow.samplers.sampling import Conditioning, Velocity, euler_step, like
+from advflow.samplers.euler import euler_step
+from advflow.samplers.sampling import Conditioning, Velocity, like
 from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import SDEConfig

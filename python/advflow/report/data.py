@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from advflow.run.log import EVALS, METRICS, SAMPLE_PROMPTS, SAMPLES, read_rows
-from advflow.settings.config import TrainConfig
+from advflow.settings.config import config_class
 from advflow.settings.numbers import flatten
 from advflow.settings.yaml_files import read_yaml
 
@@ -148,7 +148,7 @@ def load_run(folder: Path) -> Run:
 
 def default_config() -> dict[str, Any]:
     """What every setting is when nobody sets it, by dotted name."""
-    return flatten(asdict(TrainConfig()))
+    return flatten(asdict(config_class()()))
 
 
 def number(value: object) -> float | None:

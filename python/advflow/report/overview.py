@@ -8,6 +8,7 @@ from advflow.report.data import Run, default_config, number
 from advflow.report.panels import grouped_panels
 from advflow.report.text import DASH, direction, duration_text, gain_text, plain, readable, score_text, times_text
 from advflow.settings.numbers import flatten
+from advflow.settings.registry import METHODS
 
 _NOTICEABLE_DROP = 0.02  # of a score between 0 and 1
 
@@ -61,7 +62,7 @@ def _stats(run: Run) -> str:
         ("Model", plain(config.get("model.pipeline")), f"{plain(config.get('model.trainable'))} training"),
         ("Device", plain(summary.get("device", config.get("device"))), _software_text(run)),
         ("Seed", plain(config.get("seed")), ""),
-        ("Algorithm", plain(config.get("algorithm")), _coefficients_text(run)),
+        *_method_cells(run),
     ]
     rows = (
         f"<div><dt>{title}</dt><dd>{escape(value)}{f'<small>{escape(note)}</small>' if note else ''}</dd></div>"
@@ -86,11 +87,28 @@ def _time_text(run: Run) -> str:
     return f"{duration_text(training)} iterations + {duration_text(total - training)} evaluation and the rest"
 
 
-def _coefficients_text(run: Run) -> str:
-    algorithm = run.config.get("algorithm")
-    section = "flow_grpo." if algorithm in ("dance_grpo", "mix_grpo") else f"{algorithm}."  # that method's loss
-    chosen = {name.removeprefix(section): value for name, value in run.config.items() if name.startswith(section)}
-    return ", ".join(f"{name} {plain(value)}" for name, value in chosen.items())
+def _method_cells(run: Run) -> list[tuple[str, str, str]]:
+    """What one would compare with a paper: the method's own section, and those that say what it learns from."""
+    config, algorithm = run.config, plain(run.config.get("algorithm"))
+    cells = [("Algorithm", algorithm, _section_text(run, METHODS.section_of(algorithm)))]
+    process = METHODS[algorithm].process if algorithm in METHODS else None  # a plugin that is not here has one too
+    if process == "reverse" and "sde.sampler" in config:
+        kind = f"{plain(config['sde.sampler'])}, noise level {plain(config.get('sde.noise_level'))}"
+        cells.append(("Sampler steps", kind, _section_text(run, "sde", but=("sampler", "noise_level"))))
+    elif process == "forward" and "draws.per_image" in config:
+        each = f"{plain(config['draws.per_image'])} an image"
+        cells.append(("Draws of (t, noise)", each, _section_text(run, "draws", but=("per_image",))))
+    if "advantage.norm" in config:
+        cells.append(("Advantages", plain(config["advantage.norm"]), _section_text(run, "advantage", but=("norm",))))
+    return cells
+
+
+def _section_text(run: Run, section: str, but: tuple[str, ...] = ()) -> str:
+    """Every setting of a section that is set, those named in `but` aside."""
+    start = f"{section}."
+    settings = {name.removeprefix(start): value for name, value in run.config.items() if name.startswith(start)}
+    shown = {name: value for name, value in settings.items() if name not in but and value is not None}
+    return ", ".join(f"{name} {plain(value)}" for name, value in shown.items())
 
 
 def _groups_text(run: Run) -> str:

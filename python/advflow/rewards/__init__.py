@@ -2,16 +2,15 @@
 
 A reward is any class with the method of `Reward`. "embedded" and "pickscore" are built in;
 "package.module:Class" names your own, looked for in the current folder first. It is made with what `data.reward_args`
-holds, and asked for nothing but what `Reward` says: what it returns is checked here, copied, and never written to. A
-reward that cannot score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot.
+holds, or with its own section of the settings where `advflow.settings.registry.REWARDS` names one, and asked for
+nothing but what `Reward` says: what it returns is checked here, copied, and never written to. A reward that cannot
+score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,14 +19,11 @@ import numpy as np
 import torch
 
 from advflow.data.prompt import Prompt, UnknownPrompt
+from advflow.settings.plugins import look_in_current_folder
+from advflow.settings.registry import REWARDS
 from advflow.settings.suggest import did_you_mean
 
 __all__ = ["CheckedReward", "Prompt", "Reward", "Scores", "UnknownPrompt", "load_reward"]
-
-_BUILT_IN = {
-    "embedded": "advflow.rewards.embedded:EmbeddedReward",
-    "pickscore": "advflow.rewards.pickscore:PickScore",
-}
 
 
 @dataclass(frozen=True)
@@ -113,15 +109,22 @@ def _described(value: object) -> str:
     return f"a {kind}"
 
 
-def load_reward(name: str, arguments: Mapping[str, Any] | None = None) -> CheckedReward:
-    """Makes the reward called `name` with `arguments`.
+def load_reward(name: str, arguments: Mapping[str, Any] | None = None, settings: object = None) -> CheckedReward:
+    """Makes the reward called `name` with `arguments`, or, where it has a section of the settings, with `settings`.
 
     Raises ValueError where there is no such reward, where its class does not take the arguments, and where it has not
     the method of one. What its module or its constructor raise is theirs, and passes.
     """
-    make = _find(name)
-    _check_arguments(name, make, arguments or {})
-    reward = make(**(arguments or {}))
+    arguments = arguments or {}
+    if name in REWARDS and REWARDS[name].settings is not None:
+        if arguments:
+            section = REWARDS.section_of(name)
+            raise ValueError(f"data.reward_args is given, and the reward {name!r} has its settings in {section}")
+        reward = REWARDS.make(name, settings)
+    else:
+        make = _find(name)
+        _check_arguments(name, make, arguments)
+        reward = make(**arguments)
     if not callable(reward):
         raise ValueError(f"data.reward {name!r} has no method __call__; accepted: a class with __call__")
     return CheckedReward(reward)
@@ -129,14 +132,17 @@ def load_reward(name: str, arguments: Mapping[str, Any] | None = None) -> Checke
 
 def _find(name: str) -> Any:
     """The class called `name`."""
-    module_name, colon, class_name = _BUILT_IN.get(name, name).partition(":")
+    code = REWARDS[name].code if name in REWARDS else name
+    if not isinstance(code, str):
+        return code
+    module_name, colon, class_name = code.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
-        known = ", ".join(map(repr, _BUILT_IN))
-        near = did_you_mean(name, _BUILT_IN)
+        known = ", ".join(map(repr, REWARDS))
+        near = did_you_mean(name, REWARDS)
         raise ValueError(
             f'data.reward is {name!r}{near or ";"} accepted: {known} or a dotted path "package.module:Class"'
         )
-    _look_in_current_folder()
+    look_in_current_folder()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -149,13 +155,6 @@ def _find(name: str) -> Any:
             f"data.reward {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
         )
     return found
-
-
-def _look_in_current_folder() -> None:
-    """`python -m` finds modules in the current folder; a console script has to be told."""
-    folder = os.getcwd()
-    if not {"", folder} & set(sys.path):
-        sys.path.insert(0, folder)
 
 
 def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:

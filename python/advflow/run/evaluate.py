@@ -12,6 +12,7 @@ from advflow.core.randomness import generator
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards import Reward
+from advflow.samplers.euler import Euler
 from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
 
 _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the same noise
@@ -56,7 +57,7 @@ def evaluate(
         between_batches()
         rows = range(start, min(start + batch, len(prompts)))
         part = slice(rows.start, rows.stop)
-        x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part])
+        x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
         drawn = latents.decode(x0).cpu()
         result = reward(drawn, prompts[part])
         rewards.append(result.reward)

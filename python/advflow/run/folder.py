@@ -46,7 +46,7 @@ def make_folder(config: TrainConfig) -> None:
 
 def changed_settings(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """By dotted name, what the run in `config.out` has and what `config` has, where they differ."""
-    stored = flatten(asdict(TrainConfig())) | flatten(_read(Path(config.out) / CONFIG))
+    stored = flatten(asdict(type(config)())) | flatten(_read(Path(config.out) / CONFIG))
     new = flatten(asdict(config))
     pairs = {name: (stored.get(name), new.get(name)) for name in stored | new}
     return {name: (old, value) for name, (old, value) in pairs.items() if old != value}

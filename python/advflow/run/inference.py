@@ -19,8 +19,10 @@ from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
 from advflow.run.state import weights_of
+from advflow.samplers.euler import Euler
 from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
+from advflow.settings.registry import FAMILIES, REWARDS
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     """
     chosen = None if base else _chosen(folder, checkpoint)
     device = pick_device(config.device)
-    family = make_family(config.model.family)
+    family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
     family.check(config.model)
     model = family.load(config.model, device)
     policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
@@ -70,8 +72,9 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     Raises ValueError where no score is finite.
     """
     config = run.config
-    reward = load_reward(config.data.reward, config.data.reward_args)
-    prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
+    data = config.data
+    reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
+    prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
     result = evaluate(
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
@@ -96,6 +99,6 @@ def draw_images(run: LoadedRun, prompt: str, count: int, steps: int, seed: int) 
     images = []
     for part in noise.split(run.config.rollout.batch):
         same = conditioning[torch.zeros(len(part), dtype=torch.int64)]
-        x0 = sample_latents(velocity, part.to(run.device), latents.sigmas(steps), same)
+        x0 = sample_latents(velocity, part.to(run.device), latents.sigmas(steps), same, Euler())
         images.append(latents.decode(x0).cpu())
     return torch.cat(images)

@@ -28,6 +28,7 @@ from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
+from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS
 
 
 class Trainer:
@@ -42,12 +43,13 @@ class Trainer:
         self.device = pick_device(config.device)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require(config.rollout.prompts)
-        family = make_family(config.model.family)
+        family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
-        self.reward = load_reward(config.data.reward, config.data.reward_args)
-        for remark in check_prompts(config.data, self.reward.check):
+        data = config.data
+        self.reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
+        for remark in check_prompts(data, self.reward.check):
             print(remark)
-        self.eval_prompts = load_eval_prompts(config.data.eval_prompts, config.evaluation.prompts_per_category)
+        self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         model = family.load(config.model, self.device)
         self.latents = model.latents
         self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
@@ -81,8 +83,10 @@ class Trainer:
         self.process: Process
         if config.process == "forward":
             draws = Draws(config.draws, self.latents, sigmas, config.seed)
-            solver, control = config.rollout.solver, self.reference_control
-            self.process = ForwardProcess(policies, algorithm, draws, solver, sigmas, control, config.optim)
+            sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
+            self.process = ForwardProcess(
+                policies, algorithm, draws, sampler, sigmas, self.reference_control, config.optim
+            )
         else:
             self.process = ReverseProcess(
                 policies, algorithm, config.sde, config.rollout, sigmas, config.optim, config.seed

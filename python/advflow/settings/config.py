@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from advflow.settings.data import AdvantageConfig, DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import (
@@ -21,12 +22,11 @@ from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.numbers import require, require_numbers
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import DrawConfig, SDEConfig, require_grid
-from advflow.settings.registry import METHODS, section_of
+from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, Choices
 
-if TYPE_CHECKING:
-    Algorithm = str
-else:
-    Algorithm = Literal[tuple(METHODS)]
+T = TypeVar("T")
+
+Algorithm: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]  # names that a checker cannot read
 
 
 @dataclass
@@ -34,6 +34,8 @@ class TrainConfig:
     """Everything `advflow train` needs. The defaults post-train the embedded world with AdvantageFlow.
 
     Args:
+        plugins: modules that add algorithms, rewards, samplers or model families, and their sections, to those here, in
+            the current folder or installed; on the command line separated by commas.
         algorithm: which policy-improvement method. Named on the command line or in a file of yours, it also brings in
             that method's own settings, where the built-in config has some for it; what you set yourself wins.
         iterations: rollout-and-update rounds.
@@ -43,6 +45,7 @@ class TrainConfig:
         device: "auto" is cuda where there is one, else cpu.
     """
 
+    plugins: list[str] = field(default_factory=list)
     algorithm: Algorithm = "advantage_flow"
     iterations: int = 200
     seed: int = 0
@@ -108,7 +111,11 @@ class TrainConfig:
     @property
     def method(self) -> Any:
         """The algorithm's own section."""
-        return getattr(self, section_of(self.algorithm))
+        return self.section(METHODS, self.algorithm)
+
+    def section(self, choices: Choices[Any], name: str) -> Any:
+        """The settings that what is called `name` is made with; None where it has none."""
+        return getattr(self, choices.section_of(name), None)
 
     @property
     def process(self) -> Literal["forward", "reverse"]:
@@ -119,3 +126,45 @@ class TrainConfig:
     def updates(self) -> int:
         """Optimiser steps in an iteration."""
         return self.optim.steps_per_iteration * (self.sde.epochs if self.process == "reverse" else 1)
+
+
+def config_class() -> type[TrainConfig]:
+    """`TrainConfig` with the names and sections that plugins have added. Raises ValueError for one that is taken."""
+    lists: tuple[Choices[Any], ...] = (METHODS, REWARDS, SAMPLERS, FAMILIES)
+    added: dict[str, type] = {}
+    for choices in lists:
+        for name, choice in choices.items():
+            section = choices.section_of(name)
+            if choice.settings is None or _TAKEN.get(section) is choice.settings:
+                continue
+            if section in _TAKEN or added.get(section, choice.settings) is not choice.settings:
+                raise ValueError(f"the settings of {name!r} would stand in {section}, which is there already")
+            added[section] = choice.settings
+    return _extended(tuple(METHODS), tuple(SAMPLERS), tuple(FAMILIES), tuple(added.items()))
+
+
+_TAKEN = {each.name: each.default_factory for each in fields(TrainConfig)}
+_BUILT_IN = (tuple(METHODS), tuple(SAMPLERS), tuple(FAMILIES), ())
+
+
+@cache
+def _extended(
+    methods: tuple[str, ...], samplers: tuple[str, ...], families: tuple[str, ...], added: tuple[tuple[str, type], ...]
+) -> type[TrainConfig]:
+    if (methods, samplers, families, added) == _BUILT_IN:
+        return TrainConfig
+    rollout = _subclass(RolloutConfig, solver=(Literal[samplers], RolloutConfig.solver))
+    model = _subclass(ModelConfig, family=(Literal[families], ModelConfig.family))
+    sections = {"rollout": rollout, "model": model, **dict(added)}
+    return _subclass(
+        TrainConfig,
+        algorithm=(Literal[methods], TrainConfig.algorithm),
+        **{name: (section, field(default_factory=section)) for name, section in sections.items()},
+    )
+
+
+def _subclass(parent: type[T], **changed: tuple[Any, Any]) -> type[T]:
+    """A dataclass that differs from `parent` in the type and the default of some fields, or has more."""
+    names = {"__doc__": parent.__doc__, "__module__": parent.__module__}
+    new = [(name, hint, default) for name, (hint, default) in changed.items()]
+    return make_dataclass(parent.__name__, new, bases=(parent,), namespace=names)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from advflow.settings.numbers import require
+from advflow.settings.registry import SAMPLERS
+
+Solver: TypeAlias = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]  # names that a checker cannot read
 
 EMBEDDED = "embedded"
 """What stands for the embedded world where a setting names a file or a folder."""
@@ -18,8 +21,9 @@ class DataConfig:
     Args:
         prompts: "embedded" (training prompts of the embedded world) or a text file with one prompt a line.
         eval_prompts: "embedded" (its held-out prompts) or a text file with one prompt a line.
-        reward: "embedded", "pickscore", or a dotted path "package.module:Class"; see advflow.rewards.
-        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`.
+        reward: "embedded", "pickscore", a plugin's, or a dotted path "package.module:Class"; see advflow.rewards.
+        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`; a plugin's may have
+            a section of its own instead.
     """
 
     prompts: str = "embedded"
@@ -37,8 +41,8 @@ class RolloutConfig:
         images_per_prompt: images per prompt, one group (K of the paper).
         steps: steps from noise to image.
         batch: images sampled at a time.
-        solver: of the ODE: "euler", or "dpm" for second-order multistep DPM-Solver++. Reverse-process methods use the
-            sampler of `sde` instead.
+        solver: of the ODE: "euler", or "dpm" for second-order multistep DPM-Solver++; see advflow.samplers.
+            Reverse-process methods use the sampler of `sde` instead.
         policy: who draws them: the "rollout" policy, or the "learner" itself (AWM).
     """
 
@@ -46,7 +50,7 @@ class RolloutConfig:
     images_per_prompt: int = 8
     steps: int = 10
     batch: int = 128
-    solver: Literal["euler", "dpm"] = "euler"
+    solver: Solver = "euler"
     policy: Literal["rollout", "learner"] = "rollout"
 
     def __post_init__(self) -> None:

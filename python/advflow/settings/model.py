@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeAlias
 
 from advflow.settings.data import EMBEDDED
 from advflow.settings.numbers import require
 from advflow.settings.registry import FAMILIES
 
-if TYPE_CHECKING:
-    FamilyName = str
-else:
-    FamilyName = Literal[tuple(FAMILIES)]
+FamilyName: TypeAlias = Literal[tuple(FAMILIES)]  # type: ignore[valid-type]  # names that a checker cannot read
 
 
 @dataclass

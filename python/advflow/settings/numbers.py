@@ -49,6 +49,10 @@ def _leaves(config: object, prefix: str) -> Iterator[tuple[str, Any, tuple[Any, 
             yield from ((name, number, types) for number in values)
 
 
+class WrongSetting(ValueError):
+    """What a setting may not be, in a sentence that needs no traceback, whoever's setting it is."""
+
+
 def require(condition: bool, name: str, value: object, accepted: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+        raise WrongSetting(f"{name} is {value!r}; accepted: {accepted}")

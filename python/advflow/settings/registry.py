@@ -1,13 +1,15 @@
 """What a run chooses by name, where the code of each is, and which section of the settings it is made with.
 
-Code is named as "package.module:Class" and imported when a run needs it: naming a method loads no torch.
+A plugin adds its own here, by the same line. Code is named as "package.module:Class" and imported when a run needs it:
+choosing a name loads no torch.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from advflow.settings.methods import (
     AdvantageFlowConfig,
@@ -23,48 +25,78 @@ from advflow.settings.methods import (
 
 
 @dataclass(frozen=True)
-class Method:
-    """A policy-improvement method: its process, its class in `advflow.algorithms`, its settings.
+class Choice:
+    """What has a name: its class, by path or itself, and the dataclass of the settings that it is made with, if any.
 
-    `section` is where those stand in the settings of a run; None: under the method's own name.
+    Those stand in the section of its name, or in another one's `section`.
     """
 
-    process: Literal["forward", "reverse"]
-    code: str
-    settings: type
+    code: str | Callable[..., Any]
+    settings: type | None = None
     section: str | None = None
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model family: its class in `advflow.models`."""
+class Method(Choice):
+    """A policy-improvement method; `process` is what it learns from."""
 
-    code: str
+    process: Literal["forward", "reverse"] = "forward"
 
 
-METHODS: dict[str, Method] = {
-    "advantage_flow": Method("forward", "advflow.algorithms.advantage_flow:AdvantageFlow", AdvantageFlowConfig),
-    "diffusion_nft": Method("forward", "advflow.algorithms.diffusion_nft:DiffusionNFT", DiffusionNFTConfig),
-    "awm": Method("forward", "advflow.algorithms.awm:AWM", AWMConfig),
-    "flow_awr": Method("forward", "advflow.algorithms.flow_awr:FlowAWR", FlowAWRConfig),
-    "reward_weighted": Method("forward", "advflow.algorithms.reward_weighted:RewardWeighted", RewardWeightedConfig),
-    "flow_grpo": Method("reverse", "advflow.algorithms.flow_grpo:FlowGRPO", FlowGRPOConfig),
+C = TypeVar("C", bound=Choice)
+
+
+class Choices(dict[str, C]):
+    def add(self, name: str, choice: C) -> None:
+        """Adds what a plugin brings. Raises ValueError for a name that is taken, or none for a setting."""
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} cannot be chosen by name: accepted are letters, digits and underscores")
+        if name in self:
+            raise ValueError(f"{name!r} is there already; accepted: a name other than {', '.join(self)}")
+        self[name] = choice
+
+    def section_of(self, name: str) -> str:
+        """Where the settings of what is called `name` stand; the name itself where nothing is."""
+        return (self[name].section if name in self else None) or name
+
+    def make(self, name: str, settings: object) -> Any:
+        """What is called `name`, with its section of the settings, which counts only where it has one."""
+        choice = self[name]
+        code = load_code(choice.code) if isinstance(choice.code, str) else choice.code
+        return code() if choice.settings is None else code(settings)
+
+
+_FLOW_GRPO = "advflow.algorithms.flow_grpo:FlowGRPO"
+METHODS = Choices[Method](
+    advantage_flow=Method("advflow.algorithms.advantage_flow:AdvantageFlow", AdvantageFlowConfig),
+    diffusion_nft=Method("advflow.algorithms.diffusion_nft:DiffusionNFT", DiffusionNFTConfig),
+    awm=Method("advflow.algorithms.awm:AWM", AWMConfig),
+    flow_awr=Method("advflow.algorithms.flow_awr:FlowAWR", FlowAWRConfig),
+    reward_weighted=Method("advflow.algorithms.reward_weighted:RewardWeighted", RewardWeightedConfig),
+    flow_grpo=Method(_FLOW_GRPO, FlowGRPOConfig, process="reverse"),
     # DanceGRPO and MixGRPO are Flow-GRPO's loss on another sampler and another window of steps.
-    "dance_grpo": Method("reverse", "advflow.algorithms.flow_grpo:FlowGRPO", FlowGRPOConfig, section="flow_grpo"),
-    "mix_grpo": Method("reverse", "advflow.algorithms.flow_grpo:FlowGRPO", FlowGRPOConfig, section="flow_grpo"),
-    "flow_cps": Method("reverse", "advflow.algorithms.flow_cps:FlowCPS", FlowCPSConfig),
-    "grpo_guard": Method("reverse", "advflow.algorithms.grpo_guard:GRPOGuard", GRPOGuardConfig),
-    "flow_dppo": Method("reverse", "advflow.algorithms.flow_dppo:FlowDPPO", FlowDPPOConfig),
-}
+    dance_grpo=Method(_FLOW_GRPO, FlowGRPOConfig, section="flow_grpo", process="reverse"),
+    mix_grpo=Method(_FLOW_GRPO, FlowGRPOConfig, section="flow_grpo", process="reverse"),
+    flow_cps=Method("advflow.algorithms.flow_cps:FlowCPS", FlowCPSConfig, process="reverse"),
+    grpo_guard=Method("advflow.algorithms.grpo_guard:GRPOGuard", GRPOGuardConfig, process="reverse"),
+    flow_dppo=Method("advflow.algorithms.flow_dppo:FlowDPPO", FlowDPPOConfig, process="reverse"),
+)
+"""`algorithm`."""
 
+REWARDS = Choices[Choice](
+    embedded=Choice("advflow.rewards.embedded:EmbeddedReward"),
+    pickscore=Choice("advflow.rewards.pickscore:PickScore"),
+)
+"""`data.reward`."""
 
-FAMILIES: dict[str, Family] = {"sd3": Family("advflow.models.sd3:SD3")}
+SAMPLERS = Choices[Choice](
+    euler=Choice("advflow.samplers.euler:Euler"),
+    dpm=Choice("advflow.samplers.dpm:DPM"),
+)
+"""`rollout.solver`."""
 
-
-def section_of(method: str) -> str:
-    """The section of the settings that `method` is made with."""
-    entry = METHODS.get(method)
-    return method if entry is None or entry.section is None else entry.section
+FAMILIES = Choices[Choice](sd3=Choice("advflow.models.sd3:SD3"))
+"""`model.family`."""
 
 
 def load_code(code: str) -> Any:

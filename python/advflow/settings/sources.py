@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import get_args
 
 from jsonargparse import Namespace
 
 from advflow.settings.arguments import Parser
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig, config_class
+from advflow.settings.plugins import load_plugins
+from advflow.settings.registry import METHODS
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.yaml_files import read_yaml
+
+_PLUGINS = "--plugins"
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -24,7 +27,7 @@ def packaged_configs() -> dict[str, Path]:
 def algorithm_settings(config: str, algorithm: str) -> Path | None:
     """What the built-in `config` changes for `algorithm`; None where that is nothing."""
     path = packaged_configs()[config].parent / config / f"{algorithm}.yaml"
-    return path if algorithm in get_args(Algorithm) and path.is_file() else None
+    return path if algorithm in METHODS and path.is_file() else None
 
 
 def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
@@ -44,7 +47,33 @@ def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
     files = [] if base is None else [base]
     for name in [name for name in named if name in known] or (["tiny"] if base is None else []):
         files += [known[name], *filter(None, [algorithm_settings(name, chosen)])]
-    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *rest]
+    return ["train", *(word for file in [*files, *own] for word in ("--config", str(file))), *_as_list(rest)]
+
+
+def named_plugins(argv: list[str]) -> list[str]:
+    """The plugins that a command line of `advflow train` names, or else the last of its files to name some."""
+    if argv[:1] != ["train"]:
+        return []
+    files, rest = _take_option("--config", argv[1:])
+    if given := _take_option(_PLUGINS, rest)[0]:
+        return given[-1].strip("[]").replace(" ", "").split(",")
+    found = [plugins_of(Path(name)) for name in files if Path(name).is_file()]
+    return next((names for names in reversed(found) if names), [])
+
+
+def plugins_of(file: Path) -> list[str]:
+    """The plugins that a file of settings names; what is wrong with the file is said by who parses it."""
+    try:
+        plugins = read_yaml(file, "--config").get("plugins")
+    except ValueError:
+        return []
+    return plugins if isinstance(plugins, list) else []
+
+
+def _as_list(words: list[str]) -> list[str]:
+    """`words` with the values of --plugins, which are separated by commas, as YAML has them."""
+    values, rest = _take_option(_PLUGINS, words)
+    return [*rest, *(word for value in values for word in (_PLUGINS, f"[{value.strip('[]')}]"))]
 
 
 def _take_option(option: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -80,13 +109,14 @@ def train_parser(resume_help: str = "go on with the run in --out") -> Parser:
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
     parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(config_class())
     return parser
 
 
 def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
     values = parser.instantiate(parsed)
-    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    config = config_class()
+    return config(**{field.name: values[field.name] for field in fields(config)})
 
 
 def load_run_config(run: str) -> TrainConfig:
@@ -94,6 +124,7 @@ def load_run_config(run: str) -> TrainConfig:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
+    load_plugins(plugins_of(path))
     parser = train_parser()
     parser.exit_on_error = False
     return to_config(parser, parser.parse_path(path, field="--run"))
