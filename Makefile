@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 # An op of each kind, what hooks into diffusers, and the trainer: what a new release of either can break, in minutes.
-NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
-	tests/ops/test_loss_summary.py tests/ops/test_sde_step_op.py tests/nn/test_qk_norm.py tests/nn/test_sd3.py \
+NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py \
+	tests/kernels/test_loss_summary.py tests/kernels/test_sde_step_op.py tests/nn/test_qk_norm.py tests/patches/test_sd3.py \
 	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 

@@ -202,9 +202,7 @@ def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -
     assert site("FusedBlock._modulate.<locals>.fused") == site("_own_modulation") == ADALN
     assert site("FusedBlock._feed_forward.<locals>.stock") == site("_gated") == GATE
     assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("FusedBlock._attention") == JOINT
-    with pytest.raises(
-        ValueError, match=r"FusedBlock\._new of .*_sd3_block issues operators"
-    ):
+    with pytest.raises(ValueError, match=r"FusedBlock\._new of .*_sd3_block issues operators"):
         site("FusedBlock._new.<locals>.fused")
 
 

@@ -85,6 +85,17 @@ def test_away_from_the_tree_nothing_is_said(tree, installed):
     assert lines[0] == str(installed / "__init__.py") and said == ""
 
 
+def test_the_tests_of_a_tree_are_of_what_is_installed(tmp_path, installed):
+    """As `make test-newest` runs them: by pytest's own program, which does not put the current folder first."""
+    (tmp_path / "which.py").write_text(
+        "import sys\ndef pytest_unconfigure(config): print('tested:', sys.modules['advflow_ext'].__file__)\n"
+    )
+    files = "tests/ops/test_reward_weighted.py", "tests/bench/test_render.py"
+    pytest_alone = ("-P", "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "which", *files)
+    lines, _ = show(ROOT, tmp_path, installed.parent, command=pytest_alone)
+    assert lines[-1] == f"tested: {installed / '__init__.py'}"
+
+
 @pytest.mark.parametrize("change", ["sources of the tree", "record of an older build", "torch"])
 def test_a_copy_that_does_not_belong_to_the_tree_is_not_used_and_says_why(tree, installed, change):
     if change == "sources of the tree":

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import STATS, UNSUPPORTED_DTYPE, SummaryKernels, poisoned
 
 from advflow_ext.reference._summary import reduce_losses, summarise
+from tests.kernels.kernel_harness import STATS, UNSUPPORTED_DTYPE, SummaryKernels, poisoned
 
 # Around the one warp of a small batch, the block of a large one, and its second turn.
 batches = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 511, 513, 1000]))

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from helpers import draw_batch, value_and_grad
 from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.testing.strategies import Batch
+from tests.ops.helpers import draw_batch, value_and_grad
 
 NAMES = ("diffusion_nft_loss", "awm_loss", "flow_awr_loss", "reward_weighted_loss")
 ANCHOR = {"awm_loss": "v_ema", "reward_weighted_loss": None}  # every other loss has v_old

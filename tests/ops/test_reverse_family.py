@@ -8,12 +8,22 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transitions import BOTH, LOSSES, closed_form, draw_transitions, native, reference, select, truth, value_and_grad
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import UNIT_ROUNDOFF, assert_close_to_truth
 from advflow_ext.testing.transition_strategies import TABLES, TransitionBatch, shifted, transition_batches
+from tests.ops.transitions import (
+    BOTH,
+    LOSSES,
+    closed_form,
+    draw_transitions,
+    native,
+    reference,
+    select,
+    truth,
+    value_and_grad,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Every branch of every loss, for the tests that do not draw their options.

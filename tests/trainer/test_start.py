@@ -23,7 +23,8 @@ from advflow.rewards import Scores
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
-from runs import SMALL
+
+from tests.trainer.runs import SMALL
 
 
 class Loaded(Exception):
