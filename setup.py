@@ -314,12 +314,12 @@ def main() -> None:
     sanitizers = sanitizer_flags(os.environ)
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    class Labelled(egg_info):
+    class Labelled(egg_info):  # type: ignore[misc]
         def finalize_options(self) -> None:
             self.tag_build = plan.label
             super().finalize_options()
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(BuildExtension):
         def build_extensions(self) -> None:
             (extension,) = self.extensions
             if plan.generic_stream:

@@ -38,7 +38,7 @@ def installed(tmp_path: Path, tree: Path) -> Path:
     """What `pip install .` there would have put into site-packages."""
     package = tmp_path / "site-packages" / "advflow_ext"
     shutil.copytree(tree / "advflow_ext", package)
-    shutil.copy(_native.module.__file__, package)
+    shutil.copy(str(_native.module.__file__), package)  # type: ignore[union-attr]  # or these tests are skipped
     record(package, torch=torch.__version__, sources=_native._sources_digest(), label=_native.LABEL)
     return package
 

@@ -42,7 +42,9 @@ def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(inputs: dict[str, Any], stat_means: int, largest: bool, reduction: str) -> list[torch.Tensor]:
-    wide = {k: [x.double() for x in v] if isinstance(v, list) else v.double() for k, v in inputs.items()}
+    wide: dict[str, Any] = {
+        k: [x.double() for x in v] if isinstance(v, list) else v.double() for k, v in inputs.items()
+    }
     columns = [*wide["means"], *wide["required"], wide["advantages"], wide["extreme"]]
     finite = torch.stack([*columns, *wide["stats"].unbind(1), *wide["coef"].unbind(1)]).isfinite().all(0)
     usable = finite & inputs["valid"]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
 TIMES = ("seconds_rollout", "seconds_train", "seconds")
 
 
-def _without_times(rows: list[dict]) -> list[dict]:
+def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
