@@ -15,7 +15,7 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py 
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize setup lint bench gpu-check clean
+.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -23,9 +23,16 @@ help: ## this list
 demo: setup ## post-train the embedded world: minutes on two cores, ends with a report
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
+# Prerequisites inherit it: what CI builds has no warnings. A module that is there already is not built again.
+test: export ADVFLOW_STRICT = 1
 test: setup lint ## what CI checks: linters, types, and every test that needs no GPU and is not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
 		-m "not slow and not gpu and not sanitizer"
+
+# Python alone: Triton's kernels and what runs in processes of its own are not seen.
+coverage: setup ## what of the Python code the tests of `make test` run, line by line in build/coverage/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
+		-m "not slow and not gpu and not sanitizer" --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 sanitize: setup ## the operators' tests with the compiled module under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -m sanitizer
@@ -61,6 +68,9 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
+hooks: setup ## `make lint` before every commit, by git itself
+	$(BIN)/pre-commit install
+
 bench: setup ## this machine's plan of the bench
 	$(BIN)/python -m bench
 
@@ -68,4 +78,4 @@ gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and wit
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
 clean: ## what was built or installed here
-	rm -rf $(VENV) $(NEWEST) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so

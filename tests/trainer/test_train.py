@@ -13,6 +13,7 @@ import torch
 from advflow.algorithms import FORWARD
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
+from advflow.core.provenance import STARTS
 from advflow.models.sd3 import PromptEncoder, load_pipeline
 from advflow.policies import Policies, follow, make_policies
 from advflow.processes.metrics import join_metrics
@@ -49,6 +50,8 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
     assert [row["iteration"] for row in read_rows(folder / EVALS)] == [0, 2, 3]
     assert len(list((folder / SAMPLES).glob("*.png"))) == 3
     assert json.loads((folder / "summary.json").read_text()) == summary
+    (start,) = read_rows(folder / STARTS)
+    assert start["iteration"] == 0 and (start["versions"], start["commit"]) == (summary["versions"], summary["commit"])
     assert summary["images"] == 3 * 12
     assert list((folder / "tensorboard").iterdir())
     assert len(checkpoints(folder / "checkpoints")) == 2
@@ -84,6 +87,7 @@ def test_resuming_equals_never_having_stopped(
     with (Path(parts.out) / METRICS).open("a") as handle:
         handle.write('{"iteration": 2, "reward": 9.0}\n{"iteration": 3, "rew')
     train(parts, resume=True)
+    assert [row["iteration"] for row in read_rows(Path(parts.out) / STARTS)] == [0, 2]
     for name in (METRICS, EVALS):
         assert _without_times(read_rows(Path(whole.out) / name)) == _without_times(read_rows(Path(parts.out) / name))
     last = [checkpoints(Path(c.out) / "checkpoints")[-1] for c in (whole, parts)]
