@@ -10,13 +10,13 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 DOCS := .venv-docs
 # An op of each kind, what hooks into diffusers, and the trainer: what a new release of either can break, in minutes.
-NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/ops/test_residual.py \
-	tests/ops/test_loss_summary.py tests/ops/test_sde_step_op.py tests/nn/test_qk_norm.py tests/nn/test_sd3.py \
+NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py \
+	tests/kernels/test_loss_summary.py tests/kernels/test_sde_step_op.py tests/nn/test_qk_norm.py tests/patches/test_sd3.py \
 	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize setup lint docs docs-serve bench gpu-check clean
+.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -24,9 +24,16 @@ help: ## this list
 demo: setup ## post-train the embedded world: minutes on two cores, ends with a report
 	$(BIN)/advflow train --config tiny --seed $(SEED) --out $(OUT) --resume
 
+# Prerequisites inherit it: what CI builds has no warnings. A module that is there already is not built again.
+test: export ADVFLOW_STRICT = 1
 test: setup lint ## what CI checks: linters, types, and every test that needs no GPU and is not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
 		-m "not slow and not gpu and not sanitizer"
+
+# Python alone: Triton's kernels and what runs in processes of its own are not seen.
+coverage: setup ## what of the Python code the tests of `make test` run, line by line in build/coverage/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
+		-m "not slow and not gpu and not sanitizer" --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 sanitize: setup ## the operators' tests with the compiled module under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -m sanitizer
@@ -62,6 +69,9 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
+hooks: setup ## `make lint` before every commit, by git itself
+	$(BIN)/pre-commit install
+
 docs: $(DOCS)/.installed ## the documentation site, into build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
@@ -82,4 +92,4 @@ gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and wit
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
 clean: ## what was built or installed here
-	rm -rf $(VENV) $(NEWEST) $(DOCS) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) $(DOCS) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so

@@ -20,7 +20,8 @@
     on PATH, else /usr/local/cuda/bin/nvcc. A visible GPU decides nothing, so that a machine without one builds the same
     module. TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX" or "Ampere Hopper", as torch reads it) replaces the default
     architectures. MAX_JOBS limits parallel compiles. ADVFLOW_SANITIZE=1 puts the C++ code under AddressSanitizer and
-    UndefinedBehaviorSanitizer (make sanitize).
+    UndefinedBehaviorSanitizer (make sanitize). ADVFLOW_STRICT=1 makes warnings errors (make test, but no user's build,
+    whose compiler may know new ones).
 
 The .cu files see no torch header and are compiled by nvcc directly, because torch's CUDAExtension refuses to work with
 a CPU-only torch; their objects and a static CUDA runtime are linked into an ordinary C++ extension.
@@ -39,6 +40,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,6 +84,9 @@ SANITIZER_FLAGS = [
     "-fno-sanitize=vptr",
     "-fno-sanitize-recover=all",
 ]
+STRICT_FLAGS = ["-Wall", "-Wextra", "-Werror"]
+# The host's compiler sees pragmas that are nvcc's own.
+STRICT_NVCC_FLAGS = ["--compiler-options", "-Wall,-Wextra,-Wno-unknown-pragmas", "-Werror", "all-warnings"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 
 
@@ -199,11 +204,16 @@ def choose_compiler(environment: Mapping[str, str]) -> str:
     return compiler
 
 
-def sanitizer_flags(environment: Mapping[str, str]) -> list[str]:
-    wanted = environment.get("ADVFLOW_SANITIZE", "0")
+def is_on(environment: Mapping[str, str], switch: str) -> bool:
+    wanted = environment.get(switch, "0")
     if wanted not in ("1", "0"):
-        raise BuildError(f"ADVFLOW_SANITIZE is {wanted!r}; accepted are 1 and 0.")
-    return SANITIZER_FLAGS if wanted == "1" else []
+        raise BuildError(f"{switch} is {wanted!r}; accepted are 1 and 0.")
+    return wanted == "1"
+
+
+def strict_flags(others: list[str]) -> list[str]:
+    """For our code alone: headers in the folders of ``others`` may warn."""
+    return STRICT_FLAGS + [f"-isystem{folder}" for folder in others]
 
 
 def first_line(*command: str) -> str:
@@ -311,22 +321,27 @@ def main() -> None:
         setup()
         return
     plan = make_plan(os.environ, import_torch())
-    sanitizers = sanitizer_flags(os.environ)
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    sanitizers = SANITIZER_FLAGS if is_on(os.environ, "ADVFLOW_SANITIZE") else []
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-    class Labelled(egg_info):
+    cxx_flags, nvcc_flags = CXX_FLAGS + sanitizers, NVCC_FLAGS
+    if is_on(os.environ, "ADVFLOW_STRICT"):
+        cxx_flags += strict_flags([*include_paths(), sysconfig.get_path("include")])
+        nvcc_flags = NVCC_FLAGS + STRICT_NVCC_FLAGS
+
+    class Labelled(egg_info):  # type: ignore[misc]
         def finalize_options(self) -> None:
             self.tag_build = plan.label
             super().finalize_options()
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(BuildExtension):
         def build_extensions(self) -> None:
             (extension,) = self.extensions
             if plan.generic_stream:
                 extension.define_macros.append(("ADVFLOW_GENERIC_STREAM", None))
             if plan.nvcc:
                 extension.define_macros.append(("ADVFLOW_WITH_CUDA", None))
-                flags = NVCC_FLAGS + plan.architectures
+                flags = nvcc_flags + plan.architectures
                 extension.extra_objects += compile_cuda(plan.nvcc, flags, Path(self.build_temp).resolve() / "cuda")
                 extension.extra_link_args += static_runtime_flags(plan.nvcc)
                 if not plan.generic_stream:
@@ -340,9 +355,9 @@ def main() -> None:
                     "cuda": bool(plan.nvcc),
                     "architectures": [flag.rpartition("=")[2] for flag in plan.architectures],
                     "nvcc": plan.cuda,
-                    "nvcc_flags": NVCC_FLAGS if plan.nvcc else [],
+                    "nvcc_flags": nvcc_flags if plan.nvcc else [],
                     "compiler": first_line(*plan.compiler.split(), "--version"),
-                    "compiler_flags": CXX_FLAGS + sanitizers,
+                    "compiler_flags": cxx_flags,
                     "commit": first_line("git", "rev-parse", "HEAD"),
                     "label": plan.label,
                     "sources": sources_digest(),
@@ -371,7 +386,7 @@ def main() -> None:
         sources,
         depends=headers,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": CXX_FLAGS + sanitizers},
+        extra_compile_args={"cxx": cxx_flags},
         define_macros=[],
         extra_link_args=list(sanitizers),
     )

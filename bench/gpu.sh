@@ -62,7 +62,7 @@ gpu_part() {
   local shards=8 i tool limit=$((total - SECONDS - 260))
   for ((i = 0; i < shards; i++)); do
     background "tests-$i" "$limit" "$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider \
-      $(ls tests/{bench,kernels,nn,ops}/test_*.py | awk "NR % $shards == $i")
+      $(ls tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py | awk "NR % $shards == $i")
   done
   if command -v compute-sanitizer >/dev/null; then
     local dtype

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,10 @@ from hypothesis import HealthCheck, settings
 
 from advflow_ext.contract import outputs
 from advflow_ext.policies import cuda_graphs
+from tests import triton_interpreter
+
+# For bench, a folder of the repository. At the end: what is installed is tested before what lies beside the tests.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Deterministic algorithms, which poisoned_memory switches on, need this of cuBLAS, before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -25,7 +31,7 @@ settings.register_profile(
 settings.load_profile("ci")
 
 # Triton decides when it is first imported whether it compiles or interprets, and many things import it. Where there is
-# no GPU it interprets; tests/nn says when our kernels may make use of that.
+# no GPU it interprets; kernels_serve_here says when our kernels may make use of that.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         import triton  # noqa: F401
@@ -40,11 +46,23 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if not torch.cuda.is_available():
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif "kernels_serve_here" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.gpu)  # on it these run, so that "-m gpu" has to find them
+
+
+@pytest.fixture(scope="module")
+def kernels_serve_here() -> Iterator[None]:
+    """Triton's kernels run on the GPU where there is one, in Triton's interpreter elsewhere."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        yield
+        return
+    with triton_interpreter.serving():
+        yield
 
 
 @pytest.fixture(autouse=True)

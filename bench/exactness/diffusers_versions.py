@@ -55,7 +55,12 @@ def check() -> None:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    given = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 24), torch.tensor([100.0, 700.0]))
+    given: tuple[torch.Tensor, ...] = (
+        torch.randn(2, 4, 8, 8),
+        torch.randn(2, 5, 12),
+        torch.randn(2, 24),
+        torch.tensor([100.0, 700.0]),
+    )
     if torch.cuda.is_available():
         stock, given = stock.cuda(), tuple(tensor.cuda() for tensor in given)
 

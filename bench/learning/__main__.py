@@ -73,7 +73,7 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
 
 def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    palette = matplotlib.color_sequences["tab10" if len(labels) <= 10 else "tab20"]
     colors = dict(zip(labels, palette, strict=False))
     height = 4.2 + 0.25 * ((len(labels) + 3) // 4)  # the legend below has four columns
     apart = [run for run in runs if any(run.get("reference_deviation", []))]  # 0 where the reference has no weight

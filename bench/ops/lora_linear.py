@@ -40,10 +40,12 @@ class LoraLinear(Block):
 
     def functions(self) -> dict[str, Function]:
         def ours(activations: Tensors, parameters: Tensors) -> tuple[Tensor, ...]:
-            return (af.nn.lora_linear(activations[0], *parameters, LORA_SCALE),)
+            (x,), (weight, bias, a, b) = activations, parameters
+            return (af.nn.lora_linear(x, weight, bias, a, b, LORA_SCALE),)
 
         def peft(activations: Tensors, parameters: Tensors) -> tuple[Tensor, ...]:
-            return (af.reference.lora_linear(activations[0], *parameters, LORA_SCALE),)
+            (x,), (weight, bias, a, b) = activations, parameters
+            return (af.reference.lora_linear(x, weight, bias, a, b, LORA_SCALE),)
 
         def library(activations: Tensors, parameters: Tensors) -> tuple[Tensor, ...]:
             """The adapters are cast, not the activations; scale and sum are one launch."""

@@ -229,10 +229,10 @@ class ReverseLoss(Loss):
         c_x, c_v, sigma = (column(each, x).float() for each in step[:3])
         x_next = c_x * x.float() + c_v * v_old.float() + sigma * eps.float()
         scheduler = Scheduler(table.sigmas, device)
-        rollout = {"x": x, "timesteps": scheduler.timesteps[index], "noise_level": self.noise_level}
+        rollout: dict[str, Any] = {"x": x, "timesteps": scheduler.timesteps[index], "noise_level": self.noise_level}
         density = log_prob_without_variance if self.sampler == "cps" else log_prob
         drawn_from = (scheduler.cps if self.sampler == "cps" else scheduler.flow_sde)(v_old, **rollout)
-        transition = {
+        transition: dict[str, Any] = {
             "step": functools.partial(self.step, scheduler, **rollout),
             "x_next": x_next,
             "log_prob_old": density(x_next, drawn_from),

@@ -65,12 +65,11 @@ def our_joint(activations: Tensors, weights: Tensors) -> tuple[Tensor, ...]:
     keep: Literal["inputs", "outputs"] = "inputs" if weights[0].requires_grad else "outputs"  # as apply_to_sd3 chooses
     if len(activations) == 2:
         q, k = activations
-        joint = af.nn.joint_qk_norm(q, k, k, *weights, heads=heads, keep=keep)[:2]  # v is looked at and handed back
-    else:
-        q, k, v, *text = activations
-        given: Any = {"heads": heads, "text": tuple(text), "text_weights": weights[2:], "keep": keep}
-        joint = af.nn.joint_qk_norm(q, k, v, *weights[:2], **given)
-    return tuple(part.transpose(1, 2) for part in joint)
+        joint = af.nn.joint_qk_norm(q, k, k, *weights, heads=heads, keep=keep)
+        return tuple(part.transpose(1, 2) for part in joint[:2])  # v is looked at and handed back
+    q, k, v, *text = activations
+    given: Any = {"heads": heads, "text": tuple(text), "text_weights": weights[2:], "keep": keep}
+    return tuple(part.transpose(1, 2) for part in af.nn.joint_qk_norm(q, k, v, *weights[:2], **given))
 
 
 class JointQKNorm(Block):

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from advflow.models.sd3 import EMBEDDED, pipeline_folder
+from advflow.models.sd3 import pipeline_folder
 from advflow.rewards import Prompt, Scores
 from advflow.run.train import train
 from advflow.settings.config import TrainConfig
-from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
+from advflow.settings.data import EMBEDDED, DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import DrawConfig
@@ -133,9 +133,9 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     seconds = {phase: statistics.median(row[phase] for row in later) for phase in PHASES}
     cuda = torch.cuda.is_available()
     return {
-        "settings": {"cuda_graphs": config.runtime.cuda_graphs, "images": config.images, "timesteps": 3},
+        "settings": {"cuda_graphs": config.runtime.cuda_graphs, "images": config.rollout.images, "timesteps": 3},
         "median": seconds,
-        "images_per_second": config.images / sum(seconds.values()),
+        "images_per_second": config.rollout.images / sum(seconds.values()),
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
         "summary": summary,
         "rows": rows,

@@ -73,9 +73,7 @@ def by_site(
     On a CPU, which has no kernels, operators stand for them.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    if (
-        closed
-    ):  # an operator's site would be sought inside of what is compiled, which is then not run compiled, or replayed
+    if closed:  # an operator's site would be sought inside of what is compiled or replayed, which is then neither
         with profile(activities=kinds) as profiler:
             part(Tensor.backward)
             _wait(device)

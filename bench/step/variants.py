@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch, Needs
+from advflow.models.family import FusedKernels, ModelFamily
 from advflow.models.sd3 import SD3, PromptEmbeddings, sigma_grid
 from advflow.policies import (
     GraphedPolicies,
@@ -38,7 +39,6 @@ from advflow.settings.model import ModelConfig, RuntimeConfig
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 
-import advflow_ext as af
 from advflow_ext.conformance.advantage_flow import advantage_flow_loss
 from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
 from bench.roofline.sd3_model import SIZES, Work, lora_config
@@ -114,8 +114,8 @@ def adapter_weights(transformer: nn.Module, adapter: str) -> dict[str, nn.Parame
 class StockPolicies:
     """The three policies as public trainers have them: PEFT's own switches, adapters in fp32, nothing merged."""
 
-    family = SD3()
-    kernels: af.SD3Patch | None = None
+    family: ModelFamily = SD3()
+    kernels: FusedKernels | None = None
     all_merged = False
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
@@ -172,7 +172,8 @@ def _our_loss(algorithm: str) -> Loss:
     def loss(v: Tensor, v_old: Tensor, v_ref: Tensor, inputs: Inputs, x0: Tensor, x_t: Tensor, draw: Draw) -> Tensor:
         a = inputs.advantages
         batch = ForwardBatch(v, v_old, v_ref, x0, draw.noise, draw.t, a, a, group_size=1, reference_scale=1.0)
-        return method.loss(batch).loss
+        value: Tensor = method.loss(batch).loss
+        return value
 
     return loss
 

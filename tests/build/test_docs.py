@@ -148,7 +148,7 @@ def test_docstrings_become_markdown() -> None:
 
 def test_the_page_of_settings_explains_each() -> None:
     pytest.importorskip("diffusers")
-    from advflow.cli import train_parser
+    from advflow.settings.sources import train_parser
     from settings import settings_page
 
     page = settings_page()
@@ -195,13 +195,13 @@ def test_a_transformer_is_patched_as_the_pages_do(page: str, capsys: pytest.Capt
 
 def test_the_reward_of_the_pages_is_one() -> None:
     pytest.importorskip("diffusers")
-    from advflow.rewards import CheckedReward
+    from advflow.rewards import CheckedReward, Prompt
 
     names: dict[str, Any] = {}
     exec(blocks("docs/runs.md")[0], names)
+    prompts = [Prompt("a"), Prompt("b")]
     reward = CheckedReward(names["Brightness"](target=0.75))
-    assert reward(torch.full((2, 3, 4, 4), 0.5), ["a", "b"]).reward.tolist() == [0.75, 0.75]
-    assert reward.category("a") == "all"
+    assert reward(torch.full((2, 3, 4, 4), 0.5), prompts).reward.tolist() == [0.75, 0.75]
 
 
 def load(name: str) -> Any:

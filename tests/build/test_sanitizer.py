@@ -23,14 +23,14 @@ pytestmark = [
 ]
 
 OPS = [
-    "test_raw_ops",
-    "test_batch_slices",
-    "test_residual",
-    "test_loss_summary",
-    "test_sde_step_op",
-    "test_gaussian_kl",
-    "test_advantage_flow",
-    "test_flow_dppo",
+    "kernels/test_raw_ops",
+    "ops/test_batch_slices",
+    "kernels/test_residual",
+    "kernels/test_loss_summary",
+    "kernels/test_sde_step_op",
+    "ops/test_gaussian_kl",
+    "ops/test_advantage_flow",
+    "ops/test_flow_dppo",
 ]
 # Tracing runs for minutes in code of others, the statistics of the noise are no question of memory, and rows gigabytes
 # apart have gigabytes of shadow.
@@ -97,6 +97,6 @@ ctypes.CDLL({str(library)!r}).fault(ctypes.c_void_p(half.data_ptr()))
 def test_the_operators_are_clean(sanitized: dict[str, str]) -> None:
     result = run(
         sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu",
-        "-k", " and ".join(f"not {word}" for word in LEFT_OUT), *(f"tests/ops/{name}.py" for name in OPS), **sanitized,
+        "-k", " and ".join(f"not {word}" for word in LEFT_OUT), *(f"tests/{name}.py" for name in OPS), **sanitized,
     )  # fmt: skip
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-8000:]

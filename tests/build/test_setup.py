@@ -97,8 +97,9 @@ def test_refusals_are_sentences(setup, tmp_path):
         assert tried in str(said.value)
     with pytest.raises(SystemExit, match=r"ADVFLOW_CUDA is 'yes'; accepted are auto, 1 and 0"):
         setup.choose_nvcc({"ADVFLOW_CUDA": "yes"})
-    with pytest.raises(SystemExit, match=r"ADVFLOW_SANITIZE is 'yes'; accepted are 1 and 0"):
-        setup.sanitizer_flags({"ADVFLOW_SANITIZE": "yes"})
+    for switch in ("ADVFLOW_SANITIZE", "ADVFLOW_STRICT"):
+        with pytest.raises(SystemExit, match=rf"{switch} is 'yes'; accepted are 1 and 0"):
+            setup.is_on({switch: "yes"}, switch)
     with pytest.raises(SystemExit, match=r"there is no C\+\+ compiler \(c\+\+ is not on PATH\)"):
         setup.choose_compiler({"PATH": str(tmp_path)})
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has 'Hoper'; accepted are versions such as .* Hopper"):

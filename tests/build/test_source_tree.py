@@ -38,7 +38,7 @@ def installed(tmp_path: Path, tree: Path) -> Path:
     """What `pip install .` there would have put into site-packages."""
     package = tmp_path / "site-packages" / "advflow_ext"
     shutil.copytree(tree / "advflow_ext", package)
-    shutil.copy(_native.module.__file__, package)
+    shutil.copy(str(_native.module.__file__), package)  # type: ignore[union-attr]  # or these tests are skipped
     record(package, torch=torch.__version__, sources=_native._sources_digest(), label=_native.LABEL)
     return package
 
@@ -83,6 +83,17 @@ def test_the_built_copy_serves_a_tree_in_front_of_it_and_says_so(tree, installed
 def test_away_from_the_tree_nothing_is_said(tree, installed):
     lines, said = show(tree.parent, installed.parent)
     assert lines[0] == str(installed / "__init__.py") and said == ""
+
+
+def test_the_tests_of_a_tree_are_of_what_is_installed(tmp_path, installed):
+    """As `make test-newest` runs them: by pytest's own program, which does not put the current folder first."""
+    (tmp_path / "which.py").write_text(
+        "import sys\ndef pytest_unconfigure(config): print('tested:', sys.modules['advflow_ext'].__file__)\n"
+    )
+    files = "tests/ops/test_reward_weighted.py", "tests/bench/test_render.py"
+    pytest_alone = ("-P", "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "which", *files)
+    lines, _ = show(ROOT, tmp_path, installed.parent, command=pytest_alone)
+    assert lines[-1] == f"tested: {installed / '__init__.py'}"
 
 
 @pytest.mark.parametrize("change", ["sources of the tree", "record of an older build", "torch"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_harness import (
+
+from tests.kernels.kernel_harness import (
     LOSS_SUMMARY,
     RESIDUAL,
     SDE_STEP,

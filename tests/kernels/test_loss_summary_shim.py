@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import STATS, UNSUPPORTED_DTYPE, SummaryKernels, poisoned
 
 from advflow_ext.reference._summary import reduce_losses, summarise
+from tests.kernels.kernel_harness import STATS, UNSUPPORTED_DTYPE, SummaryKernels, poisoned
 
 # Around the one warp of a small batch, the block of a large one, and its second turn.
 batches = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 257, 511, 513, 1000]))
@@ -42,7 +42,9 @@ def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(inputs: dict[str, Any], stat_means: int, largest: bool, reduction: str) -> list[torch.Tensor]:
-    wide = {k: [x.double() for x in v] if isinstance(v, list) else v.double() for k, v in inputs.items()}
+    wide: dict[str, Any] = {
+        k: [x.double() for x in v] if isinstance(v, list) else v.double() for k, v in inputs.items()
+    }
     columns = [*wide["means"], *wide["required"], wide["advantages"], wide["extreme"]]
     finite = torch.stack([*columns, *wide["stats"].unbind(1), *wide["coef"].unbind(1)]).isfinite().all(0)
     usable = finite & inputs["valid"]

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from kernel_harness import SHIM, build_shim
+
+from tests.kernels.kernel_harness import SHIM, build_shim
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="the launch shim needs g++")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kernel_harness import LOSS_SUMMARY, RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
+
+from tests.kernels.kernel_harness import LOSS_SUMMARY, RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: nothing to compile the CUDA source with")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_harness import STATS, Inputs, ResidualKernels, poisoned
+
+from tests.kernels.kernel_harness import STATS, Inputs, ResidualKernels, poisoned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("kernels", ["cuda"], indirect=True)]
 

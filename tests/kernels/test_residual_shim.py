@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import (
+
+from tests.kernels.kernel_harness import (
     STATS,
     UNSUPPORTED_DTYPE,
     Inputs,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_harness import SdeStepKernels, StepInputs, StepOutputs
+
+from tests.kernels.kernel_harness import SdeStepKernels, StepInputs, StepOutputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("sde_kernels", ["cuda"], indirect=True)]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import UNSUPPORTED_DTYPE, SdeStepKernels, StepInputs, StepOutputs, placed
 
 from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.testing import UNIT_ROUNDOFF
+from tests.kernels.kernel_harness import UNSUPPORTED_DTYPE, SdeStepKernels, StepInputs, StepOutputs, placed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALLEST = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}

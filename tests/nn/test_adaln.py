@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import KERNEL_DEVICE, RecordedOps, assert_right, results_and_gradients, rows_apart
 from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
 from advflow_ext.kernels import triton_ops
+from tests.nn.kernel_checks import KERNEL_DEVICE, RecordedOps, assert_right, results_and_gradients, rows_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict]:
+def compiled() -> list[dict[str, Any]]:
     """In a process of its own: what interprets kernels cannot compile them."""
     program = Path(__file__).with_name("compile_ahead.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -19,7 +19,7 @@ from advflow_ext.nn import lora_forward, lora_linear, lora_obstacle
 
 peft = pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import inputs, layer, with_adapters  # noqa: E402
+from tests.nn.lora_models import inputs, layer, with_adapters  # noqa: E402
 
 
 class Case(NamedTuple):

@@ -14,7 +14,7 @@ from advflow_ext.nn import ModulationCache, modulation
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import inputs, transformer, with_adapters
+from tests.nn.lora_models import inputs, transformer, with_adapters
 
 
 def count_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

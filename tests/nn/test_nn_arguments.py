@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lora_models import layer
 from torch import Tensor, nn
 
 import advflow_ext as af
+from tests.nn.lora_models import layer
 
 INF, NAN = float("inf"), float("nan")
 X, S = torch.randn(2, 3, 32), torch.randn(2, 32)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import KERNEL_DEVICE, RecordedOps, assert_right, results_and_gradients, rows_apart
 from torch import Tensor
 
 import advflow_ext as af
+from tests.nn.kernel_checks import KERNEL_DEVICE, RecordedOps, assert_right, results_and_gradients, rows_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

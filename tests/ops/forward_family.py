@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from helpers import draw_batch, value_and_grad
 from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext.testing.strategies import Batch
+from tests.ops.helpers import draw_batch, value_and_grad
 
 NAMES = ("diffusion_nft_loss", "awm_loss", "flow_awr_loss", "reward_weighted_loss")
 ANCHOR = {"awm_loss": "v_ema", "reward_weighted_loss": None}  # every other loss has v_old
@@ -22,7 +22,7 @@ NATIVE = {name: getattr(af, name) for name in NAMES}
 REFERENCE = {name: getattr(af.reference, name) for name in NAMES}
 
 # One line for every path through the coefficients. "off_policy" is drawn as a log_prob_old around the policy's own.
-VARIANTS = [
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("diffusion_nft_loss", {}),
     ("diffusion_nft_loss", {"beta": 0.1, "kl_weight": 0.5}),
     ("diffusion_nft_loss", {"adaptive": False, "beta": 2.0}),
@@ -89,6 +89,9 @@ def closed_form(name: str, batch: Batch) -> ClosedForm:
     residuals = [residual(v, u), residual(v, old), residual(v, ref), residual(old, u)]
     squares = torch.stack([mean(r.square()) for r in residuals], 1)
     extra, amplification = torch.zeros_like(t), torch.ones_like(t)
+    b: Tensor | float
+    c: Tensor | float
+    z: Tensor | float
     if name == "diffusion_nft_loss":
         a, b, z = nft_coefficients(t, A, residuals[1], residuals[3], options)
         c = options.get("kl_weight", 1e-4)

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import BOTH, NATIVE, REFERENCE, draw_batch, select, truth, value_and_grad
 from hypothesis import given, settings
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import ACCUMULATED_ERROR, assert_close_to_truth, assert_rounded_once
 from advflow_ext.testing.strategies import Batch, batches
+from tests.ops.helpers import BOTH, NATIVE, REFERENCE, draw_batch, select, truth, value_and_grad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHTINGS = ("prediction", "velocity", "adaptive")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BOTH, draw_batch, value_and_grad
 from hypothesis import given
 from hypothesis import strategies as st
 
 from advflow_ext.testing import assert_close_to_truth
 from advflow_ext.testing.strategies import Batch
+from tests.ops.helpers import BOTH, draw_batch, value_and_grad
 
 pytestmark = pytest.mark.parametrize("loss", BOTH.values(), ids=BOTH)
 

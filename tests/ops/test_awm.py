@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from forward_family import NATIVE, REFERENCE, draw
-from helpers import value_and_grad
 from hypothesis import given
 from hypothesis import strategies as st
 
 import advflow_ext as af
 from advflow_ext.testing import assert_close_to_truth
 from advflow_ext.testing.strategies import Batch
+from tests.ops.forward_family import NATIVE, REFERENCE, draw
+from tests.ops.helpers import value_and_grad
 
 NAME = "awm_loss"
 WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")

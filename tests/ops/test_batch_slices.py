@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import every_op
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from torch import Tensor
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT
+from tests.ops import every_op
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="nothing compiled")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from forward_family import draw
-from helpers import value_and_grad
 from hypothesis import given
 from hypothesis import strategies as st
 
 import advflow_ext as af
 from advflow_ext.testing import assert_close_to_truth
 from advflow_ext.testing.strategies import Batch
+from tests.ops.forward_family import draw
+from tests.ops.helpers import value_and_grad
 
 NAME = "flow_awr_loss"
 WEIGHTINGS = ("adaptive", "prediction", "velocity")

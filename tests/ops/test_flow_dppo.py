@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from transitions import BOTH, draw_transitions, native, value_and_grad
 
 from advflow_ext.testing import assert_close_to_truth
 from advflow_ext.testing.transition_strategies import TABLES, TransitionBatch
+from tests.ops.transitions import BOTH, draw_transitions, native, value_and_grad
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -6,8 +6,6 @@ import warnings
 
 import pytest
 import torch
-from forward_family import ANCHOR, IDS, NAMES, NATIVE, REFERENCE, VARIANTS, closed_form, draw, truth
-from helpers import select, value_and_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +13,8 @@ import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import ACCUMULATED_ERROR, UNIT_ROUNDOFF, assert_close_to_truth, assert_rounded_once
 from advflow_ext.testing.strategies import Batch, arrange, batches
+from tests.ops.forward_family import ANCHOR, IDS, NAMES, NATIVE, REFERENCE, VARIANTS, closed_form, draw, truth
+from tests.ops.helpers import select, value_and_grad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BOTH = {"native": NATIVE, "reference": REFERENCE}

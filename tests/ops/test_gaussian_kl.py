@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transitions import SPACES, draw_transitions
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import assert_close_to_truth, assert_rounded_once
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
 from advflow_ext.testing.transition_strategies import TABLES, shifted
+from tests.ops.transitions import SPACES, draw_transitions
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

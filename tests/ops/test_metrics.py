@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from every_op import FORWARD, REVERSE, Drawing, run
 
 import advflow_ext as af
+from tests.ops.every_op import FORWARD, REVERSE, Drawing, run
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

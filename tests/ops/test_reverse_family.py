@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transitions import BOTH, LOSSES, closed_form, draw_transitions, native, reference, select, truth, value_and_grad
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import UNIT_ROUNDOFF, assert_close_to_truth
 from advflow_ext.testing.transition_strategies import TABLES, TransitionBatch, shifted, transition_batches
+from tests.ops.transitions import (
+    BOTH,
+    LOSSES,
+    closed_form,
+    draw_transitions,
+    native,
+    reference,
+    select,
+    truth,
+    value_and_grad,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Every branch of every loss, for the tests that do not draw their options.
-VARIANTS = [
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("flow_grpo", {}),
     ("flow_grpo", {"kl_convention": "dt"}),
     ("flow_grpo", {"kl_convention": "two_sigma_squared", "clip": 0.0}),
@@ -33,7 +44,7 @@ FULL = [(name, {**options, "reduction": "none"}) for name, options in VARIANTS]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def options_of(name: str) -> st.SearchStrategy[dict]:
+def options_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
     clip = st.sampled_from([0.0, 2e-6, 1e-4, 0.05, 0.5])
     if name == "flow_dppo":
         common = {

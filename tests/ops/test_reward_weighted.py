@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from forward_family import draw
-from helpers import value_and_grad
 
 import advflow_ext as af
 from advflow_ext.testing import assert_close_to_truth
 from advflow_ext.testing.strategies import Batch
+from tests.ops.forward_family import draw
+from tests.ops.helpers import value_and_grad
 
 NAME = "reward_weighted_loss"
 BOTH = {"native": af, "reference": af.reference}

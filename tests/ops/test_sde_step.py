@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transitions import SPACES
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import UNIT_ROUNDOFF
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
 from advflow_ext.testing.transition_strategies import FLASH, SCATTERED, TABLES, TransitionBatch, shifted
+from tests.ops.transitions import SPACES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

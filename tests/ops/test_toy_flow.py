@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from transitions import SPACES
 
 import advflow_ext as af
 from advflow_ext.testing.transition_strategies import shifted
+from tests.ops.transitions import SPACES
 
 MEAN, STD = 1.5, 0.5
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from every_op import NAMES, OPTIONS, Drawing, Inputs, leaves, run, same_bits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import advflow_ext as af
+from tests.ops.every_op import NAMES, OPTIONS, Drawing, Inputs, leaves, run, same_bits
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

@@ -23,7 +23,8 @@ from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.sources import load_run_config
-from runs import SMALL, rows, strict_json
+
+from tests.trainer.runs import SMALL, rows, strict_json
 
 Make = Callable[..., TrainConfig]
 WINDOWS = {

@@ -21,7 +21,8 @@ from advflow.settings.config import TrainConfig
 from advflow.settings.model import ModelConfig
 from advflow.world.pretrain import pretrain
 from advflow.world.settings import FlowStage, PretrainSettings
-from runs import SMALL, rows
+
+from tests.trainer.runs import SMALL, rows
 
 LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
 

@@ -17,7 +17,8 @@ from advflow.cli import load_run_config, main
 from advflow.run.checkpoint import checkpoints
 from advflow.settings.config import TrainConfig, config_class
 from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, Choice, Method
-from runs import SMALL
+
+from tests.trainer.runs import SMALL
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text(encoding="utf-8")
 FILES: dict[str, str] = dict(re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)```", DOCUMENT, re.DOTALL))

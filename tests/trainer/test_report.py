@@ -265,7 +265,7 @@ def test_every_method_shows_its_own_section(tmp_path: Path) -> None:
     for name, method in METHODS.items():
         text = read(make_run(tmp_path / name, iterations=1, algorithm=name)).text
         shown = text[text.index(f"Algorithm {name} ") :]
-        for setting, value in asdict(method.settings()).items():
+        for setting, value in asdict(method.settings()).items():  # type: ignore[misc]
             assert value is None or f"{setting} {plain(value)}" in shown, (name, setting)
 
 

@@ -18,7 +18,8 @@ from advflow.settings.config import TrainConfig
 from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.numbers import flatten
 from advflow.settings.sources import load_run_config
-from runs import SMALL, assert_same_run, files, rows
+
+from tests.trainer.runs import SMALL, assert_same_run, files, rows
 
 OTHER: dict[str, Any] = {  # another valid value of settings that have few
     "algorithm": "awm",

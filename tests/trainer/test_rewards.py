@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,14 @@ class Red:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with a reward of one's own, and not where Python looks for modules by itself."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     (tmp_path / "my_red_reward.py").write_text(REWARD_FILE)
     (tmp_path / "my_broken_reward.py").write_text("import something_that_is_not_there\n")
     (tmp_path / "my_raising_reward.py").write_text("raise ValueError('boom when imported')\n")
-    yield tmp_path  # type: ignore[misc]
+    yield tmp_path
     for name in ("my_red_reward", "my_broken_reward", "my_raising_reward"):
         sys.modules.pop(name, None)
 

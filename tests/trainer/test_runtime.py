@@ -86,7 +86,7 @@ def test_too_little_memory_means_unmerged(small_config: Make, forwards: list[Any
 def test_no_method_needs_a_reference_without_weight(algorithm: str) -> None:
     weight = "lam" if algorithm == "advantage_flow" else "kl_weight"
     for value, needed in ((0.0, False), (0.1, True)):
-        settings = METHODS[algorithm].settings(**{weight: value})
+        settings = METHODS[algorithm].settings(**{weight: value})  # type: ignore[misc]
         assert make_algorithm(algorithm, settings).needs.reference is needed
 
 

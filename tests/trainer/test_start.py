@@ -22,7 +22,8 @@ from advflow.rewards import Prompt, Scores
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
 from advflow.settings.registry import METHODS
-from runs import SMALL
+
+from tests.trainer.runs import SMALL
 
 
 class Loaded(Exception):
@@ -315,5 +316,5 @@ def test_what_the_op_refuses_is_refused_before_anything_exists(
 def test_what_the_op_takes_is_taken() -> None:
     """A clip of 0 leaves every ratio that has moved its bound."""
     for algorithm, method in METHODS.items():
-        check_settings(algorithm, method.settings(), group_size=8)
+        check_settings(algorithm, method.settings(), group_size=8)  # type: ignore[misc]
     check_settings("flow_grpo", FlowGRPOConfig(clip=0.0), group_size=8)

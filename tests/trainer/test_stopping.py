@@ -15,7 +15,8 @@ from advflow.run.checkpoint import checkpoints
 from advflow.run.log import EVALS, METRICS
 from advflow.run.run import Run
 from advflow.run.trainer import Trainer
-from runs import SMALL, assert_same_run, rows
+
+from tests.trainer.runs import SMALL, assert_same_run, rows
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
+from advflow.core.provenance import STARTS
 from advflow.models.encoding import PromptEncoder
 from advflow.models.sd3 import SD3, load_pipeline
 from advflow.policies import Policies, follow, make_policies, velocity_of
@@ -36,7 +38,7 @@ LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
 TIMES = ("seconds_rollout", "seconds_train", "seconds")
 
 
-def _without_times(rows: list[dict]) -> list[dict]:
+def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
@@ -49,6 +51,8 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
     assert [row["iteration"] for row in read_rows(folder / EVALS)] == [0, 2, 3]
     assert len(list((folder / SAMPLES).glob("*.png"))) == 3
     assert json.loads((folder / "summary.json").read_text()) == summary
+    (start,) = read_rows(folder / STARTS)
+    assert start["iteration"] == 0 and (start["versions"], start["commit"]) == (summary["versions"], summary["commit"])
     assert summary["images"] == 3 * 12
     assert list((folder / "tensorboard").iterdir())
     assert len(checkpoints(folder / "checkpoints")) == 2
@@ -84,6 +88,7 @@ def test_resuming_equals_never_having_stopped(
     with (Path(parts.out) / METRICS).open("a") as handle:
         handle.write('{"iteration": 2, "reward": 9.0}\n{"iteration": 3, "rew')
     train(parts, resume=True)
+    assert [row["iteration"] for row in read_rows(Path(parts.out) / STARTS)] == [0, 2]
     for name in (METRICS, EVALS):
         assert _without_times(read_rows(Path(whole.out) / name)) == _without_times(read_rows(Path(parts.out) / name))
     last = [checkpoints(Path(c.out) / "checkpoints")[-1] for c in (whole, parts)]
@@ -204,7 +209,7 @@ def test_the_scale_multiplies_every_method_s_weight_of_the_reference(name: str) 
     batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, rewards - rewards.mean(), 6, 1.0)
     weight = "lam" if name == "advantage_flow" else "kl_weight"
     section = METHODS[name].settings
-    plain, doubled = (make_algorithm(name, section(**{weight: value})) for value in (0.25, 0.5))
+    plain, doubled = (make_algorithm(name, section(**{weight: value})) for value in (0.25, 0.5))  # type: ignore[misc]
     assert plain.loss(replace(batch, reference_scale=2.0)).loss == doubled.loss(batch).loss
     assert plain.loss(batch).loss != doubled.loss(batch).loss
 

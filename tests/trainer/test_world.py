@@ -42,7 +42,7 @@ def test_reward_is_right_on_scenes_of_another_prompt(category: str) -> None:
     rng = np.random.default_rng(8)
     prompts = [prompt for prompt in all_captions() if prompt.category == category]
     others = [prompt for prompt in all_captions() if prompt.category != category]
-    accepted = []
+    accepted: list[bool] = []
     while len(accepted) < 300:
         prompt, other = prompts[rng.integers(len(prompts))], others[rng.integers(len(others))]
         scene = sample_scene(other, rng)

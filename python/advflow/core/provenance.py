@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+STARTS = "starts.jsonl"
 
 
 def versions() -> dict[str, str]:
@@ -22,6 +26,18 @@ def commit(file: str = __file__) -> str | None:
         return _git(path.parent, "describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def record_start(folder: Path, iteration: int) -> None:
+    """Adds to a run's starts.jsonl what it begins with, or goes on with, whether or not it will come to an end."""
+    row = {
+        "iteration": iteration,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    with (folder / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _git(folder: Path, *words: str) -> str:

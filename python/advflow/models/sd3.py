@@ -39,7 +39,7 @@ class PromptEmbeddings:
 
 
 class SD3:
-    lora_targets = (
+    lora_targets: Sequence[str] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",

@@ -13,7 +13,7 @@ import torch
 
 from advflow.core.files import write_atomically
 from advflow.core.progress import show_progress
-from advflow.core.provenance import commit, versions
+from advflow.core.provenance import commit, record_start, versions
 from advflow.run.checkpoint import save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
@@ -66,6 +66,8 @@ class Run:
         """Whether anything was left to do."""
         first, last = self._done, self._config.iterations
         left = first < last
+        if left:
+            record_start(self._folder, first)
         print(self._log.kernels(self._trainer.policies.kernels), file=sys.stderr)
         held_out = "-"
         self._stop.iteration = first + 1

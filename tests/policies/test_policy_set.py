@@ -19,13 +19,14 @@ from advflow_ext.nn import merged_weight
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import fill, inputs, layer, transformer, with_adapters
 from peft import (
     LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+
+from tests.nn.lora_models import fill, inputs, layer, transformer, with_adapters
 
 ROLES = {"learner": "one", "rollout": "two", "reference": None}
 PLENTY = 2**30

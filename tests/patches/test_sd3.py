@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernel_checks import KERNEL_DEVICE, RecordedOps
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import advflow_ext as af
 from advflow_ext.patches import _sd3_block
 from advflow_ext.testing import relative_error
+from tests.nn.kernel_checks import KERNEL_DEVICE, RecordedOps
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
@@ -23,7 +23,8 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from peft import get_peft_model, get_peft_model_state_dict
-from sd3_models import adapters, assert_same, inputs, run, tiny, transformer
+
+from tests.patches.sd3_models import adapters, assert_same, inputs, run, tiny, transformer
 
 HALF_PRECISION_RATIO = 1.5
 

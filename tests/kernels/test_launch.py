@@ -10,6 +10,8 @@ import torch
 from advflow_ext.kernels import launch
 from advflow_ext.kernels.launch import Launcher
 
+pytestmark = pytest.mark.usefixtures("kernels_serve_here")
+
 GRID = (3, 1, 1)
 
 

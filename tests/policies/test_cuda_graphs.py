@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import KERNEL_DEVICE
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import advflow_ext as af
 from advflow_ext.testing import relative_error
+from tests.nn.kernel_checks import KERNEL_DEVICE
 
 pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
-from lora_models import inputs, with_adapters
+from tests.nn.lora_models import inputs, with_adapters
 
 ROLES = {"learner": "one", "rollout": "two", "reference": None}
 # The library may choose another algorithm for a matrix product in a recording.

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from every_op import OPTIONS, Drawing, Inputs, Outputs, run
 from torch._dynamo.utils import counters
 
 import advflow_ext as af
+from tests.ops.every_op import OPTIONS, Drawing, Inputs, Outputs, run
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

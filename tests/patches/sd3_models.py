@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 from diffusers import SD3Transformer2DModel
-from kernel_checks import KERNEL_DEVICE
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from advflow_ext.testing import relative_error
+from tests.nn.kernel_checks import KERNEL_DEVICE
 
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 TARGETS += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
@@ -76,7 +76,7 @@ def run(model: nn.Module, given: dict[str, Tensor], call: Callable[..., tuple[Te
         return [out]
     pattern = torch.arange(out.numel(), device=out.device).remainder(5).sub(2).view(out.shape).to(out.dtype)
     (out * pattern).sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = FLOAT32_ERROR) -> None:

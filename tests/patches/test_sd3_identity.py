@@ -26,9 +26,9 @@ from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero, RMSNorm
 from peft.tuners.lora.layer import Linear as LoraLinear
-from sd3_models import assert_same, inputs, run, transformer
 
 from advflow_ext.patches import _diffusers, _sd3_block
+from tests.patches.sd3_models import assert_same, inputs, run, transformer
 
 BLOCK = "transformer_blocks.1"
 
