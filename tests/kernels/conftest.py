@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_harness import (
+    LOSS,
     LOSS_SUMMARY,
     RESIDUAL,
     SDE_STEP,
+    LossKernels,
     ResidualKernels,
     SdeStepKernels,
     SummaryKernels,
@@ -47,3 +49,8 @@ def sde_kernels(request: pytest.FixtureRequest) -> SdeStepKernels:
 @pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
 def summary_kernels(request: pytest.FixtureRequest) -> SummaryKernels:
     return SummaryKernels(*library(LOSS_SUMMARY, request.param))
+
+
+@pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
+def loss_kernels(request: pytest.FixtureRequest) -> tuple[ResidualKernels, LossKernels]:
+    return ResidualKernels(*library(RESIDUAL, request.param)), LossKernels(*library(LOSS, request.param))
