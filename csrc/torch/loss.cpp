@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
@@ -63,19 +62,10 @@ struct Options {
   at::IntArrayRef choices;
   c10::string_view reduction;
 
-  // Instead of numbers[k].
+  // Instead of numbers[k]. The dispatcher resolves a lazy minus of every argument but those in such a list.
   OptionalTensor tensor(size_t k) const {
     const OptionalTensor given = tensors[k];
-    return given && given->is_neg() ? OptionalTensor(resolved(*given)) : given;
-  }
-
-  // The dispatcher, which resolves a lazy minus of every other argument, forgets those in a list of optional tensors,
-  // and has switched off by now what would resolve one.
-  static at::Tensor resolved(const at::Tensor& tensor) {
-    c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-    keys.excluded_ = keys.excluded_.remove(c10::DispatchKey::Negative);
-    const c10::impl::ForceDispatchKeyGuard guard(keys);
-    return tensor.resolve_neg();
+    return given ? OptionalTensor(given->resolve_neg()) : given;
   }
 
   void check(const AdvflowLossShape& shape, const AdvflowOperands& operands) const;
@@ -121,7 +111,7 @@ AdvflowNumber read(const at::Tensor& tensor, at::ScalarType accumulate, bool on_
   if (tensor.is_cpu() && !on_cpu) return {nullptr, 0, tensor.item<double>(), false};
   const bool wide = tensor.scalar_type() == at::kDouble;
   const bool as_it_is = wide || tensor.scalar_type() == accumulate;
-  const AdvflowColumn column = as_it_is ? reader.column(tensor) : reader.owned_column(tensor.to(accumulate));
+  const AdvflowColumn column = reader.kept_column(as_it_is ? tensor : tensor.to(accumulate));
   return {column.data, column.stride, 0.0, wide};
 }
 
@@ -137,7 +127,7 @@ void set_mix(const AdvflowLossInputs& in, const Options& options, at::ScalarType
   if (!in.numbers[mix].data) {
     residual->mix = in.numbers[mix].number;
   } else {
-    residual->mixes = reader.owned_column(given->to(accumulate));
+    residual->mixes = reader.kept_column(given->to(accumulate));
   }
 }
 

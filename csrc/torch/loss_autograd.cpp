@@ -35,6 +35,9 @@ struct Made {
 };
 
 at::Tensor gradient(const variable_list& kept, bool transitions, const at::Tensor& upstream) {
+  // Autograd's part in it is to refuse a second derivative, which nobody takes here.
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+  if (!at::GradMode::is_enabled()) guard.emplace();
   if (transitions) {
     static const auto op = operator_named<decltype(transition_grad_cpu)>("advflow::transition_grad");
     return op.call(kept[0], kept[1], kept[3], if_defined(kept[4]), kept[5], upstream);

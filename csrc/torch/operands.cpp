@@ -151,7 +151,7 @@ AdvflowColumn AdvflowReader::column(const at::Tensor& tensor) {
   return {read.const_data_ptr(), read.dim() ? read.stride(0) : 0};
 }
 
-AdvflowColumn AdvflowReader::owned_column(at::Tensor tensor) { return column(keep(std::move(tensor))); }
+AdvflowColumn AdvflowReader::kept_column(at::Tensor tensor) { return column(keep(std::move(tensor))); }
 
 const void* AdvflowReader::contiguous(const at::Tensor& tensor) {
   const bool as_it_is = tensor.is_contiguous() && begins_on_an_element(tensor);

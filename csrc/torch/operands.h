@@ -73,7 +73,7 @@ class AdvflowReader {
   AdvflowTensor rows(const at::Tensor& tensor);
   AdvflowTensor rows(const std::optional<at::Tensor>& tensor);  // absent: null data
   AdvflowColumn column(const at::Tensor& tensor);               // [batch], or one number for all rows
-  AdvflowColumn owned_column(at::Tensor tensor);                // the same of a tensor that nobody else holds
+  AdvflowColumn kept_column(at::Tensor tensor);                 // the same of a tensor that nobody else may hold
   const void* contiguous(const at::Tensor& tensor);
 
  private:
