@@ -1,6 +1,7 @@
 WITH_CUDA: bool
 DTYPES: dict[str, int]
 STATS: tuple[str, ...]
+LOSSES: dict[str, tuple[bool, int, list[int], int]]
 
 def build_info() -> str: ...
 def launch_count() -> int: ...

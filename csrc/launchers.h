@@ -49,6 +49,11 @@ int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements);
 int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where);
 int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where);
 
+// residual_partials: the sums over pieces of every row that residual_stats would divide, into a workspace of its size;
+// for loss, which goes on from them.
+int advflow_residual_partials_cpu(const AdvflowResidualInputs* in, void* workspace, void* where);
+int advflow_residual_partials_cuda(const AdvflowResidualInputs* in, void* workspace, void* where);
+
 // residual_grad: grad[batch, elements] in v's dtype, rounded once,
 //   grad = (2 / elements) * (a (v - u) + b (v - v_old) + c (v - v_ref))
 // with eps itself in the place of (v - u) for ADVFLOW_TARGET_EPS, and
@@ -70,6 +75,20 @@ enum AdvflowSummaryLimits : int {
   ADVFLOW_SUMMARY_STATS = 3,
 };
 
+// How the samples of a batch become a loss, its coefficients and metrics.
+struct AdvflowReport {
+  int64_t batch;
+  double divisor;           // of the loss and of the coefficients
+  double largest_gradient;  // in units of 2 / sqrt(elements): a row that may exceed it is not usable; 0: not looked at
+  int32_t mean_count;
+  int32_t stat_count;  // so many leading statistics are reported as means too
+  bool largest;        // report the largest |extreme| rather than the smallest extreme
+  bool per_sample;     // write loss[batch] rather than its sum over divisor
+  bool eps_first;      // the first coefficient is that of eps rather than of v - u
+  bool contrast;       // report the share of usable samples with v != v_old
+  bool ratio;          // report the metrics of a ratio
+};
+
 // What a loss knows of every sample once its statistics are there.
 struct AdvflowLossSummaryInputs {
   AdvflowColumn means[ADVFLOW_SUMMARY_MEANS];  // reported as means; the first is the loss
@@ -80,20 +99,11 @@ struct AdvflowLossSummaryInputs {
   const void* coef;        // [batch, 3]
   const uint8_t* valid;    // [batch], 0 or not
   const uint8_t* flagged;  // [batch], 0 or not
-  int64_t batch;
-  double divisor;  // of the loss and of the coefficients
-  int32_t mean_count;
   int32_t required_count;
-  int32_t stat_count;                     // so many leading statistics are reported as means too
-  bool largest;                           // report the largest |extreme| rather than the smallest extreme
-  bool per_sample;                        // write loss[batch] rather than its sum over divisor
   AdvflowDtype dtype;                     // the accumulate type of everything here
-  AdvflowColumn log_ratio;                // read where `ratio`
+  AdvflowColumn log_ratio;                // read where the report is of a ratio
   AdvflowColumn log_lowest, log_highest;  // where the ratio is clipped; null: nowhere
-  double largest_gradient;  // in units of 2 / sqrt(elements): a row that may exceed it is not usable; 0: not looked at
-  bool eps_first;           // the first coefficient is that of eps rather than of v - u
-  bool contrast;            // report the share of usable samples with v != v_old
-  bool ratio;               // report the metrics of a ratio
+  AdvflowReport report;
 };
 
 // loss_summary: a sample is usable when it is valid and every number given of
@@ -113,6 +123,47 @@ int advflow_loss_summary_cpu(const AdvflowLossSummaryInputs* in, void* loss, voi
                              void* where);
 int advflow_loss_summary_cuda(const AdvflowLossSummaryInputs* in, void* loss, void* masked_coef, void* metrics,
                               void* where);
+
+// A loss whose formula the core has itself; math/losses.h names them.
+enum AdvflowLoss : int32_t {
+  ADVFLOW_ADVANTAGE_FLOW = 0,
+  ADVFLOW_DIFFUSION_NFT = 1,
+  ADVFLOW_FLOW_AWR = 2,
+  ADVFLOW_REWARD_WEIGHTED = 3,
+  ADVFLOW_FLOW_GRPO = 4,
+  ADVFLOW_FLOW_DPPO = 5,
+  ADVFLOW_LOSSES = 6,
+};
+
+enum AdvflowLossLimits : int {
+  ADVFLOW_LOSS_NUMBERS = 4,
+  ADVFLOW_LOSS_CHOICES = 3,
+  ADVFLOW_STEP_COLUMNS = 5,  // c_x, c_v, sigma, kappa, dt
+};
+
+// What a loss is told beside its latents.
+struct AdvflowLossInputs {
+  AdvflowNumber advantages;
+  AdvflowNumber t;       // forward process: sample times
+  const int64_t* index;  // reverse process: [batch], each transition's step
+  const void* steps;  // [step_rows, ADVFLOW_STEP_COLUMNS]; the first row and the last stand for steps before and after
+  int64_t step_rows;
+  AdvflowNumber
+      numbers[ADVFLOW_LOSS_NUMBERS];      // what they are is the loss's; one that is out of range drops its sample
+  int32_t choices[ADVFLOW_LOSS_CHOICES];  // and so are these, by their place among the accepted ones
+  int64_t elements;
+  AdvflowLoss loss;
+  AdvflowDtype dtype;    // the accumulate type of everything here
+  AdvflowReport report;  // what the loss itself does not say of it
+};
+
+// loss: from the partials of residual_partials to loss, masked_coef and metrics, as loss_summary has them, in one
+// launch. stats[batch, ADVFLOW_RESIDUAL_STATS] is written on the way. A sample is valid when 0 < t <= 1, a transition
+// when its step's sigma is above 0. CUDA serves fp32; the CPU's work is one thread's.
+int advflow_loss_cpu(const AdvflowLossInputs* in, const void* partials, void* stats, void* loss, void* masked_coef,
+                     void* metrics, void* where);
+int advflow_loss_cuda(const AdvflowLossInputs* in, const void* partials, void* stats, void* loss, void* masked_coef,
+                      void* metrics, void* where);
 
 // One sampler step of every row, [batch, elements].
 struct AdvflowSdeStepInputs {

@@ -111,15 +111,26 @@ def require_native_dtype(dtype: torch.dtype, v: Tensor, op: str) -> None:
         )
 
 
-def samples_of(
+def require_samples(
     v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str, **latents: Tensor | None
-) -> Samples:
+) -> torch.dtype:
+    """The accumulate dtype of what every forward-process loss is called with."""
     dtype = require_latents(v, **latents)
     require_per_sample(name, advantages, v)
     require_choice("reduction", reduction, REDUCTIONS)
-    t, valid_t = timesteps(t, v, dtype)
-    advantages = constant(advantages, dtype)
-    return Samples(t, advantages, (t,), valid_t)
+    require_timesteps(t, v, dtype)
+    return dtype
+
+
+def samples_of(
+    v: Tensor, t: Tensor, name: str, advantages: Tensor, reduction: str, **latents: Tensor | None
+) -> Samples:
+    return samples_in(require_samples(v, t, name, advantages, reduction, **latents), t, advantages)
+
+
+def samples_in(dtype: torch.dtype, t: Tensor, advantages: Tensor) -> Samples:
+    t = constant(t, dtype)
+    return Samples(t, constant(advantages, dtype), (t,), (t > 0) & (t <= 1))
 
 
 def require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
@@ -131,18 +142,21 @@ def require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
     return accumulate_dtype(v, *latents.values())
 
 
-def timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """t in ``dtype``, and where it lies in (0, 1]."""
+def require_timesteps(t: Tensor, v: Tensor, dtype: torch.dtype) -> None:
     require_per_sample("t", t, v)
-    t = constant(t, dtype)
-    valid = (t > 0) & (t <= 1)
+    if not values_are_at_hand(t) or not t.numel():
+        return
+    times = t.detach().to(dtype)
+    lowest, highest = times.aminmax()
+    if lowest.item() > 0 and highest.item() <= 1:
+        return
     # A t that is not finite is a damaged sample rather than a wrong argument: dropped and counted everywhere.
-    if values_are_at_hand(t) and not valid.all() and (wrong := t.isfinite() & ~valid).any():
+    wrong = times.isfinite() & ~((times > 0) & (times <= 1))
+    if wrong.any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"t[{first}] is {t[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
+            f"t[{first}] is {times[first].item():.6g}; accepted is 0 < t <= 1 (t = 0 is data, t = 1 is noise)."
         )
-    return t, valid
 
 
 def warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
@@ -150,4 +164,4 @@ def warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
         return
     below = curvature[nonconvex & curvature.isfinite()]
     if below.numel():
-        warn_nonconvex(message, below.numel(), float(below.min()), stacklevel=5)  # the caller of the loss
+        warn_nonconvex(message, below.numel(), float(below.min()), stacklevel=4)  # the caller of the loss

@@ -85,7 +85,8 @@ class Numbers:
         self._v = v
         self._per_sample = per_sample
         self._dtype = dtype
-        self._usable: list[Tensor] = []
+        self._most = torch.finfo(dtype).max
+        self._unread: list[tuple[Tensor, float, float, bool]] = []  # with the bounds nobody has held them against
 
     def read(
         self,
@@ -98,6 +99,15 @@ class Numbers:
     ) -> Number:
         if isinstance(value, Tensor):
             return self._tensor(name, value, low, high, exclusive)
+        # By far the most calls; what follows says the same, with sentences and for a compiler.
+        if (
+            type(value) is float
+            and not torch.compiler.is_compiling()
+            and low <= value < high
+            and -self._most <= value <= self._most
+            and not (exclusive and value == low)
+        ):
+            return value
         or_else = f", or such a tensor of shape []{' or [B]' if self._per_sample else ''}"
         require_number(name, value, low=low, high=high, exclusive=exclusive, dtype=self._dtype, or_else=or_else)
         assert isinstance(value, (int, float))
@@ -131,8 +141,8 @@ class Numbers:
 
     def contain(self, scores: Tensor) -> Tensor:
         """``scores`` ``[B]``, NaN for the samples that a number just read leaves without a meaning."""
-        for usable in self._usable:
-            scores = torch.where(usable, scores, torch.nan)
+        for number, low, high, exclusive in self._unread:
+            scores = torch.where(self._in_range(number, low, high, exclusive), scores, torch.nan)
         return scores
 
     def _tensor(self, name: str, value: Tensor, low: float, high: float, exclusive: bool) -> Number:
@@ -150,18 +160,21 @@ class Numbers:
         if value.device != v.device and not (single and value.device.type == "cpu"):
             raise ValueError(f"{name} is on {value.device}; accepted is the device of v, {v.device}.")
         number = constant(value, torch.float64 if single else self._dtype)
-        most = torch.finfo(self._dtype).max
-        finite = number.abs() <= most
-        usable = finite & (number > low if exclusive else number >= low) & (number < high)
         if values_are_at_hand(value):
-            wrong = ~usable if single else finite & ~usable
+            wrong = ~self._in_range(number, low, high, exclusive)
+            if not single:
+                wrong &= number.isfinite()
             if wrong.any():
                 place = "" if single else f"[{int(wrong.nonzero()[0])}]"
                 raise ValueError(f"{name}{place} is {value[wrong][0].item():.6g}; accepted is a finite number{bounds}.")
             if single:
                 return number
-        self._usable.append(usable)
+        self._unread.append((number, low, high, exclusive))
         return number
+
+    def _in_range(self, number: Tensor, low: float, high: float, exclusive: bool) -> Tensor:
+        finite = number.abs() <= self._most
+        return finite & (number > low if exclusive else number >= low) & (number < high)
 
 
 class ClipRange:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from advflow_ext.contract.numbers import Number
+from advflow_ext.contract.numbers import Number, values_are_at_hand
 
 # Of a ratio r of two policies' probabilities.
 RATIO_METRICS = (
@@ -121,10 +121,21 @@ class LossMetrics(NamedTuple):
 
     def as_dict(self) -> dict[str, float]:
         """All metrics as Python floats; waits for the device once, and gives the warnings the step could not."""
-        numbers = dict(zip(self.names, self.values.tolist(), strict=True))
-        if self.unbounded and numbers["nonconvex_samples"] > 0:
-            warn_nonconvex(self.unbounded, int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel=3)
+        numbers = self._numbers()
+        self._warn(numbers, stacklevel=4)
         return numbers
+
+    def warn_now(self, stacklevel: int) -> None:
+        """The same warnings without waiting for somebody to ask; ``stacklevel`` as :func:`warnings.warn` counts it."""
+        if self.unbounded and values_are_at_hand(self.values):
+            self._warn(self._numbers(), stacklevel + 3)
+
+    def _numbers(self) -> dict[str, float]:
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    def _warn(self, numbers: dict[str, float], stacklevel: int) -> None:
+        if self.unbounded and numbers["nonconvex_samples"] > 0:
+            warn_nonconvex(self.unbounded, int(numbers["nonconvex_samples"]), numbers["min_curvature"], stacklevel)
 
 
 def forward_metrics(extra: tuple[str, ...] = (), ratio: bool = False) -> tuple[str, ...]:

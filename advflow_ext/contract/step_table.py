@@ -208,9 +208,10 @@ class StepTable:
     def columns(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[N, 5]``, the columns of :class:`StepRows`, on the device of ``index``; never waits for that device but on
         first use. A step outside the table gives NaN."""
-        return self._copy(index, dtype).index_select(0, index.clamp(-1, self.steps) + 1)
+        return self.padded(index, dtype).index_select(0, index.clamp(-1, self.steps) + 1)
 
-    def _copy(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def padded(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[steps + 2, 5]``, the columns of every step on the device of ``index``, between two rows of NaN."""
         where = (index.device, dtype)
         if isinstance(index, FakeTensor):  # it takes none but its own kind
             with _real_tensors():

@@ -25,7 +25,33 @@ class TransitionScalars(NamedTuple):
     kl_scale: Number  # what the loss adds of KL(policy || reference)
 
 
-def scalars_of(
+class TransitionArguments(NamedTuple):
+    """What every reverse-process loss is called with, checked."""
+
+    numbers: Numbers
+    dtype: torch.dtype  # of sums
+    table: StepTable
+    step_index: Tensor
+    advantages: Tensor
+    kl_weight: Number
+    policy_weight: Number
+    time_weight: str
+
+    def scalars(self) -> TransitionScalars:
+        columns, valid_step = columns_of(self.table, self.step_index, self.dtype)
+        step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
+        policy_scale = self.policy_weight
+        if self.time_weight == "inverse_dt":
+            policy_scale = policy_scale / -step.dt
+        elif self.time_weight == "sigma":
+            policy_scale = policy_scale * step.sigma
+        elif self.time_weight == "inverse_kappa":
+            policy_scale = policy_scale / step.kappa.abs()
+        advantages = self.numbers.contain(constant(self.advantages, self.dtype))
+        return TransitionScalars(step, advantages, valid_step, policy_scale, self.kl_weight)
+
+
+def transition_arguments(
     numbers: Numbers,
     v: Tensor,
     v_ref: Tensor | None,
@@ -37,44 +63,47 @@ def scalars_of(
     time_weight: str,
     reduction: str,
     dtype: torch.dtype,
-) -> TransitionScalars:
+) -> TransitionArguments:
     checks.require_per_sample("advantages", advantages, v)
     kl_scale = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
     policy_scale = numbers.read("policy_weight", policy_weight, low=0.0)
     checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
     checks.require_choice("reduction", reduction, checks.REDUCTIONS)
-    columns, valid_step = steps_of(v, table, index, dtype)
-    step = StepRows(*torch.where(valid_step[:, None], columns, 1).unbind(1))
-    if time_weight == "inverse_dt":
-        policy_scale = policy_scale / -step.dt
-    elif time_weight == "sigma":
-        policy_scale = policy_scale * step.sigma
-    elif time_weight == "inverse_kappa":
-        policy_scale = policy_scale / step.kappa.abs()
-    return TransitionScalars(step, numbers.contain(constant(advantages, dtype)), valid_step, policy_scale, kl_scale)
+    require_steps(v, table, index)
+    return TransitionArguments(numbers, dtype, table, index, advantages, kl_scale, policy_scale, time_weight)
 
 
 def steps_of(
     v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``[N, 5]``, the columns of :class:`StepRows`, and which of them belong to a step that can be trained."""
-    require_table(table)
-    require_index(index, v)
+    require_steps(v, table, index, stochastic)
+    return columns_of(table, index, dtype, stochastic)
+
+
+def columns_of(table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True) -> tuple[Tensor, Tensor]:
     columns = table.columns(index, dtype)
     sigma = columns[:, _SIGMA]
-    valid = sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
-    if values_are_at_hand(index) and not valid.all():
-        first = int((~valid).nonzero()[0])
-        step = int(index[first])
+    return columns, sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
+
+
+def require_steps(v: Tensor, table: StepTable, index: Tensor, stochastic: bool = True) -> None:
+    require_table(table)
+    require_index(index, v)
+    if not values_are_at_hand(index):
+        return
+    accepted = set(table.stochastic_steps if stochastic else range(table.steps))
+    for place, step in enumerate(index.tolist()):
+        if step in accepted:
+            continue
         if 0 <= step < table.steps:
             reason = "a deterministic step (sigma = 0)"
         else:
             reason = f"outside the table of {table.steps} steps"
-        accepted = f"steps 0 to {table.steps - 1}"
+        among = f"steps 0 to {table.steps - 1}"
         if stochastic:
-            accepted = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
-        raise ValueError(f"index[{first}] is {step}, {reason}; accepted are the {accepted}.")
-    return columns, valid
+            among = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
+        raise ValueError(f"index[{place}] is {step}, {reason}; accepted are the {among}.")
 
 
 def require_table(table: object) -> None:

@@ -39,7 +39,7 @@ def check_column(name: str, column: Tensor | None, v: Tensor, accumulate: torch.
     batch = v.shape[0]
     if column.shape not in ((), (batch,)):
         raise RuntimeError(f"{name} has shape {list(column.shape)}; accepted are [] and [{batch}].")
-    _check_accumulate(name, column, v, accumulate)
+    check_accumulate(name, column, v, accumulate)
 
 
 def check_scalars(coef: Tensor | None, upstream: Tensor | None, v: Tensor, accumulate: torch.dtype) -> None:
@@ -48,19 +48,21 @@ def check_scalars(coef: Tensor | None, upstream: Tensor | None, v: Tensor, accum
         raise RuntimeError("coef is None; accepted is a tensor.")
     if coef.shape != (batch, 3):
         raise RuntimeError(f"coef has shape {list(coef.shape)}; accepted is [{batch}, 3].")
-    _check_accumulate("coef", coef, v, accumulate)
+    check_accumulate("coef", coef, v, accumulate)
     check_column("upstream", upstream, v, accumulate)
 
 
-def check_like(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, other: Tensor) -> None:
-    """``other``: the tensor called stats or v whose device it has to share."""
+def check_like(
+    name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, other: Tensor, other_name: str = "stats"
+) -> None:
+    """``other``: the tensor whose device it has to share."""
     if tensor is None:
         raise RuntimeError(f"{name} is None; accepted is a tensor.")
     if tensor.shape != tuple(shape):
         raise RuntimeError(f"{name} has shape {list(tensor.shape)}; accepted is {list(shape)}.")
     if tensor.dtype != dtype:
         raise RuntimeError(f"{name} has dtype {tensor.dtype}; accepted is {dtype}.")
-    check_device(name, tensor, other, "v" if name == "seed" else "stats")
+    check_device(name, tensor, other, other_name)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -81,7 +83,7 @@ def check_served(op: str, accumulate: torch.dtype, tensor: Tensor) -> None:
         )
 
 
-def _check_accumulate(name: str, tensor: Tensor, v: Tensor, accumulate: torch.dtype) -> None:
+def check_accumulate(name: str, tensor: Tensor, v: Tensor, accumulate: torch.dtype) -> None:
     if tensor.dtype != accumulate:
         raise RuntimeError(
             f"{name} has dtype {tensor.dtype}; accepted is the accumulate type of the inputs, {accumulate}."

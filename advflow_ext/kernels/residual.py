@@ -8,7 +8,7 @@ Every algorithm is per-sample numbers a, b, c on top of these (docs of each algo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,24 +84,6 @@ def residual_stats(
     return stats
 
 
-class TransitionStats(NamedTuple):
-    """Means over each transition's elements, ``[N]`` where not said otherwise."""
-
-    eps_vo: Tensor  # <eps (v - v_old)>
-    vo_sq: Tensor  # <(v - v_old)^2>
-    vp_sq: Tensor  # <(v - v_ref)^2>, 0 without v_ref
-    eps_sq: Tensor  # <eps^2>
-    table: Tensor  # [N, 8], all of them
-
-
-def transition_stats(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None) -> TransitionStats:
-    """The statistics of sampler steps, without gradient; dtype and independence of rows as :func:`residual_stats`."""
-    others = map(_detached, (eps, v_old, v_ref))
-    stats: Tensor = torch.ops.advflow.transition_stats.default(v.detach(), *others)
-    eps_vo, vo_sq, vp_sq, eps_sq, *_ = stats.unbind(1)
-    return TransitionStats(eps_vo, vo_sq, vp_sq, eps_sq, stats)
-
-
 class CoefficientLoss(torch.autograd.Function):
     """A loss given from outside, ``[]`` or ``[B]``, with the gradient of this module's head attached to ``v``.
 
@@ -119,7 +101,6 @@ class CoefficientLoss(torch.autograd.Function):
         v_ref: Tensor | None,
         loss: Tensor,
         coef: Tensor,
-        target_is_eps: bool,
     ) -> Tensor:
         tensors = (v, target, noise, v_old, v_ref, coef)
         # What was made in inference mode has no version to watch, and autograd refuses to keep it; the context may.
@@ -127,7 +108,6 @@ class CoefficientLoss(torch.autograd.Function):
         ctx.save_for_backward(
             *(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unwatched, strict=True))
         )
-        ctx.target_is_eps = target_is_eps
         return loss.detach()  # not a view, which could not be changed in place
 
     @staticmethod
@@ -135,11 +115,8 @@ class CoefficientLoss(torch.autograd.Function):
         v, target, noise, v_old, v_ref, coef = (
             watched if kept is None else kept for watched, kept in zip(ctx.saved_tensors, ctx.unwatched, strict=True)
         )
-        if ctx.target_is_eps:
-            grad = torch.ops.advflow.transition_grad.default(v, target, v_old, v_ref, coef, upstream)
-        else:
-            grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, coef, upstream)
-        return grad, *[None] * 7
+        grad = torch.ops.advflow.residual_grad.default(v, target, noise, v_old, v_ref, coef, upstream)
+        return grad, *[None] * 6
 
 
 def residual_loss(
@@ -151,16 +128,9 @@ def residual_loss(
     loss: Tensor,
     coef: Tensor,
 ) -> Tensor:
-    """Typed entry of :class:`CoefficientLoss` for the forward process; gradient flows to ``v`` only."""
+    """Typed entry of :class:`CoefficientLoss`; gradient flows to ``v`` only."""
     others = map(_detached, (target, noise, v_old, v_ref))
-    result: Tensor = CoefficientLoss.apply(v, *others, loss, coef, False)
-    return result
-
-
-def transition_loss(v: Tensor, eps: Tensor, v_old: Tensor, v_ref: Tensor | None, loss: Tensor, coef: Tensor) -> Tensor:
-    """Typed entry of :class:`CoefficientLoss` for the reverse process; gradient flows to ``v`` only."""
-    others = map(_detached, (v_old, v_ref))
-    result: Tensor = CoefficientLoss.apply(v, eps.detach(), None, *others, loss, coef, True)
+    result: Tensor = CoefficientLoss.apply(v, *others, loss, coef)
     return result
 
 

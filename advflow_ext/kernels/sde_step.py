@@ -25,7 +25,7 @@ def _register_fake() -> None:
             raise RuntimeError(f"{given} of noise and seed given; accepted is exactly one of them.")
         accumulate = check_latents("sde_step", {"v": v, "x": x}, {"noise": noise})
         if seed is not None:
-            check_like("seed", seed, v.shape[:1], torch.int64, v)
+            check_like("seed", seed, v.shape[:1], torch.int64, v, "v")
         stored = dtype or x.dtype
         if stored not in FLOAT_DTYPES:
             raise RuntimeError(f"dtype is {stored}; accepted are float32, float16, bfloat16 and float64.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from advflow_ext.contract.checks import Samples
+from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossMetrics, LossOutput, Ratio, forward_metrics
+from advflow_ext.kernels.loss import forward_loss
 from advflow_ext.kernels.loss_summary import loss_summary
 from advflow_ext.kernels.residual import residual_loss
 
@@ -48,3 +50,21 @@ def forward_output(
     )
     loss = residual_loss(*latents, summary.loss, summary.coef)
     return LossOutput(loss, LossMetrics(summary.metrics, forward_metrics(tuple(extra), ratio is not None), unbounded))
+
+
+def native_output(
+    name: str,
+    latents: Latents,
+    t: Tensor,
+    advantages: Tensor,
+    numbers: Sequence[Number],
+    choices: Sequence[int],
+    reduction: str,
+    *,
+    unbounded: str = "",
+) -> LossOutput:
+    """Of a loss whose formula the native core has itself."""
+    loss, values = forward_loss(name, latents, t, advantages, numbers, choices, reduction)
+    metrics = LossMetrics(values, forward_metrics(), unbounded)
+    metrics.warn_now(stacklevel=3)  # the caller of the loss
+    return LossOutput(loss, metrics)

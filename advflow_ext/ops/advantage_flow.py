@@ -5,15 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext._native import STATS
 from advflow_ext.contract import checks
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
-from advflow_ext.kernels.residual import residual_stats
-from advflow_ext.ops._forward import forward_output
-from advflow_ext.reference.advantage_flow import advantage_flow_arguments
-
-_VU_ABS = STATS.index("vu_abs")
+from advflow_ext.ops._forward import native_output
+from advflow_ext.reference.advantage_flow import GAMMA_FORMS, advantage_flow_arguments
 
 
 def advantage_flow_loss(
@@ -73,21 +69,13 @@ def advantage_flow_loss(
             v, x0, noise, t, advantages,
             v_old=v_old, v_ref=v_ref, gamma=gamma, lam=lam, beta=beta, weighting=weighting, reduction=reduction,
         )  # fmt: skip
-    samples, quadratic = advantage_flow_arguments(
+    dtype, _, given = advantage_flow_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, gamma, lam, beta, weighting, reduction
     )
-    checks.require_native_dtype(samples.t.dtype, v, "advantage_flow_loss")
-    stats = residual_stats(v, x0, noise, v_old, v_ref)
-
-    coef = quadratic.weights
-    if weighting != "velocity":
-        weight = samples.t.square()
-        if weighting == "adaptive":
-            weight = weight / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
-        coef = coef * weight[:, None]
-    terms = coef * stats[:, :3]
-    return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, terms.sum(1), coef, reduction,
-        policy_term=terms[:, 0], curvature=quadratic.curvature, nonconvex=quadratic.nonconvex,
-        unbounded=quadratic.unbounded,
+    checks.require_native_dtype(dtype, v, "advantage_flow_loss")
+    form = 1 + GAMMA_FORMS.index(given.gamma) if isinstance(given.gamma, str) else 0
+    number = 0.0 if isinstance(given.gamma, str) else given.gamma
+    return native_output(
+        "advantage_flow", (v, x0, noise, v_old, v_ref), t, advantages, (number, given.lam, given.beta),
+        (checks.WEIGHTINGS.index(weighting), form), reduction, unbounded=given.unbounded,
     )  # fmt: skip

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
-from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
-from advflow_ext.kernels.residual import residual_stats
-from advflow_ext.ops._forward import forward_output
-from advflow_ext.reference.diffusion_nft import diffusion_nft_arguments
+from advflow_ext.ops._forward import native_output
+from advflow_ext.reference.diffusion_nft import NFT_MODES, diffusion_nft_arguments
 
 
 def diffusion_nft_loss(
@@ -70,47 +68,10 @@ def diffusion_nft_loss(
             v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight,
             policy_weight=policy_weight, adaptive=adaptive, mode=mode, reduction=reduction,
         )  # fmt: skip
-    samples, (scale, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
+    dtype, _, given = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,
     )  # fmt: skip
-    checks.require_native_dtype(samples.t.dtype, v, "diffusion_nft_loss")
-    stats = residual_stats(v, x0, noise, v_old, v_ref, scale if adaptive else 0.0)
-    vu_sq, vo_sq, vp_sq, ou_sq, _, _, plus_abs, minus_abs = stats.unbind(1)
-
-    signal = _signal(samples.advantages, mode, clip)
-    if adaptive:
-        inverse_plus = 1 / (samples.t * plus_abs).clamp(min=1e-5)
-        inverse_minus = 1 / (samples.t * minus_abs).clamp(min=1e-5)
-    else:
-        inverse_plus = inverse_minus = torch.ones_like(samples.t)
-    plus = (1 + signal) / 2 * inverse_plus
-    minus = (1 - signal) / 2 * inverse_minus
-    # Not plus - minus: at the first step (w+ = w-) that would lose the digits of a small advantage.
-    difference = (inverse_plus - inverse_minus + signal * (inverse_plus + inverse_minus)) / 2
-
-    m = policy_scale * clip * samples.t.square()
-    a = m * difference
-    b = m * ((scale - 1) * plus + (scale + 1) * minus)
-    z = m * ((1 / scale - 1) * plus + (1 / scale + 1) * minus)
-    kl = per_sample(kl_scale, a)
-    policy_term = a * vu_sq + b * vo_sq + z * ou_sq
-    curvature = m * scale * (plus + minus) + kl
-    return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, torch.stack([a, b, kl], 1), reduction,
-        policy_term=policy_term, curvature=curvature, nonconvex=curvature <= 0,
-    )  # fmt: skip
-
-
-def _signal(advantages: Tensor, mode: str, clip: Number) -> Tensor:
-    """2r - 1, in [-1, 1]."""
-    clipped = torch.clamp(advantages, -clip, clip)  # type: ignore[arg-type]  # both are numbers or both tensors
-    if mode == "positive":
-        clipped = clipped.clamp(min=0)
-    elif mode == "negative":
-        clipped = clipped.clamp(max=0)
-    elif mode == "one":
-        clipped = (clipped > 0).to(clipped.dtype)
-    elif mode == "binary":
-        clipped = clipped.sign()
-    return (clipped / clip).clamp(-1, 1)
+    checks.require_native_dtype(dtype, v, "diffusion_nft_loss")
+    choices = (NFT_MODES.index(mode), int(adaptive))
+    return native_output("diffusion_nft", (v, x0, noise, v_old, v_ref), t, advantages, given, choices, reduction)

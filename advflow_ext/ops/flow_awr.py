@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
-from advflow_ext._native import STATS
 from advflow_ext.contract import checks
-from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
-from advflow_ext.kernels.residual import residual_stats
-from advflow_ext.ops._forward import forward_output
+from advflow_ext.ops._forward import native_output
 from advflow_ext.reference.flow_awr import flow_awr_arguments
-
-_VU_ABS = STATS.index("vu_abs")
 
 
 def flow_awr_loss(
@@ -64,21 +59,9 @@ def flow_awr_loss(
             v_old=v_old, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, weighting=weighting,
             reduction=reduction,
         )  # fmt: skip
-    samples, kl_scale, policy_scale = flow_awr_arguments(
+    dtype, _, *given = flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
     )
-    checks.require_native_dtype(samples.t.dtype, v, "flow_awr_loss")
-    stats = residual_stats(v, x0, noise, v_old, v_ref)
-    vu_sq, vo_sq, vp_sq, ou_sq = stats[:, :4].unbind(1)
-
-    E = samples.advantages
-    m = torch.ones_like(samples.t) if weighting == "velocity" else samples.t.square()
-    if weighting == "adaptive":
-        m = m / (samples.t * stats[:, _VU_ABS]).clamp(min=1e-5)
-    m, kl = policy_scale * m, per_sample(kl_scale, E)
-    coef = torch.stack([m * E, m * (1 - E), kl], 1)
-    policy_term = m * (E * vu_sq + (1 - E) * (vo_sq - E * ou_sq))
-    return forward_output(
-        (v, x0, noise, v_old, v_ref), stats, samples, policy_term + kl * vp_sq, coef, reduction,
-        policy_term=policy_term, curvature=m + kl, nonconvex=torch.zeros_like(samples.valid_t),
-    )  # fmt: skip
+    checks.require_native_dtype(dtype, v, "flow_awr_loss")
+    choices = (checks.WEIGHTINGS.index(weighting),)
+    return native_output("flow_awr", (v, x0, noise, v_old, v_ref), t, advantages, given, choices, reduction)

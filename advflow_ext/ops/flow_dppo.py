@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
@@ -10,9 +9,8 @@ from advflow_ext.contract import checks
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.kernels.residual import transition_stats
-from advflow_ext.ops._reverse import Surrogate, reverse_output
-from advflow_ext.reference.flow_dppo import flow_dppo_arguments
+from advflow_ext.ops._reverse import reverse_output
+from advflow_ext.reference.flow_dppo import DIRECTIONS, MASKS, flow_dppo_arguments
 
 
 def flow_dppo_loss(
@@ -61,27 +59,11 @@ def flow_dppo_loss(
             threshold=threshold, direction=direction, mask=mask, step_size=step_size,
             v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars, limit, size = flow_dppo_arguments(
+    given, limit, size = flow_dppo_arguments(
         v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, policy_weight,
         time_weight, reduction,
     )  # fmt: skip
-    checks.require_native_dtype(scalars.advantages.dtype, v, "flow_dppo_loss")
-    stats = transition_stats(v, eps, v_old, v_ref)
-    A, kappa = scalars.advantages, scalars.step.kappa
-    quadratic = kappa.square() / 2
-    kl = quadratic * stats.vo_sq
-    log_ratio = kappa * stats.eps_vo - kl
-    ratio = log_ratio.exp()
-
-    heading = log_ratio - kl if direction == "log_ratio_minus_kl" else log_ratio
-    leaving = ((A > 0) & (heading > 0)) | ((A < 0) & (heading < 0))
-    reach = kl
-    if size is not None:
-        step = size * A * ratio / scalars.step.sigma.square()
-        distance = stats.eps_sq - 2 * kappa * stats.eps_vo + 2 * kl  # <(x' - mean)^2> / sigma^2
-        reach = kl + step * (log_ratio - kl) + step.square() / 2 * distance
-    masked = leaving & ~(reach < limit)  # an overflow to NaN is far too
-
-    value = torch.where(masked, 0, -A * ratio)
-    surrogate = Surrogate(log_ratio, ratio, value, slope=value, masked=masked)
-    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, kappa, quadratic, reduction)
+    checks.require_native_dtype(given.dtype, v, "flow_dppo_loss")
+    numbers = (limit, 0.0 if size is None else size)
+    choices = (DIRECTIONS.index(direction), MASKS.index(mask))
+    return reverse_output("flow_dppo", (v, eps, v_old, v_ref), given, numbers, choices, reduction)

@@ -9,9 +9,8 @@ from advflow_ext.contract import checks
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.kernels.residual import transition_stats
-from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
-from advflow_ext.reference.flow_grpo import flow_grpo_arguments
+from advflow_ext.ops._reverse import RATIOS, reverse_output
+from advflow_ext.reference.flow_grpo import KL_CONVENTIONS, flow_grpo_arguments
 
 
 def flow_grpo_loss(
@@ -78,14 +77,10 @@ def flow_grpo_loss(
             clip=clip, v_ref=v_ref, kl_weight=kl_weight, kl_convention=kl_convention, policy_weight=policy_weight,
             time_weight=time_weight, reduction=reduction,
         )  # fmt: skip
-    scalars, bounds = flow_grpo_arguments(
+    given, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
-    checks.require_native_dtype(scalars.advantages.dtype, v, "flow_grpo_loss")
-    stats = transition_stats(v, eps, v_old, v_ref)
-    linear = scalars.step.kappa
-    quadratic = linear.square() / 2
-    log_ratio = linear * stats.eps_vo - quadratic * stats.vo_sq
-    surrogate = clipped_surrogate(log_ratio, scalars.advantages, bounds)
-    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, reduction)
+    checks.require_native_dtype(given.dtype, v, "flow_grpo_loss")
+    choices = (KL_CONVENTIONS.index(kl_convention), RATIOS.index("flow_grpo"))
+    return reverse_output("flow_grpo", (v, eps, v_old, v_ref), given, (bounds.below, bounds.above), choices, reduction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
@@ -10,8 +9,7 @@ from advflow_ext.contract import checks
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.kernels.residual import transition_stats
-from advflow_ext.ops._reverse import clipped_surrogate, reverse_output
+from advflow_ext.ops._reverse import RATIOS, reverse_output
 from advflow_ext.reference.flow_grpo import flow_grpo_arguments
 
 
@@ -51,12 +49,9 @@ def grpo_guard_loss(
             clip=clip, v_ref=v_ref, kl_weight=kl_weight, policy_weight=policy_weight, time_weight=time_weight,
             reduction=reduction,
         )  # fmt: skip
-    scalars, bounds = flow_grpo_arguments(
+    given, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, "exact", policy_weight, time_weight, reduction
     )
-    checks.require_native_dtype(scalars.advantages.dtype, v, "grpo_guard_loss")
-    stats = transition_stats(v, eps, v_old, v_ref)
-    linear = scalars.step.c_v
-    surrogate = clipped_surrogate(linear * stats.eps_vo, scalars.advantages, bounds)
-    quadratic = torch.zeros_like(linear)
-    return reverse_output((v, eps, v_old, v_ref), scalars, stats, surrogate, linear, quadratic, reduction)
+    checks.require_native_dtype(given.dtype, v, "grpo_guard_loss")
+    choices = (0, RATIOS.index("grpo_guard"))
+    return reverse_output("flow_grpo", (v, eps, v_old, v_ref), given, (bounds.below, bounds.above), choices, reduction)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
-from advflow_ext.contract.numbers import Number, per_sample
+from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
-from advflow_ext.kernels.residual import residual_stats
-from advflow_ext.ops._forward import forward_output
-from advflow_ext.reference.reward_weighted import reward_weighted_arguments
+from advflow_ext.ops._forward import native_output
+from advflow_ext.reference.reward_weighted import REWARD_METHODS, UNBOUNDED, reward_weighted_arguments
 
 
 def reward_weighted_loss(
@@ -67,25 +65,12 @@ def reward_weighted_loss(
             method=method, tau=tau, group_size=group_size, v_ref=v_ref, kl_weight=kl_weight,
             policy_weight=policy_weight, reduction=reduction,
         )  # fmt: skip
-    samples, (scale, kl_scale, policy_scale), unbounded = reward_weighted_arguments(
+    dtype, _, given = reward_weighted_arguments(
         v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, policy_weight, reduction
     )
-    checks.require_native_dtype(samples.t.dtype, v, "reward_weighted_loss")
-    stats = residual_stats(v, x0, noise, None, v_ref)
-
-    weight = samples.advantages
-    if method == "exp":
-        weight = (scale * weight).exp()
-    elif method == "best":
-        assert group_size is not None
-        groups = torch.where(torch.isfinite(weight), weight, -torch.inf).view(-1, group_size)
-        weight = (groups == groups.amax(1, keepdim=True)).flatten().to(weight.dtype)
-    weight = policy_scale * weight
-    kl = per_sample(kl_scale, weight)
-    policy_term = weight * stats[:, 0]
-    curvature = weight + kl
-    return forward_output(
-        (v, x0, noise, None, v_ref), stats, samples, policy_term + kl * stats[:, 2],
-        torch.stack([weight, torch.zeros_like(kl), kl], 1), reduction,
-        policy_term=policy_term, curvature=curvature, nonconvex=curvature < 0, unbounded=unbounded,
-    )  # fmt: skip
+    checks.require_native_dtype(dtype, v, "reward_weighted_loss")
+    numbers = (*given, float(group_size or 1))
+    choices = (REWARD_METHODS.index(method),)
+    return native_output(
+        "reward_weighted", (v, x0, noise, None, v_ref), t, rewards, numbers, choices, reduction, unbounded=UNBOUNDED
+    )

@@ -71,7 +71,8 @@ def awm_log_prob_arguments(
     dtype = checks.require_latents(v, x0=x0, noise=noise)
     numbers = Numbers(v, dtype)
     exponent = _awm_power(numbers, weighting, power)
-    return numbers.contain(checks.timesteps(t, v, dtype)[0]), exponent
+    checks.require_timesteps(t, v, dtype)
+    return numbers.contain(constant(t, dtype)), exponent
 
 
 def _awm_power(numbers: Numbers, weighting: str, power: Number) -> Number:

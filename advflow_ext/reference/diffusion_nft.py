@@ -41,9 +41,11 @@ def diffusion_nft_arguments(
     adaptive: bool,
     mode: str,
     reduction: str,
-) -> tuple[checks.Samples, NftNumbers]:
-    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
-    numbers = Numbers(v, samples.t.dtype)
+) -> tuple[torch.dtype, Numbers, NftNumbers]:
+    dtype = checks.require_samples(
+        v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref
+    )
+    numbers = Numbers(v, dtype)
     given = NftNumbers(
         numbers.read("beta", beta, low=0.0, exclusive=True),
         numbers.read("adv_clip_max", adv_clip_max, low=0.0, exclusive=True),
@@ -52,7 +54,7 @@ def diffusion_nft_arguments(
     )
     checks.require_flag("adaptive", adaptive)
     checks.require_choice("mode", mode, NFT_MODES)
-    return samples.usable_with(numbers), given
+    return dtype, numbers, given
 
 
 def diffusion_nft_loss(
@@ -77,10 +79,11 @@ def diffusion_nft_loss(
     x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits as t goes to 0 (about
     1e-7 / t relative), which the fused op does not lose.
     """
-    samples, (beta, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
+    dtype, numbers, (beta, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,
     )  # fmt: skip
+    samples = checks.samples_in(dtype, t, advantages).usable_with(numbers)
     adv_clip_max = per_sample(clip, samples.t)
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
     assert latents.v_old is not None

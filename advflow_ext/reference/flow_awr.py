@@ -27,14 +27,16 @@ def flow_awr_arguments(
     policy_weight: Number,
     weighting: str,
     reduction: str,
-) -> tuple[checks.Samples, Number, Number]:
-    """The samples, kl_weight and policy_weight."""
-    samples = checks.samples_of(v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref)
+) -> tuple[torch.dtype, Numbers, Number, Number]:
+    """The accumulate dtype, the numbers as they were read, kl_weight and policy_weight."""
+    dtype = checks.require_samples(
+        v, t, "advantages", advantages, reduction, x0=x0, noise=noise, v_old=v_old, v_ref=v_ref
+    )
     checks.require_choice("weighting", weighting, checks.WEIGHTINGS)
-    numbers = Numbers(v, samples.t.dtype)
+    numbers = Numbers(v, dtype)
     kl = numbers.weight_of("kl_weight", kl_weight, "v_ref", v_ref, default=0.0)
     policy = numbers.read("policy_weight", policy_weight, low=0.0)
-    return samples.usable_with(numbers), kl, policy
+    return dtype, numbers, kl, policy
 
 
 def flow_awr_loss(
@@ -56,9 +58,10 @@ def flow_awr_loss(
     Unless ``weighting="velocity"``, x_t and the x0-predictions are formed as in the trainer. In float32 that costs
     digits as t goes to 0 (about 1e-7 / t relative), which the fused op does not lose.
     """
-    samples, kl_scale, policy_scale = flow_awr_arguments(
+    dtype, numbers, kl_scale, policy_scale = flow_awr_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, kl_weight, policy_weight, weighting, reduction
     )
+    samples = checks.samples_in(dtype, t, advantages).usable_with(numbers)
     latents = flatten(samples, v, x0, noise, v_old, v_ref)
     assert latents.v_old is not None
     time, E = samples.t[:, None], samples.advantages[:, None]

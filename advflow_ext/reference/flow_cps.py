@@ -9,7 +9,7 @@ from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
 from advflow_ext.reference._forward import mean
 from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reverse_output, transitions_of
-from advflow_ext.reference.flow_grpo import flow_grpo_arguments
+from advflow_ext.reference.flow_grpo import flow_grpo_arguments, flow_grpo_scalars
 
 
 def flow_cps_loss(
@@ -32,10 +32,11 @@ def flow_cps_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    scalars, bounds = flow_grpo_arguments(
+    given, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
+    scalars = flow_grpo_scalars(given, kl_convention)
     at = transitions_of(scalars, v, v_old, eps, v_ref)
     # The log-probability of the released code: variance and constants are left out.
     log_ratio = mean(-(at.x_next - at.mu).square()) - mean(-(at.x_next - at.mu_old).square())

@@ -36,8 +36,8 @@ def flow_dppo_arguments(
     policy_weight: Number,
     time_weight: str,
     reduction: str,
-) -> tuple[transitions.TransitionScalars, Number, Number | None]:
-    """The scalars, the threshold and the step size."""
+) -> tuple[transitions.TransitionArguments, Number, Number | None]:
+    """What all such losses take, the threshold and the step size."""
     dtype = checks.require_latents(v, v_old=v_old, eps=eps, v_ref=v_ref)
     numbers = Numbers(v, dtype)
     limit = numbers.read("threshold", threshold, low=0.0)
@@ -48,10 +48,10 @@ def flow_dppo_arguments(
         step = numbers.read("step_size", step_size, low=0.0, exclusive=True)
     elif step_size is not None:
         raise ValueError(f"step_size is {step_size!r}; accepted with mask 'current' is None.")
-    scalars = transitions.scalars_of(
+    given = transitions.transition_arguments(
         numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
     )
-    return scalars, limit, step
+    return given, limit, step
 
 
 def flow_dppo_loss(
@@ -76,10 +76,11 @@ def flow_dppo_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    scalars, limit, size = flow_dppo_arguments(
+    given, limit, size = flow_dppo_arguments(
         v, v_old, eps, table, index, advantages, threshold, direction, mask, step_size, v_ref, kl_weight, policy_weight,
         time_weight, reduction,
     )  # fmt: skip
+    scalars = given.scalars()
     at = transitions_of(scalars, v, v_old, eps, v_ref)
     A = scalars.advantages
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)

@@ -31,20 +31,25 @@ def flow_grpo_arguments(
     policy_weight: Number,
     time_weight: str,
     reduction: str,
-) -> tuple[transitions.TransitionScalars, ClipRange]:
+) -> tuple[transitions.TransitionArguments, ClipRange]:
     """Flow-CPS and, without a KL convention of its own, GRPO-Guard take the same arguments."""
     dtype = checks.require_latents(v, v_old=v_old, eps=eps, v_ref=v_ref)
     numbers = Numbers(v, dtype)
     bounds = numbers.clip("clip", clip, most=1.0)
     checks.require_choice("kl_convention", kl_convention, KL_CONVENTIONS)
-    scalars = transitions.scalars_of(
+    given = transitions.transition_arguments(
         numbers, v, v_ref, table, index, advantages, kl_weight, policy_weight, time_weight, reduction, dtype
     )
+    return given, bounds
+
+
+def flow_grpo_scalars(given: transitions.TransitionArguments, kl_convention: str) -> transitions.TransitionScalars:
+    scalars = given.scalars()
     if kl_convention == "dt":
         scalars = scalars._replace(kl_scale=scalars.kl_scale * -scalars.step.dt)
     elif kl_convention == "two_sigma_squared":
         scalars = scalars._replace(kl_scale=scalars.kl_scale * (2 * scalars.step.sigma.square()))
-    return scalars, bounds
+    return scalars
 
 
 def flow_grpo_loss(
@@ -68,10 +73,11 @@ def flow_grpo_loss(
     Half precision is computed in float32, where the difference of two log-probabilities is good to about 1e-7; as soon
     as one latent is float64 everything is.
     """
-    scalars, bounds = flow_grpo_arguments(
+    given, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, kl_convention, policy_weight, time_weight,
         reduction,
     )  # fmt: skip
+    scalars = flow_grpo_scalars(given, kl_convention)
     at = transitions_of(scalars, v, v_old, eps, v_ref)
     log_ratio, finite = finite_ratio(at.log_ratio(), at.clean)
     policy_term, masked = clipped_surrogate(log_ratio, scalars.advantages, bounds)

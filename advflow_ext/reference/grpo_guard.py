@@ -30,9 +30,10 @@ def grpo_guard_loss(
 
     Half precision is computed in float32; as soon as one latent is float64 everything is.
     """
-    scalars, bounds = flow_grpo_arguments(
+    given, bounds = flow_grpo_arguments(
         v, v_old, eps, table, index, advantages, clip, v_ref, kl_weight, "exact", policy_weight, time_weight, reduction
     )
+    scalars = given.scalars()
     at = transitions_of(scalars, v, v_old, eps, v_ref)
     # RatioNorm (eq. 8): the gradient flows through the added KL too.
     log_ratio = scalars.step.sigma * (at.log_ratio() + at.kl(at.mu_old))

@@ -15,6 +15,12 @@ from advflow_ext.contract.numbers import (
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output
 
+UNBOUNDED = (
+    "{count} sample(s) have reward + kl_weight < 0 (smallest {lowest:.6g}): their loss is unbounded below and pushes "
+    'the policy away without limit. Use rewards of at least 0, or method="exp". Said once; metrics.nonconvex_samples '
+    "keeps counting."
+)
+
 REWARD_METHODS = ("exp", "linear", "best")
 
 
@@ -37,10 +43,9 @@ def reward_weighted_arguments(
     kl_weight: Number,
     policy_weight: Number,
     reduction: str,
-) -> tuple[checks.Samples, RewardNumbers, str]:
-    """The samples, the numbers, and what to say where weight + kl_weight is negative."""
-    samples = checks.samples_of(v, t, "rewards", rewards, reduction, x0=x0, noise=noise, v_ref=v_ref)
-    numbers = Numbers(v, samples.t.dtype)
+) -> tuple[torch.dtype, Numbers, RewardNumbers]:
+    dtype = checks.require_samples(v, t, "rewards", rewards, reduction, x0=x0, noise=noise, v_ref=v_ref)
+    numbers = Numbers(v, dtype)
     checks.require_choice("method", method, REWARD_METHODS)
     given = RewardNumbers(
         numbers.read("tau", tau, low=0.0, exclusive=True),
@@ -49,15 +54,7 @@ def reward_weighted_arguments(
     )
     if method == "best" or group_size is not None:
         checks.require_group_size(group_size, rewards)
-    unbounded = (
-        "{count} sample(s) have reward + kl_weight < 0 (smallest {lowest:.6g}): their loss is unbounded below and "
-        'pushes the policy away without limit. Use rewards of at least 0, or method="exp". Said once; '
-        "metrics.nonconvex_samples keeps counting."
-    )
-    if method == "linear":
-        curvature = given.policy_weight * samples.advantages + given.kl_weight
-        checks.warn_on_cpu(unbounded, curvature, curvature < 0)
-    return samples.usable_with(numbers), given, unbounded
+    return dtype, numbers, given
 
 
 def reward_weighted_loss(
@@ -76,9 +73,10 @@ def reward_weighted_loss(
     reduction: str = "mean",
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.reward_weighted_loss`, by PyTorch autograd."""
-    samples, (scale, kl_scale, policy_scale), unbounded = reward_weighted_arguments(
+    dtype, numbers, (scale, kl_scale, policy_scale) = reward_weighted_arguments(
         v, x0, noise, t, rewards, method, tau, group_size, v_ref, kl_weight, policy_weight, reduction
     )
+    samples = checks.samples_in(dtype, t, rewards).usable_with(numbers)
     R = samples.advantages
     if method == "exp":
         weights = torch.exp(scale * R)
@@ -92,13 +90,14 @@ def reward_weighted_loss(
 
     weights = policy_scale * weights
     samples = samples._replace(required=(*samples.required, weights))
+    curvature = weights + kl_scale
+    checks.warn_on_cpu(UNBOUNDED, curvature, curvature < 0)
     latents = flatten(samples, v, x0, noise, None, v_ref)
     fm_loss, w2_loss = latents.deviation(latents.u), latents.deviation(latents.v_ref)
     policy_term = weights * fm_loss
-    curvature = weights + kl_scale
     return forward_output(
         latents, samples, policy_term + kl_scale * w2_loss, reduction,
         policy_term=policy_term, deviations=(fm_loss, torch.zeros_like(fm_loss), w2_loss),
         weights=(weights, 0.0, kl_scale),
-        curvature=curvature, nonconvex=curvature < 0, unbounded=unbounded,
+        curvature=curvature, nonconvex=curvature < 0, unbounded=UNBOUNDED,
     )  # fmt: skip

@@ -35,7 +35,7 @@ _stages: list[str] = []
 _NAMES = (
     (r"advflow::joint_qk_norm", QK_NORM),
     (r"advflow::adaln", ADALN),
-    (r"advflow_ext::|residual_(stats|grad)|row_means|loss_summary", LOSS),
+    (r"advflow_ext::|residual_(stats|grad)|row_means|loss_summary|\bloss_kernel", LOSS),
     (r"flash|fmha|sdpa|scaled_dot_product|attention", ATTENTION),
     (r"^triton_", COMPILED),
     (r"gemm|cutlass|nvjet|cublas|xmma|aten::(mm|addmm|addmm_|bmm|baddbmm|mkldnn_convolution|cudnn_convolution)$", GEMM),

@@ -23,3 +23,11 @@ struct AdvflowColumn {
   const void* data;
   int64_t stride;  // 0: one number for all rows
 };
+
+// An option of a loss or what a sample was drawn with: one number for all rows, or one a row.
+struct AdvflowNumber {
+  const void* data;  // in the accumulate type, or float64 where `wide`; null: `number` is it
+  int64_t stride;    // 0: one number for all rows
+  double number;
+  bool wide;
+};

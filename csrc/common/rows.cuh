@@ -53,21 +53,24 @@ __device__ inline int advflow_valid_elements(int64_t begin, int64_t end) {
   return end - begin < kAdvflowVec ? int(end - begin) : kAdvflowVec;
 }
 
-// means[batch][kColumns] from partials[batch][splits][kColumns], one thread
-// each. Few numbers, so double costs nothing and the finish adds no error of its
-// own.
+// The mean of one column of a row, from partials[batch][splits][kColumns]; 0 of a row without elements. Few numbers, so
+// double costs nothing and the finish adds no error of its own.
+template <int kColumns>
+__device__ float advflow_row_mean(const float* partials, int64_t row, int column, int splits, int64_t elements) {
+  const float* partial = partials + row * splits * kColumns + column;
+  double sum = 0.0;
+#pragma unroll 16
+  for (int split = 0; split < splits; ++split) sum += partial[split * kColumns];
+  return float(sum / double(elements ? elements : 1));
+}
+
+// means[batch][kColumns], one thread each.
 template <int kColumns>
 __global__ void __launch_bounds__(kAdvflowFinishThreads)
     advflow_row_means_kernel(const float* partials, float* means, int64_t batch, int splits, int64_t elements) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch * kColumns) return;
-  const int64_t row = i / kColumns;
-  const int64_t column = i % kColumns;
-  const float* partial = partials + row * splits * kColumns + column;
-  double sum = 0.0;
-#pragma unroll 16
-  for (int split = 0; split < splits; ++split) sum += partial[split * kColumns];
-  means[i] = float(sum / double(elements));
+  means[i] = advflow_row_mean<kColumns>(partials, i / kColumns, int(i % kColumns), splits, elements);
 }
 
 inline int advflow_last_error() { return -int(cudaGetLastError()); }

@@ -159,7 +159,7 @@ void advflow_for_each_chunk(int64_t batch, int64_t elements, void* where, const 
   static_cast<const AdvflowParallelFor*>(where)->run(count, body, &context);
 }
 
-// means[batch][kColumns] from the sums of every chunk, [batch * chunks][kColumns].
+// means[batch][kColumns] from the sums of every chunk, [batch * chunks][kColumns]; 0 of a row without elements.
 template <int kColumns, typename T>
 void advflow_finish_means(const double* sums, int64_t batch, int64_t elements, T* means) {
   const int64_t chunks = advflow_chunks_of(elements);
@@ -167,7 +167,7 @@ void advflow_finish_means(const double* sums, int64_t batch, int64_t elements, T
     for (int column = 0; column < kColumns; ++column) {
       double sum = 0.0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[(row * chunks + chunk) * kColumns + column];
-      means[row * kColumns + column] = T(sum / double(elements));
+      means[row * kColumns + column] = T(sum / double(elements ? elements : 1));
     }
   }
 }

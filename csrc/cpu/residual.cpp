@@ -188,13 +188,11 @@ bool any_double(const AdvflowResidualInputs& in) {
 }
 
 template <typename T>
-int run_stats(const AdvflowResidualInputs& in, double* partials, T* stats, void* where) {
+void run_partials(const AdvflowResidualInputs& in, double* partials, void* where) {
   const Kernels<T> kernel = kernels(T());
   advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t row, int64_t begin, int64_t end) {
     kernel.stats(in, row, begin, end, partials + chunk * ADVFLOW_RESIDUAL_STATS);
   });
-  advflow_finish_means<ADVFLOW_RESIDUAL_STATS>(partials, in.batch, in.elements, stats);
-  return ADVFLOW_OK;
 }
 
 template <typename T>
@@ -216,10 +214,25 @@ int64_t advflow_residual_stats_workspace_cpu(int64_t batch, int64_t elements) {
   return batch * advflow_chunks_of(elements) * ADVFLOW_RESIDUAL_STATS * int64_t(sizeof(double));
 }
 
-int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
+int advflow_residual_partials_cpu(const AdvflowResidualInputs* in, void* workspace, void* where) {
   double* partials = static_cast<double*>(workspace);
-  if (any_double(*in)) return run_stats(*in, partials, static_cast<double*>(stats), where);
-  return run_stats(*in, partials, static_cast<float*>(stats), where);
+  if (any_double(*in)) {
+    run_partials<double>(*in, partials, where);
+  } else {
+    run_partials<float>(*in, partials, where);
+  }
+  return ADVFLOW_OK;
+}
+
+int advflow_residual_stats_cpu(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
+  const double* partials = static_cast<const double*>(workspace);
+  advflow_residual_partials_cpu(in, workspace, where);
+  if (any_double(*in)) {
+    advflow_finish_means<ADVFLOW_RESIDUAL_STATS>(partials, in->batch, in->elements, static_cast<double*>(stats));
+  } else {
+    advflow_finish_means<ADVFLOW_RESIDUAL_STATS>(partials, in->batch, in->elements, static_cast<float*>(stats));
+  }
+  return ADVFLOW_OK;
 }
 
 int advflow_residual_grad_cpu(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,

@@ -5,7 +5,7 @@
 // square; here u = noise - x0 and all residuals live in registers:
 //
 //   residual_stats   reads v, target, noise, v_old, v_ref once; writes 32 bytes
-//                    a row (and 32 a block, read back by the finishing kernel)
+//                    a row (and 32 a block, read back by the kernel that finishes them)
 //   residual_grad    reads them once more, writes the gradient once
 //
 // Recomputing the residuals in the second kernel moves as many bytes as
@@ -171,24 +171,27 @@ int64_t advflow_residual_stats_workspace_cuda(int64_t batch, int64_t elements) {
   return batch * advflow_plan_row(elements).splits * ADVFLOW_RESIDUAL_STATS * int64_t(sizeof(float));
 }
 
-int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
+int advflow_residual_partials_cuda(const AdvflowResidualInputs* in, void* workspace, void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0) return ADVFLOW_OK;
   const AdvflowRowPlan plan = advflow_plan_row(in->elements);
   const int64_t blocks = in->batch * plan.splits;
   if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
-  const cudaStream_t stream = static_cast<cudaStream_t>(where);
-  float* partials = static_cast<float*>(workspace);
   with_variant(*in, nullptr, [&](auto variant) {
     const auto kernel = residual_stats_kernel<decltype(variant)>;
-    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan, partials);
+    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in, plan,
+                   static_cast<float*>(workspace));
   });
-  const int status = advflow_last_error();
-  if (status != ADVFLOW_OK) return status;
+  return advflow_last_error();
+}
 
-  return advflow_launch_row_means<ADVFLOW_RESIDUAL_STATS>(partials, static_cast<float*>(stats), in->batch, plan,
-                                                          in->elements, stream);
+int advflow_residual_stats_cuda(const AdvflowResidualInputs* in, void* workspace, void* stats, void* where) {
+  const int status = advflow_residual_partials_cuda(in, workspace, where);
+  if (status != ADVFLOW_OK || in->batch == 0) return status;
+  return advflow_launch_row_means<ADVFLOW_RESIDUAL_STATS>(
+      static_cast<const float*>(workspace), static_cast<float*>(stats), in->batch, advflow_plan_row(in->elements),
+      in->elements, static_cast<cudaStream_t>(where));
 }
 
 int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef, const AdvflowColumn* upstream,

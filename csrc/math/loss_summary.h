@@ -1,5 +1,5 @@
-// One sample of the scalar stage that ends every loss, shared by the CPU loop
-// and the CUDA kernel: is the sample usable, what does it add to each metric.
+// The scalar stage that ends every loss, shared by the CPU loop and the CUDA
+// kernels: is a sample usable, what does it add to each metric.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 #include "launchers.h"
 #include "math/residual.h"
 
-// The running sums of a batch, at fixed places whatever the loss reports.
-enum AdvflowSummarySum : int {
+// What the samples of a batch are joined into, at fixed places whatever the loss reports.
+enum AdvflowSummaryPlace : int {
   ADVFLOW_SUM_MEANS = 0,  // ADVFLOW_SUMMARY_MEANS of them
   ADVFLOW_SUM_STATS = ADVFLOW_SUM_MEANS + ADVFLOW_SUMMARY_MEANS,
   ADVFLOW_SUM_ADVANTAGE = ADVFLOW_SUM_STATS + ADVFLOW_SUMMARY_STATS,
@@ -26,12 +26,36 @@ enum AdvflowSummarySum : int {
   ADVFLOW_SUM_ABOVE,
   ADVFLOW_SUM_BELOW,
   ADVFLOW_SUMMARY_SUMS,
+  // Largest ones. What is reported as smallest has its sign turned.
+  ADVFLOW_MOST_EXTREME = ADVFLOW_SUMMARY_SUMS,
+  ADVFLOW_MOST_LOW,
+  ADVFLOW_MOST_HIGH,
+  ADVFLOW_SUMMARY_PLACES,
 };
 
-template <typename T>
-ADVFLOW_HD T advflow_column_at(const AdvflowColumn& column, int64_t row) {
-  return static_cast<const T*>(column.data)[row * column.stride];
+// What a place holds when no sample has added to it, and two of its values as one.
+ADVFLOW_HD double advflow_summary_none(int place, bool largest) {
+  return place < ADVFLOW_SUMMARY_SUMS || (place == ADVFLOW_MOST_EXTREME && largest) ? 0.0 : -HUGE_VAL;
 }
+
+ADVFLOW_HD double advflow_summary_join(int place, double a, double b) {
+  return place < ADVFLOW_SUMMARY_SUMS ? a + b : a > b ? a : b;
+}
+
+// What a loss says of one sample.
+template <typename T>
+struct AdvflowSample {
+  const T* stats;  // ADVFLOW_RESIDUAL_STATS of them
+  T coef[3];
+  T means[ADVFLOW_SUMMARY_MEANS];  // so many as the report has; the first is the loss
+  T advantage;
+  T extreme;
+  T log_ratio;
+  bool above, below;  // the clip of the ratio
+  bool valid;
+  bool flagged;
+  bool finite;  // whatever else the sample is made of is a finite number
+};
 
 template <typename T>
 ADVFLOW_HD bool advflow_is_finite(T x) {
@@ -41,156 +65,154 @@ ADVFLOW_HD bool advflow_is_finite(T x) {
 // Whether no element of the row's gradient can overflow its dtype: an element is at most sqrt(elements) times the root
 // mean square.
 template <typename T>
-ADVFLOW_HD bool advflow_gradient_fits(const AdvflowLossSummaryInputs& in, int64_t row) {
-  if (in.largest_gradient == 0.0) return true;
-  const int columns[3] = {in.eps_first ? int(ADVFLOW_STAT_EPS_SQ) : int(ADVFLOW_STAT_VU_SQ), ADVFLOW_STAT_VO_SQ,
+ADVFLOW_HD bool advflow_gradient_fits(const AdvflowReport& report, const AdvflowSample<T>& sample) {
+  if (report.largest_gradient == 0.0) return true;
+  const int columns[3] = {report.eps_first ? int(ADVFLOW_STAT_EPS_SQ) : int(ADVFLOW_STAT_VU_SQ), ADVFLOW_STAT_VO_SQ,
                           ADVFLOW_STAT_VP_SQ};
   double most = 0.0;
   ADVFLOW_UNROLL
   for (int k = 0; k < 3; ++k) {
-    const double weight = double(static_cast<const T*>(in.coef)[row * 3 + k]);
-    const double square = double(static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + columns[k]]);
-    most += (weight < 0 ? -weight : weight) * sqrt(square);
+    const double weight = double(sample.coef[k]);
+    most += (weight < 0 ? -weight : weight) * sqrt(double(sample.stats[columns[k]]));
   }
-  return most <= in.largest_gradient;
+  return most <= report.largest_gradient;
 }
 
 // A sample is finite when every number it is made of is, also those whose
 // weight is zero: one non-finite latent makes a statistic non-finite.
 template <typename T>
-ADVFLOW_HD bool advflow_sample_is_finite(const AdvflowLossSummaryInputs& in, int64_t row) {
-  bool finite = advflow_is_finite(advflow_column_at<T>(in.advantages, row)) &&
-                advflow_is_finite(advflow_column_at<T>(in.extreme, row));
+ADVFLOW_HD bool advflow_sample_is_finite(const AdvflowReport& report, const AdvflowSample<T>& sample) {
+  bool finite = sample.finite && advflow_is_finite(sample.advantage) && advflow_is_finite(sample.extreme);
   ADVFLOW_UNROLL
   for (int k = 0; k < ADVFLOW_SUMMARY_MEANS; ++k) {
-    if (k < in.mean_count) finite &= advflow_is_finite(advflow_column_at<T>(in.means[k], row));
+    if (k < report.mean_count) finite &= advflow_is_finite(sample.means[k]);
   }
   ADVFLOW_UNROLL
-  for (int k = 0; k < ADVFLOW_SUMMARY_REQUIRED; ++k) {
-    if (k < in.required_count) finite &= advflow_is_finite(advflow_column_at<T>(in.required[k], row));
-  }
+  for (int k = 0; k < ADVFLOW_RESIDUAL_STATS; ++k) finite &= advflow_is_finite(sample.stats[k]);
   ADVFLOW_UNROLL
-  for (int k = 0; k < ADVFLOW_RESIDUAL_STATS; ++k) {
-    finite &= advflow_is_finite(static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + k]);
-  }
-  ADVFLOW_UNROLL
-  for (int k = 0; k < 3; ++k) finite &= advflow_is_finite(static_cast<const T*>(in.coef)[row * 3 + k]);
-  if (in.ratio) finite &= advflow_is_finite(advflow_column_at<T>(in.log_ratio, row));
-  return finite && advflow_gradient_fits<T>(in, row);
+  for (int k = 0; k < 3; ++k) finite &= advflow_is_finite(sample.coef[k]);
+  if (report.ratio) finite &= advflow_is_finite(sample.log_ratio);
+  return finite && advflow_gradient_fits(report, sample);
 }
 
-// The extremes of a batch, and what is reported of an empty one.
-struct AdvflowSummaryExtremes {
-  double extreme, lowest, highest;
-};
-
-ADVFLOW_HD AdvflowSummaryExtremes advflow_no_extremes(bool largest) {
-  return {largest ? 0.0 : HUGE_VAL, HUGE_VAL, -HUGE_VAL};
-}
-
-// Of two candidates; with `largest`, both are magnitudes.
-ADVFLOW_HD double advflow_more_extreme(double a, double b, bool largest) { return (largest ? a > b : a < b) ? a : b; }
-
-ADVFLOW_HD AdvflowSummaryExtremes advflow_join_extremes(const AdvflowSummaryExtremes& a,
-                                                        const AdvflowSummaryExtremes& b, bool largest) {
-  return {advflow_more_extreme(a.extreme, b.extreme, largest), advflow_more_extreme(a.lowest, b.lowest, false),
-          advflow_more_extreme(a.highest, b.highest, true)};
-}
-
+// Writes the sample's coefficients and, where asked for, its loss; and what it
+// adds to every place.
 template <typename T>
-ADVFLOW_HD void advflow_summarise_ratio(const AdvflowLossSummaryInputs& in, int64_t row, double* sums,
-                                        AdvflowSummaryExtremes* extremes) {
-  const T log_ratio = advflow_column_at<T>(in.log_ratio, row);
-  // In double: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
-  const double x = log_ratio < T(80) ? double(log_ratio) : 80.0, excess = expm1(x);
-  sums[ADVFLOW_SUM_APPROX_KL] += x * x / 2;
-  sums[ADVFLOW_SUM_EXCESS] += excess;
-  sums[ADVFLOW_SUM_EXCESS_SQ] += excess * excess;
-  if (in.log_highest.data && log_ratio > advflow_column_at<T>(in.log_highest, row)) sums[ADVFLOW_SUM_ABOVE] += 1.0;
-  if (in.log_lowest.data && log_ratio < advflow_column_at<T>(in.log_lowest, row)) sums[ADVFLOW_SUM_BELOW] += 1.0;
-  extremes->lowest = advflow_more_extreme(x, extremes->lowest, false);
-  extremes->highest = advflow_more_extreme(x, extremes->highest, true);
-}
-
-// Writes the sample's coefficients and, where asked for, its loss; adds it to
-// the sums.
-template <typename T>
-ADVFLOW_HD void advflow_summarise_sample(const AdvflowLossSummaryInputs& in, int64_t row, T* loss, T* coef,
-                                         double* sums, AdvflowSummaryExtremes* extremes) {
-  const bool finite = advflow_sample_is_finite<T>(in, row);
-  const bool usable = finite && in.valid[row] != 0;
-  sums[ADVFLOW_SUM_NONFINITE] += finite ? 0.0 : 1.0;
-  sums[ADVFLOW_SUM_INVALID] += in.valid[row] != 0 ? 0.0 : 1.0;
-  if (in.per_sample) loss[row] = usable ? advflow_column_at<T>(in.means[0], row) : T(0);
+ADVFLOW_HD void advflow_summarise_sample(const AdvflowReport& report, const AdvflowSample<T>& sample, int64_t row,
+                                         T* loss, T* coef, double* added) {
+  const bool finite = advflow_sample_is_finite(report, sample);
+  const bool usable = finite && sample.valid;
+  if (report.per_sample) loss[row] = usable ? sample.means[0] : T(0);
   ADVFLOW_UNROLL
-  for (int k = 0; k < 3; ++k) {
-    coef[row * 3 + k] = usable ? static_cast<const T*>(in.coef)[row * 3 + k] / T(in.divisor) : T(0);
+  for (int k = 0; k < 3; ++k) coef[row * 3 + k] = usable ? sample.coef[k] / T(report.divisor) : T(0);
+
+  for (int place = 0; place < ADVFLOW_SUMMARY_PLACES; ++place) {
+    added[place] = advflow_summary_none(place, report.largest);
   }
+  added[ADVFLOW_SUM_NONFINITE] = finite ? 0.0 : 1.0;
+  added[ADVFLOW_SUM_INVALID] = sample.valid ? 0.0 : 1.0;
   if (!usable) return;
 
-  sums[ADVFLOW_SUM_USABLE] += 1.0;
-  sums[ADVFLOW_SUM_FLAGGED] += in.flagged[row] != 0 ? 1.0 : 0.0;
+  added[ADVFLOW_SUM_USABLE] = 1.0;
+  added[ADVFLOW_SUM_FLAGGED] = sample.flagged ? 1.0 : 0.0;
   ADVFLOW_UNROLL
   for (int k = 0; k < ADVFLOW_SUMMARY_MEANS; ++k) {
-    if (k < in.mean_count) sums[ADVFLOW_SUM_MEANS + k] += double(advflow_column_at<T>(in.means[k], row));
+    if (k < report.mean_count) added[ADVFLOW_SUM_MEANS + k] = double(sample.means[k]);
   }
   ADVFLOW_UNROLL
   for (int k = 0; k < ADVFLOW_SUMMARY_STATS; ++k) {
-    if (k < in.stat_count) {
-      sums[ADVFLOW_SUM_STATS + k] += double(static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + k]);
-    }
+    if (k < report.stat_count) added[ADVFLOW_SUM_STATS + k] = double(sample.stats[k]);
   }
-  const double advantage = double(advflow_column_at<T>(in.advantages, row));
-  sums[ADVFLOW_SUM_ADVANTAGE] += advantage;
-  sums[ADVFLOW_SUM_ABS_ADVANTAGE] += advantage < 0 ? -advantage : advantage;
-  const double candidate = double(advflow_column_at<T>(in.extreme, row));
-  extremes->extreme =
-      advflow_more_extreme(in.largest && candidate < 0 ? -candidate : candidate, extremes->extreme, in.largest);
-  if (in.contrast && static_cast<const T*>(in.stats)[row * ADVFLOW_RESIDUAL_STATS + ADVFLOW_STAT_VO_SQ] > T(0)) {
-    sums[ADVFLOW_SUM_CONTRAST] += 1.0;
-  }
-  if (in.ratio) advflow_summarise_ratio<T>(in, row, sums, extremes);
+  const double advantage = double(sample.advantage), extreme = double(sample.extreme);
+  added[ADVFLOW_SUM_ADVANTAGE] = advantage;
+  added[ADVFLOW_SUM_ABS_ADVANTAGE] = advantage < 0 ? -advantage : advantage;
+  added[ADVFLOW_MOST_EXTREME] = report.largest && extreme > 0 ? extreme : -extreme;
+  if (report.contrast && sample.stats[ADVFLOW_STAT_VO_SQ] > T(0)) added[ADVFLOW_SUM_CONTRAST] = 1.0;
+  if (!report.ratio) return;
+
+  // In double: of a ratio this near to 1 float32 has no digits left of r - 1 squared.
+  const double x = sample.log_ratio < T(80) ? double(sample.log_ratio) : 80.0, excess = expm1(x);
+  added[ADVFLOW_SUM_APPROX_KL] = x * x / 2;
+  added[ADVFLOW_SUM_EXCESS] = excess;
+  added[ADVFLOW_SUM_EXCESS_SQ] = excess * excess;
+  added[ADVFLOW_SUM_ABOVE] = sample.above ? 1.0 : 0.0;
+  added[ADVFLOW_SUM_BELOW] = sample.below ? 1.0 : 0.0;
+  added[ADVFLOW_MOST_LOW] = -x;
+  added[ADVFLOW_MOST_HIGH] = x;
 }
 
-ADVFLOW_HD double advflow_ratio_metric(int place, const double* sums, double usable,
-                                       const AdvflowSummaryExtremes& extremes) {
-  const double excess = sums[ADVFLOW_SUM_EXCESS] / usable;
-  const double variance = sums[ADVFLOW_SUM_EXCESS_SQ] / usable - excess * excess;
-  switch (place) {
-    case 0:
-      return sums[ADVFLOW_SUM_APPROX_KL] / usable;
-    case 1:
-      return 1.0 + excess;
-    case 2:
-      return variance > 0.0 ? sqrt(variance) : 0.0;
-    case 3:
-      return sums[ADVFLOW_SUM_USABLE] > 0.0 ? exp(extremes.lowest) : 1.0;
-    case 4:
-      return sums[ADVFLOW_SUM_USABLE] > 0.0 ? exp(extremes.highest) : 1.0;
-    case 5:
-      return sums[ADVFLOW_SUM_ABOVE] / usable;
-    default:
-      return sums[ADVFLOW_SUM_BELOW] / usable;
+// The spread and the ends of a ratio, which are no means of the batch.
+ADVFLOW_HD double advflow_ratio_metric(int metric, const double* totals, double usable) {
+  if (metric == 2) {
+    const double excess = totals[ADVFLOW_SUM_EXCESS] / usable;
+    const double variance = totals[ADVFLOW_SUM_EXCESS_SQ] / usable - excess * excess;
+    return variance > 0.0 ? sqrt(variance) : 0.0;
   }
+  if (!(totals[ADVFLOW_SUM_USABLE] > 0.0)) return 1.0;
+  return exp(metric == 3 ? -totals[ADVFLOW_MOST_LOW] : totals[ADVFLOW_MOST_HIGH]);
 }
 
-// Metric `place` of advflow_summary_metrics(in), from the sums of the batch.
-ADVFLOW_HD double advflow_summary_metric(const AdvflowLossSummaryInputs& in, int place, const double* sums,
-                                         const AdvflowSummaryExtremes& extremes) {
-  const double usable = sums[ADVFLOW_SUM_USABLE] > 1.0 ? sums[ADVFLOW_SUM_USABLE] : 1.0;
-  if (place < in.mean_count) return sums[ADVFLOW_SUM_MEANS + place] / usable;
-  place -= in.mean_count;
-  if (place < in.stat_count) return sums[ADVFLOW_SUM_STATS + place] / usable;
-  place -= in.stat_count;
-  if (place < 2) return sums[ADVFLOW_SUM_ADVANTAGE + place] / usable;
-  if (place == 2) return extremes.extreme;
-  if (place < 6) return sums[ADVFLOW_SUM_FLAGGED + place - 3];
-  place -= 6;
-  if (in.contrast && place == 0) return sums[ADVFLOW_SUM_CONTRAST] / usable;
-  place -= in.contrast ? 1 : 0;
-  return advflow_ratio_metric(place, sums, usable, extremes);
+// Metric `metric` of advflow_summary_metrics(report), from the places of the batch.
+ADVFLOW_HD double advflow_summary_metric(const AdvflowReport& report, int metric, const double* totals) {
+  const double usable = totals[ADVFLOW_SUM_USABLE] > 1.0 ? totals[ADVFLOW_SUM_USABLE] : 1.0;
+  const int others = report.mean_count + report.stat_count;
+  int mean;  // the place of what is reported as a mean
+  if (metric < report.mean_count) {
+    mean = ADVFLOW_SUM_MEANS + metric;
+  } else if (metric < others) {
+    mean = ADVFLOW_SUM_STATS + metric - report.mean_count;
+  } else if (metric < others + 2) {
+    mean = ADVFLOW_SUM_ADVANTAGE + metric - others;
+  } else if (metric == others + 2) {
+    return report.largest ? totals[ADVFLOW_MOST_EXTREME] : -totals[ADVFLOW_MOST_EXTREME];
+  } else if (metric < others + 6) {
+    return totals[ADVFLOW_SUM_FLAGGED + metric - others - 3];
+  } else if (report.contrast && metric == others + 6) {
+    mean = ADVFLOW_SUM_CONTRAST;
+  } else {
+    const int of_ratio = metric - others - 6 - (report.contrast ? 1 : 0);
+    if (of_ratio >= 2 && of_ratio < 5) return advflow_ratio_metric(of_ratio, totals, usable);
+    mean = of_ratio < 2 ? int(ADVFLOW_SUM_APPROX_KL) + of_ratio : int(ADVFLOW_SUM_ABOVE) + of_ratio - 5;
+    if (of_ratio == 1) return 1.0 + totals[mean] / usable;
+  }
+  return totals[mean] / usable;
 }
 
-ADVFLOW_HD int advflow_summary_metrics(const AdvflowLossSummaryInputs& in) {
-  return in.mean_count + in.stat_count + 6 + (in.contrast ? 1 : 0) + (in.ratio ? ADVFLOW_SUMMARY_RATIO : 0);
+ADVFLOW_HD int advflow_summary_metrics(const AdvflowReport& report) {
+  return report.mean_count + report.stat_count + 6 + (report.contrast ? 1 : 0) +
+         (report.ratio ? int(ADVFLOW_SUMMARY_RATIO) : 0);
+}
+
+// ---------------------------------------------------------------------------
+// loss_summary: the samples as columns
+
+template <typename T>
+ADVFLOW_HD T advflow_column_at(const AdvflowColumn& column, int64_t row) {
+  return static_cast<const T*>(column.data)[row * column.stride];
+}
+
+template <typename T>
+ADVFLOW_HD AdvflowSample<T> advflow_sample_of_columns(const AdvflowLossSummaryInputs& in, int64_t row) {
+  AdvflowSample<T> sample = {};
+  sample.stats = static_cast<const T*>(in.stats) + row * ADVFLOW_RESIDUAL_STATS;
+  ADVFLOW_UNROLL
+  for (int k = 0; k < 3; ++k) sample.coef[k] = static_cast<const T*>(in.coef)[row * 3 + k];
+  ADVFLOW_UNROLL
+  for (int k = 0; k < ADVFLOW_SUMMARY_MEANS; ++k) {
+    if (k < in.report.mean_count) sample.means[k] = advflow_column_at<T>(in.means[k], row);
+  }
+  sample.advantage = advflow_column_at<T>(in.advantages, row);
+  sample.extreme = advflow_column_at<T>(in.extreme, row);
+  sample.valid = in.valid[row] != 0;
+  sample.flagged = in.flagged[row] != 0;
+  sample.finite = true;
+  ADVFLOW_UNROLL
+  for (int k = 0; k < ADVFLOW_SUMMARY_REQUIRED; ++k) {
+    if (k < in.required_count) sample.finite &= advflow_is_finite(advflow_column_at<T>(in.required[k], row));
+  }
+  if (!in.report.ratio) return sample;
+  sample.log_ratio = advflow_column_at<T>(in.log_ratio, row);
+  sample.above = in.log_highest.data && sample.log_ratio > advflow_column_at<T>(in.log_highest, row);
+  sample.below = in.log_lowest.data && sample.log_ratio < advflow_column_at<T>(in.log_lowest, row);
+  return sample;
 }

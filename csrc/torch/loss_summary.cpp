@@ -6,8 +6,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <string>
 
 #include "launchers.h"
@@ -96,20 +94,6 @@ void check_extras(const Extras& extras, const at::Tensor& stats) {
   advflow_dtype_code(v.scalar_type(), "v");
 }
 
-// The largest gradient of v's dtype in units of 2 / sqrt(elements), and no larger than what the accumulate type holds
-// before the factor 2 / elements.
-double largest_gradient(const at::Tensor& v, at::ScalarType accumulate) {
-  const int64_t elements = v.size(0) ? v.numel() / v.size(0) : 0;
-  double largest = std::numeric_limits<double>::max();
-  if (v.scalar_type() == at::kHalf) largest = double(std::numeric_limits<c10::Half>::max());
-  if (v.scalar_type() == at::kBFloat16) largest = double(std::numeric_limits<c10::BFloat16>::max());
-  if (v.scalar_type() == at::kFloat) largest = double(std::numeric_limits<float>::max());
-  const double sum =
-      accumulate == at::kDouble ? std::numeric_limits<double>::max() : double(std::numeric_limits<float>::max());
-  const double root = std::sqrt(double(std::max<int64_t>(elements, 1)));
-  return std::min(largest / 2 * root, sum / root);
-}
-
 Summary run(at::TensorList means, at::TensorList required, const at::Tensor& advantages, const at::Tensor& extreme,
             const at::Tensor& stats, const at::Tensor& coef, const at::Tensor& valid, const at::Tensor& flagged,
             int64_t stat_means, bool largest, c10::string_view reduction, const Extras& extras, const Device& device) {
@@ -125,8 +109,7 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   check_like(flagged, "flagged", {batch}, at::kBool, stats.device());
   TORCH_CHECK(stat_means >= 0 && stat_means <= ADVFLOW_SUMMARY_STATS, "stat_means is ", stat_means,
               "; accepted are 0 to ", int(ADVFLOW_SUMMARY_STATS), ".");
-  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction is '", reduction,
-              "'; accepted are 'mean', 'sum' and 'none'.");
+  advflow_check_reduction(reduction);
   check_extras(extras, stats);
   advflow_check_served(stats.scalar_type(), stats.device(), "loss_summary");
 
@@ -135,7 +118,7 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   AdvflowLossSummaryInputs in = {};
   for (size_t k = 0; k < means.size(); ++k) in.means[k] = reader.column(means[k]);
   for (size_t k = 0; k < required.size(); ++k) in.required[k] = reader.column(required[k]);
-  in.mean_count = int32_t(means.size());
+  in.report.mean_count = int32_t(means.size());
   in.required_count = int32_t(required.size());
   in.advantages = reader.column(advantages);
   in.extreme = reader.column(extreme);
@@ -143,24 +126,24 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   in.coef = reader.contiguous(coef);
   in.valid = static_cast<const uint8_t*>(reader.contiguous(valid));
   in.flagged = static_cast<const uint8_t*>(reader.contiguous(flagged));
-  in.batch = batch;
-  in.divisor = reduction == "mean" ? double(std::max<int64_t>(batch, 1)) : 1.0;
-  in.stat_count = int32_t(stat_means);
-  in.largest = largest;
-  in.per_sample = reduction == "none";
+  in.report.batch = batch;
+  in.report.divisor = reduction == "mean" ? double(std::max<int64_t>(batch, 1)) : 1.0;
+  in.report.stat_count = int32_t(stat_means);
+  in.report.largest = largest;
+  in.report.per_sample = reduction == "none";
   in.dtype = advflow_dtype_code(stats.scalar_type(), "stats");
 
   if (given(extras.log_ratio)) in.log_ratio = reader.column(*extras.log_ratio);
   if (given(extras.log_lowest)) in.log_lowest = reader.column(*extras.log_lowest);
   if (given(extras.log_highest)) in.log_highest = reader.column(*extras.log_highest);
-  if (given(extras.v)) in.largest_gradient = largest_gradient(*extras.v, stats.scalar_type());
-  in.eps_first = extras.eps_first;
-  in.contrast = extras.contrast;
-  in.ratio = given(extras.log_ratio);
+  if (given(extras.v)) in.report.largest_gradient = advflow_largest_gradient(*extras.v, stats.scalar_type());
+  in.report.eps_first = extras.eps_first;
+  in.report.contrast = extras.contrast;
+  in.report.ratio = given(extras.log_ratio);
 
-  const at::Tensor loss = in.per_sample ? at::empty({batch}, stats.options()) : at::empty({}, stats.options());
+  const at::Tensor loss = in.report.per_sample ? at::empty({batch}, stats.options()) : at::empty({}, stats.options());
   const at::Tensor masked = at::empty({batch, 3}, stats.options());
-  const at::Tensor metrics = at::empty({advflow_summary_metrics(in)}, stats.options());
+  const at::Tensor metrics = at::empty({advflow_summary_metrics(in.report)}, stats.options());
   ++advflow_launches;
   advflow_check_status(device.summarise(&in, loss.mutable_data_ptr(), masked.mutable_data_ptr(),
                                         metrics.mutable_data_ptr(), device.where(stats)),

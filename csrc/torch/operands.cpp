@@ -3,6 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "common/parallel.h"
 #include "common/status.h"
 
@@ -85,6 +89,23 @@ void AdvflowOperands::check_device(const at::Tensor& tensor, const char* name) c
               like_.device(), ".");
 }
 
+void advflow_check_reduction(c10::string_view reduction) {
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction is '", reduction,
+              "'; accepted are 'mean', 'sum' and 'none'.");
+}
+
+double advflow_largest_gradient(const at::Tensor& v, at::ScalarType accumulate) {
+  const int64_t elements = v.size(0) ? v.numel() / v.size(0) : 0;
+  double largest = std::numeric_limits<double>::max();
+  if (v.scalar_type() == at::kHalf) largest = double(std::numeric_limits<c10::Half>::max());
+  if (v.scalar_type() == at::kBFloat16) largest = double(std::numeric_limits<c10::BFloat16>::max());
+  if (v.scalar_type() == at::kFloat) largest = double(std::numeric_limits<float>::max());
+  const double sum =
+      accumulate == at::kDouble ? std::numeric_limits<double>::max() : double(std::numeric_limits<float>::max());
+  const double root = std::sqrt(double(std::max<int64_t>(elements, 1)));
+  return std::min(largest / 2 * root, sum / root);
+}
+
 // ---------------------------------------------------------------------------
 // Reading
 
@@ -129,6 +150,8 @@ AdvflowColumn AdvflowReader::column(const at::Tensor& tensor) {
   const at::Tensor& read = begins_on_an_element(tensor) ? tensor : keep(tensor.clone());
   return {read.const_data_ptr(), read.dim() ? read.stride(0) : 0};
 }
+
+AdvflowColumn AdvflowReader::kept_column(at::Tensor tensor) { return column(keep(std::move(tensor))); }
 
 const void* AdvflowReader::contiguous(const at::Tensor& tensor) {
   const bool as_it_is = tensor.is_contiguous() && begins_on_an_element(tensor);

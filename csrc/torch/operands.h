@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
 
 #include <atomic>
 #include <optional>
@@ -26,6 +27,12 @@ void advflow_check_given(const at::Tensor& tensor, const char* name);
 // CUDA has no float64 kernels.
 void advflow_check_served(at::ScalarType accumulate, at::Device device, const char* op);
 
+void advflow_check_reduction(c10::string_view reduction);
+
+// The largest gradient of v's dtype in units of 2 / sqrt(elements), and no larger than what the accumulate type holds
+// before the factor 2 / elements.
+double advflow_largest_gradient(const at::Tensor& v, at::ScalarType accumulate);
+
 // The tensors of one call: each has the shape and device of `v`, and widens the
 // accumulate type where it is float64.
 class AdvflowOperands {
@@ -40,6 +47,7 @@ class AdvflowOperands {
   void check_served(const char* op) const;
   void check_coef(const at::Tensor& coef) const;                        // [batch, 3]
   void check_column(const at::Tensor& column, const char* name) const;  // one number or [batch]
+  void check_accumulate(const at::Tensor& tensor, const char* name) const;
 
   void check_device(const at::Tensor& tensor, const char* name) const;
 
@@ -49,8 +57,6 @@ class AdvflowOperands {
   at::TensorOptions accumulate_options() const { return like_.options().dtype(accumulate_); }
 
  private:
-  void check_accumulate(const at::Tensor& tensor, const char* name) const;
-
   const at::Tensor& like_;
   int64_t batch_ = 0;
   at::ScalarType accumulate_ = at::kFloat;
@@ -67,6 +73,7 @@ class AdvflowReader {
   AdvflowTensor rows(const at::Tensor& tensor);
   AdvflowTensor rows(const std::optional<at::Tensor>& tensor);  // absent: null data
   AdvflowColumn column(const at::Tensor& tensor);               // [batch], or one number for all rows
+  AdvflowColumn kept_column(at::Tensor tensor);                 // the same of a tensor that nobody else may hold
   const void* contiguous(const at::Tensor& tensor);
 
  private:

@@ -41,6 +41,10 @@ void advflow_refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       const auto tensors = values[k].toTensorVector();
       for (size_t i = 0; i < tensors.size(); ++i)
         check(tensors[i], arguments[k].name() + "[" + std::to_string(i) + "]");
+    } else if (values[k].isOptionalTensorList()) {
+      const auto tensors = values[k].toOptionalTensorVector();
+      for (size_t i = 0; i < tensors.size(); ++i)
+        if (tensors[i].has_value()) check(*tensors[i], arguments[k].name() + "[" + std::to_string(i) + "]");
     }
   }
   TORCH_CHECK(false, op.schema().name(), " has no kernel for these tensors; accepted are strided ones on ", kDevices,

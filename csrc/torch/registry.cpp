@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "loss.h"
 #include "loss_summary.h"
 #include "refusal.h"
 #include "residual.h"
@@ -25,6 +26,14 @@ TORCH_LIBRARY(advflow, m) {
       "-> "
       "(Tensor loss, Tensor masked_coef, Tensor metrics)");
   m.def(
+      "forward_loss(str name, Tensor v, Tensor x0, Tensor noise, Tensor? v_old, Tensor? v_ref, Tensor t, "
+      "Tensor advantages, float[] numbers, Tensor?[] tensors, int[] choices, str reduction) -> "
+      "(Tensor loss, Tensor coef, Tensor metrics)");
+  m.def(
+      "reverse_loss(str name, Tensor v, Tensor eps, Tensor v_old, Tensor? v_ref, Tensor index, Tensor steps, "
+      "Tensor advantages, float[] numbers, Tensor?[] tensors, int[] choices, str reduction) -> "
+      "(Tensor loss, Tensor coef, Tensor metrics)");
+  m.def(
       "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "
       "(Tensor x_next, Tensor eps, Tensor eps_sq)");
 }
@@ -35,6 +44,8 @@ TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("transition_stats", transition_stats_cpu);
   m.impl("transition_grad", transition_grad_cpu);
   m.impl("loss_summary", loss_summary_cpu);
+  m.impl("forward_loss", forward_loss_cpu);
+  m.impl("reverse_loss", reverse_loss_cpu);
   m.impl("sde_step", sde_step_cpu);
 }
 
@@ -45,6 +56,8 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("transition_stats", transition_stats_cuda);
   m.impl("transition_grad", transition_grad_cuda);
   m.impl("loss_summary", loss_summary_cuda);
+  m.impl("forward_loss", forward_loss_cuda);
+  m.impl("reverse_loss", reverse_loss_cuda);
   m.impl("sde_step", sde_step_cuda);
 }
 #endif
@@ -52,8 +65,8 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
 // Every other backend and layout: a sentence instead of PyTorch's list of what
 // is registered. Nested tensors are not among the composite's.
 static void refuse_all(torch::Library& m) {
-  for (const char* op :
-       {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary", "sde_step"}) {
+  for (const char* op : {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary",
+                         "forward_loss", "reverse_loss", "sde_step"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&advflow_refuse>());
   }
 }
@@ -62,9 +75,11 @@ TORCH_LIBRARY_IMPL(advflow, CompositeExplicitAutograd, m) { refuse_all(m); }
 TORCH_LIBRARY_IMPL(advflow, NestedTensorCPU, m) { refuse_all(m); }
 TORCH_LIBRARY_IMPL(advflow, NestedTensorCUDA, m) { refuse_all(m); }
 
-// The gradient is attached in Python. Without this a raw op under grad, and a
-// second derivative, would be silently wrong instead of an error.
+// A whole loss has its gradient here, what a loss in Python is made of has it there. Without this a raw op under grad,
+// and a second derivative, would be silently wrong instead of an error.
 TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
+  m.impl("forward_loss", forward_loss_autograd);
+  m.impl("reverse_loss", reverse_loss_autograd);
   m.impl("residual_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("residual_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_stats", torch::autograd::autogradNotImplementedFallback());

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "latents.h"
 #include "launchers.h"
 #include "math/residual.h"
 #include "operands.h"
@@ -28,54 +29,7 @@ const Device cuda = {advflow_residual_stats_workspace_cuda, advflow_residual_sta
                      advflow_current_stream};
 #endif
 
-// The latents of one call, checked.
-struct Latents {
-  static Latents of_samples(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
-                            const OptionalTensor& v_old, const OptionalTensor& v_ref) {
-    Latents latents(v, target, noise, v_old, v_ref);
-    latents.operands.check(target, "target");
-    latents.operands.check_if_given(noise, "noise");
-    latents.operands.check_if_given(v_old, "v_old");
-    latents.operands.check_if_given(v_ref, "v_ref");
-    return latents;
-  }
-
-  static Latents of_transitions(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
-                                const OptionalTensor& v_ref) {
-    Latents latents(v, eps, std::nullopt, v_old, v_ref);
-    latents.are_transitions = true;
-    latents.operands.check(eps, "eps");
-    latents.operands.check(v_old, "v_old");
-    latents.operands.check_if_given(v_ref, "v_ref");
-    return latents;
-  }
-
-  AdvflowResidualInputs read(AdvflowReader& reader) const {
-    AdvflowResidualInputs in = {};
-    in.v = reader.rows(v);
-    in.target = reader.rows(target);
-    in.noise = reader.rows(noise);
-    in.v_old = reader.rows(v_old);
-    in.v_ref = reader.rows(v_ref);
-    in.batch = operands.batch();
-    in.elements = operands.elements();
-    in.target_is = are_transitions ? ADVFLOW_TARGET_EPS : in.noise.data ? ADVFLOW_TARGET_X0 : ADVFLOW_TARGET_U;
-    return in;
-  }
-
-  const at::Tensor& v;
-  const at::Tensor& target;
-  OptionalTensor noise, v_old, v_ref;
-  AdvflowOperands operands;
-  bool are_transitions = false;
-
- private:
-  Latents(const at::Tensor& v_, const at::Tensor& target_, const OptionalTensor& noise_, const OptionalTensor& v_old_,
-          const OptionalTensor& v_ref_)
-      : v(v_), target(target_), noise(noise_), v_old(v_old_), v_ref(v_ref_), operands(v_) {}
-};
-
-at::Tensor run_stats(const Latents& latents, double mix, const OptionalTensor& mixes, const Device& device) {
+at::Tensor run_stats(const AdvflowLatents& latents, double mix, const OptionalTensor& mixes, const Device& device) {
   const char* op = latents.are_transitions ? "transition_stats" : "residual_stats";
   const AdvflowOperands& operands = latents.operands;
   const bool has_mixes = mixes.has_value() && mixes->defined();
@@ -97,7 +51,7 @@ at::Tensor run_stats(const Latents& latents, double mix, const OptionalTensor& m
   return stats;
 }
 
-at::Tensor run_grad(const Latents& latents, const at::Tensor& coef, const OptionalTensor& upstream,
+at::Tensor run_grad(const AdvflowLatents& latents, const at::Tensor& coef, const OptionalTensor& upstream,
                     const Device& device) {
   const char* op = latents.are_transitions ? "transition_grad" : "residual_grad";
   const AdvflowOperands& operands = latents.operands;
@@ -123,45 +77,45 @@ at::Tensor run_grad(const Latents& latents, const at::Tensor& coef, const Option
 at::Tensor residual_stats_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                               const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix,
                               const OptionalTensor& mixes) {
-  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cpu);
+  return run_stats(AdvflowLatents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cpu);
 }
 
 at::Tensor residual_grad_cpu(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                              const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
                              const OptionalTensor& upstream) {
-  return run_grad(Latents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cpu);
+  return run_grad(AdvflowLatents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cpu);
 }
 
 at::Tensor transition_stats_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                 const OptionalTensor& v_ref) {
-  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cpu);
+  return run_stats(AdvflowLatents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cpu);
 }
 
 at::Tensor transition_grad_cpu(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
-  return run_grad(Latents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cpu);
+  return run_grad(AdvflowLatents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
 at::Tensor residual_stats_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                                const OptionalTensor& v_old, const OptionalTensor& v_ref, double mix,
                                const OptionalTensor& mixes) {
-  return run_stats(Latents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cuda);
+  return run_stats(AdvflowLatents::of_samples(v, target, noise, v_old, v_ref), mix, mixes, cuda);
 }
 
 at::Tensor residual_grad_cuda(const at::Tensor& v, const at::Tensor& target, const OptionalTensor& noise,
                               const OptionalTensor& v_old, const OptionalTensor& v_ref, const at::Tensor& coef,
                               const OptionalTensor& upstream) {
-  return run_grad(Latents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cuda);
+  return run_grad(AdvflowLatents::of_samples(v, target, noise, v_old, v_ref), coef, upstream, cuda);
 }
 
 at::Tensor transition_stats_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                  const OptionalTensor& v_ref) {
-  return run_stats(Latents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cuda);
+  return run_stats(AdvflowLatents::of_transitions(v, eps, v_old, v_ref), 0.0, std::nullopt, cuda);
 }
 
 at::Tensor transition_grad_cuda(const at::Tensor& v, const at::Tensor& eps, const at::Tensor& v_old,
                                 const OptionalTensor& v_ref, const at::Tensor& coef, const OptionalTensor& upstream) {
-  return run_grad(Latents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cuda);
+  return run_grad(AdvflowLatents::of_transitions(v, eps, v_old, v_ref), coef, upstream, cuda);
 }
 #endif

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.kernels.kernel_harness import (
+    LOSS,
     LOSS_SUMMARY,
     RESIDUAL,
     SDE_STEP,
+    LossKernels,
     ResidualKernels,
     SdeStepKernels,
     SummaryKernels,
@@ -48,3 +50,8 @@ def sde_kernels(request: pytest.FixtureRequest) -> SdeStepKernels:
 @pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
 def summary_kernels(request: pytest.FixtureRequest) -> SummaryKernels:
     return SummaryKernels(*library(LOSS_SUMMARY, request.param))
+
+
+@pytest.fixture(scope="session", params=BUILDS, ids=["shim", "cuda"])
+def loss_kernels(request: pytest.FixtureRequest) -> tuple[ResidualKernels, LossKernels]:
+    return ResidualKernels(*library(RESIDUAL, request.param)), LossKernels(*library(LOSS, request.param))

@@ -23,6 +23,7 @@ RESIDUAL = ROOT / "csrc" / "cuda" / "residual.cu"
 SDE_STEP = ROOT / "csrc" / "cuda" / "sde_step.cu"
 
 LOSS_SUMMARY = ROOT / "csrc" / "cuda" / "loss_summary.cu"
+LOSS = ROOT / "csrc" / "cuda" / "loss.cu"
 
 STATS = 8
 UNSUPPORTED_DTYPE = 1
@@ -198,6 +199,15 @@ def _c_step_inputs(inputs: StepInputs) -> _CStepInputs:
     return _CStepInputs(*latents, seeds, inputs.coef.data_ptr(), *inputs.v.shape, _DTYPE_CODES[inputs.dtype])
 
 
+class _CReport(ctypes.Structure):
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("divisor", "largest_gradient")),
+        *((name, ctypes.c_int32) for name in ("mean_count", "stat_count")),
+        *((name, ctypes.c_bool) for name in ("largest", "per_sample", "eps_first", "contrast", "ratio")),
+    ]
+
+
 class _CSummaryInputs(ctypes.Structure):
     _fields_ = [
         ("means", _CColumn * 8),
@@ -205,18 +215,44 @@ class _CSummaryInputs(ctypes.Structure):
         ("advantages", _CColumn),
         ("extreme", _CColumn),
         *((name, ctypes.c_void_p) for name in ("stats", "coef", "valid", "flagged")),
-        ("batch", ctypes.c_int64),
-        ("divisor", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("mean_count", "required_count", "stat_count")),
-        ("largest", ctypes.c_bool),
-        ("per_sample", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("required_count", "dtype")),
         *((name, _CColumn) for name in ("log_ratio", "log_lowest", "log_highest")),
-        ("largest_gradient", ctypes.c_double),
-        ("eps_first", ctypes.c_bool),
-        ("contrast", ctypes.c_bool),
-        ("ratio", ctypes.c_bool),
+        ("report", _CReport),
     ]
+
+
+class _CNumber(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("number", ctypes.c_double),
+        ("wide", ctypes.c_bool),
+    ]
+
+
+class _CLossInputs(ctypes.Structure):
+    _fields_ = [
+        ("advantages", _CNumber),
+        ("t", _CNumber),
+        *((name, ctypes.c_void_p) for name in ("index", "steps")),
+        ("step_rows", ctypes.c_int64),
+        ("numbers", _CNumber * 4),
+        ("choices", ctypes.c_int32 * 3),
+        ("elements", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("loss", "dtype")),
+        ("report", _CReport),
+    ]
+
+
+def _c_number(number: float | torch.Tensor) -> _CNumber:
+    if not isinstance(number, torch.Tensor):
+        return _CNumber(None, 0, number, False)
+    return _CNumber(number.data_ptr(), number.stride(0) if number.dim() else 0, 0.0, number.dtype == torch.float64)
+
+
+def _c_report(batch: int, reduction: str, **more: Any) -> _CReport:
+    divisor = max(batch, 1) if reduction == "mean" else 1
+    return _CReport(batch=batch, divisor=divisor, per_sample=reduction == "none", **more)
 
 
 def _c_column(tensor: torch.Tensor) -> _CColumn:
@@ -250,6 +286,7 @@ class ResidualKernels(Kernels):
         super().__init__(library, device)
         self._declare_size("advflow_residual_stats_workspace_cuda")
         self._declare("advflow_residual_stats_cuda", _CInputs, pointers=3)
+        self._declare("advflow_residual_partials_cuda", _CInputs, pointers=2)
         self._declare("advflow_residual_grad_cuda", _CInputs, pointers=4)
 
     def workspace_bytes(self, batch: int, elements: int) -> int:
@@ -280,6 +317,14 @@ class ResidualKernels(Kernels):
         assert status == 0, f"residual_stats returned {status}"
         assert guards_intact(workspace) and guards_intact(stats), "residual_stats wrote outside its buffers"
         return stats.view(batch, STATS)
+
+    def partials(self, inputs: Inputs) -> torch.Tensor:
+        workspace = poisoned(self.workspace_bytes(*inputs.shape) // 4, torch.float32, self.device)
+        status = self._lib.advflow_residual_partials_cuda(
+            ctypes.byref(_c_inputs(inputs)), workspace.data_ptr(), self._stream()
+        )
+        assert status == 0, f"residual_partials returned {status}"
+        return workspace
 
     def grad(
         self, inputs: Inputs, coef: torch.Tensor, offset: int = 0, upstream: torch.Tensor | None = None
@@ -334,14 +379,9 @@ class SummaryKernels(Kernels):
             _c_columns(inputs["required"], 4),
             *(_c_column(inputs[name]) for name in ("advantages", "extreme")),
             *(inputs[name].data_ptr() for name in ("stats", "coef", "valid", "flagged")),
-            batch,
-            max(batch, 1) if reduction == "mean" else 1,
-            len(inputs["means"]),
             len(inputs["required"]),
-            stat_means,
-            largest,
-            reduction == "none",
             _DTYPE_CODES[inputs["stats"].dtype],
+            report=_c_report(batch, reduction, mean_count=len(inputs["means"]), stat_count=stat_means, largest=largest),
         )
         pointers = [tensor.data_ptr() for tensor in outputs]
         return int(self._lib.advflow_loss_summary_cuda(ctypes.byref(raw), *pointers, self._stream()))
@@ -356,3 +396,48 @@ class SummaryKernels(Kernels):
         assert all(map(guards_intact, outputs)), "loss_summary wrote outside its outputs"
         loss, coef, metrics = outputs
         return [loss if reduction == "none" else loss[0], coef.view(batch, 3), metrics]
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """What a public loss hands to the core beside its latents."""
+
+    loss: int  # its place among the names
+    advantages: torch.Tensor
+    t: torch.Tensor | None  # of the forward process
+    index: torch.Tensor | None  # of the reverse process, beside steps
+    steps: torch.Tensor | None
+    numbers: list[float | torch.Tensor]
+    choices: list[int]
+    reduction: str
+    metrics: int  # how many
+
+
+class LossKernels(Kernels):
+    def __init__(self, library: Path, device: str) -> None:
+        super().__init__(library, device)
+        self._declare("advflow_loss_cuda", _CLossInputs, pointers=6)
+
+    def loss(self, call: LossCall, partials: torch.Tensor, elements: int) -> list[torch.Tensor]:
+        """The loss, coefficients and metrics."""
+        batch = len(call.advantages)
+        raw = _CLossInputs(
+            _c_number(call.advantages),
+            _c_number(0.0 if call.t is None else call.t),
+            *(None if tensor is None else tensor.data_ptr() for tensor in (call.index, call.steps)),
+            0 if call.steps is None else len(call.steps),
+            (_CNumber * 4)(*map(_c_number, call.numbers)),
+            (ctypes.c_int32 * 3)(*call.choices),
+            elements,
+            call.loss,
+            _DTYPE_CODES[torch.float32],
+            _c_report(batch, call.reduction),
+        )
+        sizes = (batch * STATS, batch if call.reduction == "none" else 1, batch * 3, call.metrics)
+        outputs = [poisoned(size, torch.float32, self.device) for size in sizes]
+        pointers = [tensor.data_ptr() for tensor in (partials, *outputs)]
+        status = self._lib.advflow_loss_cuda(ctypes.byref(raw), *pointers, self._stream())
+        assert status == 0, f"loss returned {status}"
+        assert all(map(guards_intact, (partials, *outputs))), "loss wrote outside its outputs"
+        _, loss, coef, metrics = outputs
+        return [loss if call.reduction == "none" else loss[0], coef.view(batch, 3), metrics]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.kernel_harness import LOSS_SUMMARY, RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
+from tests.kernels.kernel_harness import LOSS, LOSS_SUMMARY, RESIDUAL, ROOT, SDE_STEP, compiled, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: nothing to compile the CUDA source with")
 
 FLAGS = f"-O3 -std=c++17 -I{ROOT / 'csrc'}"
 
-NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step", "loss_summary"]
+NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step", "loss_summary", "loss"]
 # kVector, what the row is compared with (an AdvflowTarget), v_old, v_ref
 RESIDUAL_VARIANT = r"VariantILb([01])EL13AdvflowTarget([012])ELb([01])ELb([01])E"
 X0 = 1
@@ -34,7 +34,7 @@ class Kernel:
 
 def parse_kernel(symbol: str, body: str) -> Kernel:
     name = next(n for n in NAMES if f"{n}_kernel" in symbol)
-    if name in ("row_means", "loss_summary"):
+    if name in ("row_means", "loss_summary", "loss"):
         return Kernel(name, False, 0, 0, body)
     flags = re.search(STEP_VARIANT if name == "sde_step" else RESIDUAL_VARIANT, symbol)
     assert flags is not None, symbol
@@ -67,7 +67,7 @@ def arch(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-SOURCES = (RESIDUAL, SDE_STEP, LOSS_SUMMARY)
+SOURCES = (RESIDUAL, SDE_STEP, LOSS_SUMMARY, LOSS)
 
 
 @pytest.fixture(params=SOURCES, ids=lambda source: source.stem)
@@ -83,6 +83,7 @@ def test_every_variant_is_compiled(arch: str) -> None:
         "residual_grad": 24,
         "sde_step": 4,
         "loss_summary": 1,
+        "loss": 6,
     }
 
 
@@ -121,6 +122,5 @@ def test_nothing_spills(built: Build) -> None:
 def test_registers_leave_room_for_latency_hiding(built: Build) -> None:
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.report)]
     assert len(registers) == len(built.kernels)
-    # 80 registers let three blocks of 256 threads share a multiprocessor, 255 one. The summary is one block for all.
-    alone = {kernel.name for kernel in built.kernels} == {"loss_summary"}
-    assert max(registers) <= (255 if alone else 80)
+    # 80 registers let three blocks of 256 threads share a multiprocessor.
+    assert max(registers) <= 80

@@ -33,9 +33,12 @@ def column() -> Tensor:
 
 
 LATENTS = {
+    "forward_loss": ("v", "x0", "noise", "v_old", "v_ref"),
+    "reverse_loss": ("v", "eps", "v_old", "v_ref"),
     "residual": ("v", "target", "noise", "v_old", "v_ref"),
     "transition": ("v", "eps", "v_old", "v_ref"),
 }
+LOSSES = {"forward_loss": ("advantage_flow", 3, [0, 0]), "reverse_loss": ("flow_grpo", 4, [1, 0, 0])}
 REQUIRED = {"residual": ("v", "target"), "transition": ("v", "eps", "v_old")}
 
 
@@ -61,6 +64,21 @@ def right_call(op: str) -> Arguments:
             "eps_first": True,
             "contrast": True,
         }
+    if op in LOSSES:
+        drawn = {"t": torch.linspace(0.2, 1, B)}
+        if op == "reverse_loss":
+            drawn = {"index": torch.arange(B), "steps": torch.full((B + 2, 5), 0.5)}
+        name, numbers, choices = LOSSES[op]
+        return {
+            "name": name,
+            **{key: latent(seed) for seed, key in enumerate(LATENTS[op])},
+            **drawn,
+            "advantages": column(),
+            "numbers": [0.0] * numbers,
+            "tensors": [torch.linspace(0.3, 0.9, B) for _ in range(numbers)],
+            "choices": choices,
+            "reduction": "mean",
+        }
     if op.startswith("sde_step"):
         noise, seed = (None, torch.arange(B)) if op == "sde_step drawn" else (latent(2), None)
         return {"v": latent(), "x": latent(1), "coef": torch.ones(B, 3), "noise": noise, "seed": seed}
@@ -74,7 +92,7 @@ def right_call(op: str) -> Arguments:
 
 
 OPS = ("residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary")
-CALLS = (*OPS, "sde_step given", "sde_step drawn")
+CALLS = (*OPS, *LOSSES, "sde_step given", "sde_step drawn")
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -84,8 +102,8 @@ def call(op: str, arguments: Arguments) -> Any:
 def tensors_of(arguments: Arguments) -> list[str]:
     """Names of all tensor arguments, elements of a list by their place."""
     names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    lists = [name for name, value in arguments.items() if isinstance(value, list)]
-    return names + [f"{name}[{k}]" for name in lists for k in range(len(arguments[name]))]
+    lists = [(name, value) for name, value in arguments.items() if isinstance(value, list)]
+    return names + [f"{name}[{k}]" for name, value in lists for k, x in enumerate(value) if isinstance(x, Tensor)]
 
 
 def replaced(arguments: Arguments, name: str, change: Callable[[Tensor], Any]) -> Arguments:
@@ -146,7 +164,8 @@ def test_one_wrong_dtype(data, op):
     name = data.draw(st.sampled_from(tensors_of(arguments)))
     key = name.split("[")[0]
     # Halves of a column, a table or a coefficient are as wrong as integers; of a latent they are right.
-    is_latent = key in ("v", "target", "noise", "v_old", "v_ref", "eps", "x")
+    is_latent = key in ("v", "target", "x0", "noise", "v_old", "v_ref", "eps", "x")
+    is_latent |= op in LOSSES and key in ("t", "advantages", "tensors")  # no latent, but read in any dtype too
     wrong = [*WRONG_DTYPES, *(() if is_latent else LATENT_DTYPES)]
     before = replaced(arguments, name, lambda x: x)
     current = (before[key][0] if isinstance(before[key], list) else before[key]).dtype
@@ -160,8 +179,8 @@ def test_one_wrong_dtype(data, op):
 @settings(max_examples=300)
 def test_one_wrong_shape(data, op, how):
     arguments = right_call(op)
-    # v and stats are what the others are measured by.
-    name = data.draw(st.sampled_from([n for n in tensors_of(arguments) if n not in ("v", "stats")]))
+    # v and stats are what the others are measured by, a table of steps is as long as it is.
+    name = data.draw(st.sampled_from([n for n in tensors_of(arguments) if n not in ("v", "stats", "steps")]))
     wrong = replaced(arguments, name, WRONG_SHAPES[how])
     refused(op, wrong, literal(name) + r"has shape \[")
 
@@ -185,6 +204,8 @@ def test_one_tensor_of_another_kind(op, how):
 def test_one_tensor_is_none(op):
     arguments = right_call(op)
     optional = {"noise", "v_ref", "upstream", "seed", "mixes", *(("v_old",) if op.startswith("residual") else ())}
+    if op in LOSSES:
+        optional = {"v_ref", "v_old"} if op == "forward_loss" else {"v_ref"}
     if op == "loss_summary":
         optional = {"log_ratio", "log_lowest", "log_highest", "v"}
     for name in tensors_of(arguments):
@@ -259,6 +280,47 @@ def test_options_of_a_step(change, sentence):
     refused("sde_step", right_call("sde_step given") | change, sentence)
 
 
+LOSS_OPTIONS: list[tuple[Arguments, str]] = [
+    ({"reduction": "avg"}, r"^reduction is 'avg'; accepted are 'mean', 'sum' and 'none'"),
+    ({"choices": [0]}, r"^choices has 1 values; accepted are "),
+    ({"numbers": [1.0]}, r"^numbers has 1 values; accepted are "),
+    ({"tensors": [None]}, r"^tensors has 1 values; accepted are "),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "sentence"),
+    [
+        *[(op, *case) for op in LOSSES for case in LOSS_OPTIONS],
+        (
+            "forward_loss",
+            {"name": "flow_grpo"},
+            r"^name is 'flow_grpo'; accepted are 'advantage_flow', 'diffusion",
+        ),
+        ("reverse_loss", {"name": "awm"}, r"^name is 'awm'; accepted are 'flow_grpo', 'flow_dppo'"),
+        ("forward_loss", {"choices": [0, 3]}, r"^choices\[1\] is 3; accepted are 0 to 2"),
+        ("reverse_loss", {"choices": [-1, 0, 0]}, r"^choices\[0\] is -1; accepted are 0 to 3"),
+        ("reverse_loss", {"steps": torch.ones(5, 4)}, r"^steps has shape \[5, 4\]; accepted is \[steps \+ 2, 5\]"),
+        ("reverse_loss", {"steps": torch.ones(0, 5)}, r"^steps has shape \[0, 5\]; accepted is \[steps \+ 2, 5\]"),
+    ],
+)
+def test_options_of_a_loss(op, change, sentence):
+    arguments = right_call(op) | change
+    refused(op, arguments, sentence)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match=sentence):
+        call(op, faked(arguments))
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_a_loss_takes_numbers_and_tensors_of_them(op):
+    arguments = right_call(op)
+    count = len(arguments["numbers"])
+    numbers = arguments | {"numbers": [0.5] * count, "tensors": [None] * count}
+    expected = call(op, numbers)
+    for tensor in (torch.tensor(0.5), torch.tensor(0.5).half(), torch.full((B,), 0.5).bfloat16(), column() * 0 + 0.5):
+        assert same(call(op, arguments | {"tensors": [tensor] * count}), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -307,7 +369,7 @@ def test_a_view_counts_by_its_values(op, view):
     arguments = right_call(op)
     expected = call(op, arguments)
     for name in tensors_of(arguments):
-        if name not in ("valid", "flagged", "seed"):
+        if name not in ("valid", "flagged", "seed", "index"):
             assert same(call(op, replaced(arguments, name, view)), expected), name
 
 
@@ -359,7 +421,7 @@ def test_a_fake_gives_the_same_shapes_and_dtypes(op):
 @settings(max_examples=200)
 def test_a_fake_refuses_what_the_kernel_refuses(data, op, of_dtype):
     arguments = right_call(op)
-    name = data.draw(st.sampled_from([n for n in tensors_of(arguments) if n not in ("v", "stats")]))
+    name = data.draw(st.sampled_from([n for n in tensors_of(arguments) if n not in ("v", "stats", "steps")]))
     if of_dtype:
         change = lambda x: x.to(torch.int32)  # noqa: E731
     else:

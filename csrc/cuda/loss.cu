@@ -1,0 +1,37 @@
+// What lies between the statistics of a loss and its gradient, on CUDA: one block for the whole batch
+// finishes the statistics, applies the loss's formula to every sample and joins them.
+#include "common/rows.cuh"
+#include "cuda/summary.cuh"
+#include "math/losses.h"
+
+namespace {
+
+template <typename Loss>
+__global__ void __launch_bounds__(kAdvflowSummaryThreads)
+    loss_kernel(AdvflowLossInputs in, const float* partials, int splits, float* stats, float* loss, float* coef,
+                float* metrics) {
+  for (int64_t i = threadIdx.x; i < in.report.batch * ADVFLOW_RESIDUAL_STATS; i += kAdvflowSummaryThreads) {
+    stats[i] = advflow_row_mean<ADVFLOW_RESIDUAL_STATS>(partials, i / ADVFLOW_RESIDUAL_STATS,
+                                                        int(i % ADVFLOW_RESIDUAL_STATS), splits, in.elements);
+  }
+  __syncthreads();
+  const AdvflowLossRows<float> rows = {in, stats};
+  advflow_summarise(
+      advflow_report_of<Loss>(in.report), [&](int64_t row) { return advflow_sample_of_loss<Loss>(rows, row); }, loss,
+      coef, metrics);
+}
+
+}  // namespace
+
+int advflow_loss_cuda(const AdvflowLossInputs* in, const void* partials, void* stats, void* loss, void* masked_coef,
+                      void* metrics, void* where) {
+  if (in->dtype != ADVFLOW_FLOAT32) return ADVFLOW_UNSUPPORTED_DTYPE;
+  const int splits = int(advflow_plan_row(in->elements).splits);
+  advflow_with_loss(in->loss, [&](auto loss_is) {
+    using Loss = decltype(loss_is);
+    ADVFLOW_LAUNCH(loss_kernel<Loss>, dim3(1), dim3(kAdvflowSummaryThreads), static_cast<cudaStream_t>(where), *in,
+                   static_cast<const float*>(partials), splits, static_cast<float*>(stats), static_cast<float*>(loss),
+                   static_cast<float*>(masked_coef), static_cast<float*>(metrics));
+  });
+  return advflow_last_error();
+}
