@@ -35,14 +35,16 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
         for kind, output, grad in (("inputs", False, False), ("weights", False, True), ("outputs", True, False)):
             more = constants | {"FROM_OUTPUT": output, "WEIGHT_GRAD": grad}
             yield f"qk_norm backward text={text} {kind}", qk_norm.backward_kernel, more, qk_norm.BACKWARD_WARPS
-    block = 2048
+    width = 1536
+    head, tail = adaln.tiles(width)
     for gates, norms in ((0, 1), (0, 2), (1, 0), (1, 1), (2, 1)):
-        constants = {"GATES": gates, "NORMS": norms, "BLOCK": block}
-        yield f"adaln forward {gates} {norms}", adaln.forward_kernel, constants, adaln.warps(block, False)
+        constants = {"GATES": gates, "NORMS": norms, "WIDTH": width, "HEAD": head, "TAIL": tail}
+        yield f"adaln forward {gates} {norms}", adaln.forward_kernel, constants, adaln.forward_warps(head)
         for grad in (False, True):
             rows = adaln.ROWS_OF_A_PARTIAL if grad else 1
             more = constants | {"HAS_D_H": gates > 0, "MODULATION_GRAD": grad, "ROWS": rows}
-            yield f"adaln backward {gates} {norms} grad={grad}", adaln.backward_kernel, more, adaln.warps(block, grad)
+            warps = adaln.backward_warps(head, grad)
+            yield f"adaln backward {gates} {norms} grad={grad}", adaln.backward_kernel, more, warps
 
 
 def compile_ahead(kernel: Any, constants: dict[str, Any], warps: int, dtype: str, capability: int) -> Any:
@@ -52,9 +54,9 @@ def compile_ahead(kernel: Any, constants: dict[str, Any], warps: int, dtype: str
         if name in constants:
             signature[name] = "constexpr"
             values[(i,)] = constants[name]
-        elif name in ("rows", "tokens", "image_tokens", "heads", "width", "chunks") or "_s" in name[-3:]:
+        elif name in ("rows", "tokens", "image_tokens", "heads", "chunks") or "_s" in name[-3:]:
             signature[name] = "i32"
-            if name == "width" or "_s" in name[-3:]:
+            if "_s" in name[-3:]:
                 hints[(i,)] = [["tt.divisibility", 16]]
         elif name == "eps":
             signature[name] = "fp32"

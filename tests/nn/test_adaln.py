@@ -72,7 +72,7 @@ def incoming(batch: int, tokens: int, width: int, gates: int, norms: int) -> lis
     kind=st.sampled_from(KINDS),
     batch=st.integers(1, 3),
     tokens=st.sampled_from([1, 2, 5, 33]),
-    width=st.sampled_from([16, 40, 64, 96]),
+    width=st.sampled_from([3, 16, 17, 40, 64, 96]),
     dtype=st.sampled_from(FLOATS),
     gap=st.sampled_from([0, 3]),
 )
@@ -80,6 +80,19 @@ def incoming(batch: int, tokens: int, width: int, gates: int, norms: int) -> lis
 def test_results_and_gradients_are_right(kind, batch, tokens, width, dtype, gap):
     tensors = [rows_apart(tensor, gap) for tensor in draw(batch, tokens, width, *kind, dtype)]
     assert_right(call(af.nn, *kind), stock(*kind), tensors, incoming(batch, tokens, width, *kind))
+
+
+def test_tiles_cover_a_row_and_waste_no_more_than_one_would():
+    from advflow_ext.kernels import adaln
+
+    assert [adaln.tiles(width) for width in (1, 2, 3, 1024, 1152, 1536, 2048, 2432, 3072)] == [
+        (1, 0), (2, 0), (2, 1), (1024, 0), (1024, 128), (1024, 512), (2048, 0), (2048, 512), (2048, 1024),
+    ]  # fmt: skip
+    for width in range(1, 5000):
+        head, tail = adaln.tiles(width)
+        one = 1 << (width - 1).bit_length()
+        assert width <= head + tail <= one and head.bit_count() == 1 and tail.bit_count() == (head < width)
+        assert not tail or (head < width and tail < 2 * (width - head))
 
 
 @pytest.mark.parametrize("kind", KINDS)
