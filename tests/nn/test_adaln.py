@@ -82,11 +82,33 @@ def test_results_and_gradients_are_right(kind, batch, tokens, width, dtype, gap)
     assert_right(call(af.nn, *kind), stock(*kind), tensors, incoming(batch, tokens, width, *kind))
 
 
+def test_tiles_cover_a_row_and_waste_no_more_than_one_would():
+    from advflow_ext.kernels import adaln
+
+    assert [adaln.tiles(width) for width in (1, 2, 3, 1024, 1152, 1536, 2048, 2432, 3072)] == [
+        (1, 0), (2, 0), (2, 1), (1024, 0), (1024, 128), (1024, 512), (2048, 0), (2048, 512), (2048, 1024),
+    ]  # fmt: skip
+    for width in range(1, 5000):
+        head, tail = adaln.tiles(width)
+        one = 1 << (width - 1).bit_length()
+        assert width <= head + tail <= one and head.bit_count() == 1 and tail.bit_count() == (head < width)
+        assert not tail or (head < width and tail < 2 * (width - head))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_width_of_sd35_is_right(kind):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = draw(2, 3, 1536, *kind, dtype)
         assert_right(call(af.nn, *kind), stock(*kind), tensors, incoming(2, 3, 1536, *kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 3, 17, 1100])
+def test_any_width_is_right(kind, width):
+    if width == 1 and kind[1]:
+        pytest.skip("one number is its own mean: the gradient is zero, and relative to nothing")
+    tensors = draw(2, 3, width, *kind, torch.float32)
+    assert_right(call(af.nn, *kind), stock(*kind), tensors, incoming(2, 3, width, *kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
