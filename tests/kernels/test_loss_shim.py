@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kernel_harness import Inputs, LossCall, LossKernels, ResidualKernels
 
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.losses import LOSSES
 from advflow_ext.ops import _forward, _reverse
+from tests.kernels.kernel_harness import Inputs, LossCall, LossKernels, ResidualKernels
 
 pytestmark = [
     pytest.mark.skipif(_native.module is None, reason="nothing compiled says what a loss hands to the core"),
