@@ -12,14 +12,13 @@ backward pass computes them again from it, so nothing but h is kept. A row's res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from advflow_ext.kernels.launch import Launcher
+from advflow_ext.kernels.launch import Launcher, padded, strides
 
 # Rows a program adds up before it writes its share of a modulation's gradient. It takes them one after the other: with
 # more of them a small batch leaves most of a GPU idle, with fewer the shares take an eighth of all bytes and up.
@@ -109,12 +108,12 @@ def _sum(row):
 
 
 @triton.jit
-def _normalise(h, columns, eps, WIDTH: tl.constexpr):
+def _normalise(h, columns, WIDTH: tl.constexpr, EPS: tl.constexpr):
     mean = _sum(h) * (1.0 / WIDTH)
     centred = _nothing()
     for i in tl.static_range(len(h)):
         centred += (tl.where(columns[i] < WIDTH, h[i] - mean, 0.0),)
-    rstd = tl.rsqrt(_sum(_times(centred, centred)) * (1.0 / WIDTH) + eps)
+    rstd = tl.rsqrt(_sum(_times(centred, centred)) * (1.0 / WIDTH) + EPS)
     xhat = _nothing()
     for i in tl.static_range(len(h)):
         xhat += (centred[i] * rstd,)
@@ -159,9 +158,10 @@ def _through_norm(of_xhat, xhat, rstd, WIDTH: tl.constexpr):
 @triton.jit
 def forward_kernel(
     residual, x_1, x_2, gate_1, gate_2, scale_1, scale_2, shift_1, shift_2, h_out, y_1, y_2,
-    tokens, eps, residual_sb, residual_sn, x_1_sb, x_1_sn, x_2_sb, x_2_sn,
+    tokens, residual_sb, residual_sn, x_1_sb, x_1_sn, x_2_sb, x_2_sn,
     gate_1_sb, gate_2_sb, scale_1_sb, scale_2_sb, shift_1_sb, shift_2_sb,
-    GATES: tl.constexpr, NORMS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    GATES: tl.constexpr, NORMS: tl.constexpr, EPS: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     sample = program // tokens  # in int32: a division in int64 is a subroutine
@@ -178,7 +178,7 @@ def forward_kernel(
         h = _rounded(h, h_out.dtype.element_ty)
         _store(h_out + to, columns, h, WIDTH)
     if NORMS > 0:
-        xhat, _ = _normalise(h, columns, eps, WIDTH)
+        xhat, _ = _normalise(h, columns, WIDTH, EPS)
         scaled = _times(xhat, _one_plus(_load(scale_1 + sample * scale_1_sb, columns, WIDTH)))
         _store(y_1 + to, columns, _plus(scaled, _load(shift_1 + sample * shift_1_sb, columns, WIDTH)), WIDTH)
         if NORMS > 1:
@@ -189,11 +189,10 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     h, x_1, x_2, gate_1, gate_2, scale_1, scale_2, d_h, d_y_1, d_y_2, d_residual, d_x_1, d_x_2,
-    d_gate_1, d_gate_2, d_scale_1, d_scale_2, d_shift_1, d_shift_2,
-    tokens, eps, chunks, h_sb, h_sn, x_1_sb, x_1_sn, x_2_sb, x_2_sn,
+    sums, tokens, chunks, h_sb, h_sn, x_1_sb, x_1_sn, x_2_sb, x_2_sn,
     gate_1_sb, gate_2_sb, scale_1_sb, scale_2_sb, d_h_sb, d_h_sn, d_y_1_sb, d_y_1_sn, d_y_2_sb, d_y_2_sn,
     GATES: tl.constexpr, NORMS: tl.constexpr, HAS_D_H: tl.constexpr, MODULATION_GRAD: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    EPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     sample = program // chunks
@@ -221,7 +220,7 @@ def backward_kernel(
         if NORMS > 0:
             row = _load(h + sample * h_sb + token * h_sn, columns, width)
             dy = _load(d_y_1 + sample * d_y_1_sb + token * d_y_1_sn, columns, width)
-            xhat, rstd = _normalise(row, columns, eps, WIDTH)
+            xhat, rstd = _normalise(row, columns, WIDTH, EPS)
             of_xhat = _times(dy, s_1)
             if MODULATION_GRAD:
                 sum_scale_1 = _plus(sum_scale_1, _inside(_times(dy, xhat), columns, width))
@@ -248,16 +247,17 @@ def backward_kernel(
     if MODULATION_GRAD:
         # One row of sums a program, added up afterwards in the order of the programs: the same bits every time.
         to = program.to(tl.int64) * WIDTH
+        one = tl.num_programs(0).to(tl.int64) * WIDTH
         if GATES > 0:
-            _store(d_gate_1 + to, columns, sum_gate_1, WIDTH)
+            _store(sums + to, columns, sum_gate_1, WIDTH)
         if GATES > 1:
-            _store(d_gate_2 + to, columns, sum_gate_2, WIDTH)
+            _store(sums + one + to, columns, sum_gate_2, WIDTH)
         if NORMS > 0:
-            _store(d_scale_1 + to, columns, sum_scale_1, WIDTH)
-            _store(d_shift_1 + to, columns, sum_shift_1, WIDTH)
+            _store(sums + GATES * one + to, columns, sum_scale_1, WIDTH)
+            _store(sums + (GATES + NORMS) * one + to, columns, sum_shift_1, WIDTH)
         if NORMS > 1:
-            _store(d_scale_2 + to, columns, sum_scale_2, WIDTH)
-            _store(d_shift_2 + to, columns, sum_shift_2, WIDTH)
+            _store(sums + (GATES + 1) * one + to, columns, sum_scale_2, WIDTH)
+            _store(sums + (GATES + NORMS + 1) * one + to, columns, sum_shift_2, WIDTH)
 
 
 _launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_kernel)
@@ -274,17 +274,18 @@ def forward(
 ) -> list[Tensor]:
     """h, if there are gates, and one y in ``dtype`` for each scale. ``[B, N, C]``; gates, scales, shifts ``[B, C]``."""
     batch, tokens, width = residual.shape
+    width = int(width)  # under torch.compile: a kernel is made for it
     head, tail = tiles(width)
     h = [torch.empty_like(residual, memory_format=torch.contiguous_format)] if gates else []
     y = [torch.empty_like(residual, dtype=dtype, memory_format=torch.contiguous_format) for _ in scales]
     if residual.numel():
-        per_token = _pair(residual, branches)
-        per_sample = [each for group in (gates, scales, shifts) for each in _pair(residual, group)]
+        per_token = padded(2, branches)
+        per_sample = [each for group in (gates, scales, shifts) for each in padded(2, group)]
         _launch_forward(
             (batch * tokens, 1, 1),
-            (residual, *per_token, *per_sample, (h or y)[0], *_pair(residual, y)),
-            (tokens, eps, *_row_strides(residual, *per_token), *(each.stride(0) for each in per_sample)),
-            (len(gates), len(scales), width, head, tail),  # GATES, NORMS, WIDTH, HEAD, TAIL
+            (residual, *per_token, *per_sample, h[0] if h else None, *padded(2, y)),
+            (tokens, *strides(2, residual, *per_token), *strides(1, *per_sample)),
+            (len(gates), len(scales), eps, width, head, tail),  # GATES, NORMS, EPS, WIDTH, HEAD, TAIL
             forward_warps(head),
         )
     return [*h, *y]
@@ -307,39 +308,27 @@ def backward(
     ``h`` is what was normalised; ``branches`` are needed for ``modulation_grad`` alone.
     """
     batch, tokens, width = h.shape
+    width = int(width)  # under torch.compile: a kernel is made for it
     head, tail = tiles(width)
     rows = ROWS_OF_A_PARTIAL if modulation_grad else 1
     chunks = triton.cdiv(tokens, rows)
     d_residual = [torch.empty_like(h, memory_format=torch.contiguous_format)] if scales else []
     d_branches = [torch.empty_like(h, dtype=branch_dtype, memory_format=torch.contiguous_format) for _ in gates]
-    sums = len(gates) + 2 * len(scales) if modulation_grad else 0
-    partials = h.new_empty((sums, batch, chunks, width), dtype=torch.float32)
+    count = len(gates) + 2 * len(scales)
+    sums = [h.new_empty((count, batch, chunks, width), dtype=torch.float32)] if modulation_grad else []
     if h.numel():
-        d_gates, rest = partials[: len(gates)], partials[len(gates) :]
-        d_scales, d_shifts = rest[: len(scales)], rest[len(scales) :]
-        x, gate, scale, dy = (_pair(h, group) for group in (branches, gates, scales, d_y))
-        added = h if d_h is None else d_h
+        x, gate, scale, dy = (padded(2, group) for group in (branches, gates, scales, d_y))
         _launch_backward(
             (batch * chunks, 1, 1),
             (
-                h, *x, *gate, *scale, added, *dy, (d_residual or d_branches)[0], *_pair(h, d_branches),
-                *_pair(h, d_gates), *_pair(h, d_scales), *_pair(h, d_shifts),
+                h, *x, *gate, *scale, d_h, *dy, d_residual[0] if d_residual else None, *padded(2, d_branches),
+                sums[0] if sums else None,
             ),
             (
-                tokens, eps, chunks, *_row_strides(h, *x), *(each.stride(0) for each in (*gate, *scale)),
-                *_row_strides(added, *dy),
+                tokens, chunks, *strides(2, h, *x), *strides(1, *gate, *scale), *strides(2, d_h, *dy),
             ),
-            # GATES, NORMS, HAS_D_H, MODULATION_GRAD, ROWS, WIDTH, HEAD, TAIL
-            (len(gates), len(scales), d_h is not None, modulation_grad, rows, width, head, tail),
+            # GATES, NORMS, HAS_D_H, MODULATION_GRAD, EPS, ROWS, WIDTH, HEAD, TAIL
+            (len(gates), len(scales), d_h is not None, modulation_grad, eps, rows, width, head, tail),
             backward_warps(head, modulation_grad),
         )  # fmt: skip
-    return [*d_residual, *d_branches, *([partials.sum(2)] if modulation_grad else [])]
-
-
-def _pair(filler: Tensor, tensors: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """Exactly two of ``tensors``; ``filler`` stands for those that the kernel will not touch."""
-    return [*tensors, filler, filler][:2]
-
-
-def _row_strides(*tensors: Tensor) -> list[Any]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    return [*d_residual, *d_branches, *(each.sum(2) for each in sums)]

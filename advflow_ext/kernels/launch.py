@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 _MOST_VARIANTS = 4096  # of a kernel: far more than a run has shapes; a bound all the same
 _ALIGNMENT = 16  # bytes, of pointers, as Triton tells them apart
 
 
 class Launcher:
-    """``kernel``, whose parameters are first tensors, then numbers, then constants."""
+    """``kernel``, whose parameters are first tensors, then numbers, then constants.
+
+    None stands for a tensor that a variant does not touch, and never for the first.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -26,14 +31,23 @@ class Launcher:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | None],
         numbers: tuple[float, ...],
-        constants: tuple[int, ...],
+        constants: tuple[float, ...],
         num_warps: int,
     ) -> None:
-        """Launches on the current device, that of ``tensors``, and its current stream."""
-        aligned = not any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors)
-        key = (tensors[0].device, numbers, constants, num_warps, *[tensor.dtype for tensor in tensors])
+        """Launches on the current device, that of ``tensors``, and its current stream.
+
+        Where torch.compile traces, the launch becomes a node of the graph: Inductor generates it.
+        """
+        first = tensors[0]
+        assert first is not None
+        if isinstance(first, FunctionalTensor):
+            torch.library.wrap_triton(self._kernel)[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+            return
+        aligned = not any(tensor is not None and tensor.data_ptr() % _ALIGNMENT for tensor in tensors)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        key = (first.device, numbers, constants, num_warps, *dtypes)
         compiled = self._compiled.get(key) if aligned else None
         if compiled is not None:
             compiled[grid](*tensors, *numbers, *constants)
@@ -43,3 +57,15 @@ class Launcher:
             if len(self._compiled) >= _MOST_VARIANTS:
                 self._compiled.clear()
             self._compiled[key] = compiled
+
+
+def padded(count: int, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *(None,) * (count - len(tensors))]
+
+
+def strides(count: int, *tensors: Tensor | None) -> list[Any]:
+    """The first ``count`` of each."""
+    found: list[Any] = []
+    for tensor in tensors:
+        found += (0,) * count if tensor is None else tensor.stride()[:count]
+    return found

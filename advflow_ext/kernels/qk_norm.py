@@ -8,14 +8,13 @@ depends on that row alone, so it never depends on the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from advflow_ext.kernels.launch import Launcher
+from advflow_ext.kernels.launch import Launcher, padded, strides
 
 ROWS = 32
 FORWARD_WARPS = 4
@@ -60,9 +59,10 @@ def _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT: tl.constexp
 
 @triton.jit
 def _write_joint(
-    image, text, weight, text_weight, joint, rstd, rows, tokens, image_tokens, heads, eps,
+    image, text, weight, text_weight, joint, rstd, rows, tokens, image_tokens, heads,
     image_sb, image_sn, text_sb, text_sn,
-    NORM: tl.constexpr, KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     row, live, sample, token, head = _rows_of_program(rows, tokens, heads, ROWS)
     x = _load_rows(
@@ -70,7 +70,7 @@ def _write_joint(
     )
     if NORM:
         w = _load_weight(weight, text_weight, token, image_tokens, HAS_TEXT, D)
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
         if KEEP_RSTD:
             tl.store(rstd + row, scale, mask=live)
         x = x * scale[:, None] * w
@@ -79,35 +79,36 @@ def _write_joint(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, joint_q, joint_k, joint_v, rstd_q, rstd_k,
-    rows, tokens, image_tokens, heads, eps,
+    q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, joint_q, joint_k, joint_v, rstd,
+    rows, tokens, image_tokens, heads,
     q_sb, q_sn, k_sb, k_sn, v_sb, v_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn, text_v_sb, text_v_sn,
-    KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEEP_RSTD: tl.constexpr, HAS_TEXT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
+    rstd_k = rstd + rows if KEEP_RSTD else rstd
     if which == 0:
         _write_joint(
-            q, text_q, wq, text_wq, joint_q, rstd_q, rows, tokens, image_tokens, heads, eps,
-            q_sb, q_sn, text_q_sb, text_q_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS,
+            q, text_q, wq, text_wq, joint_q, rstd, rows, tokens, image_tokens, heads,
+            q_sb, q_sn, text_q_sb, text_q_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS, EPS,
         )  # fmt: skip
     elif which == 1:
         _write_joint(
-            k, text_k, wk, text_wk, joint_k, rstd_k, rows, tokens, image_tokens, heads, eps,
-            k_sb, k_sn, text_k_sb, text_k_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS,
+            k, text_k, wk, text_wk, joint_k, rstd_k, rows, tokens, image_tokens, heads,
+            k_sb, k_sn, text_k_sb, text_k_sn, True, KEEP_RSTD, HAS_TEXT, D, ROWS, EPS,
         )  # fmt: skip
-    else:
+    elif HAS_TEXT:
         _write_joint(
-            v, text_v, wq, text_wq, joint_v, rstd_q, rows, tokens, image_tokens, heads, eps,
-            v_sb, v_sn, text_v_sb, text_v_sn, False, False, HAS_TEXT, D, ROWS,
+            v, text_v, wq, text_wq, joint_v, rstd, rows, tokens, image_tokens, heads,
+            v_sb, v_sn, text_v_sb, text_v_sn, False, False, HAS_TEXT, D, ROWS, EPS,
         )  # fmt: skip
 
 
 @triton.jit
 def _read_joint_gradient(
     grad, image, text, weight, text_weight, rstd, d_image, d_text, d_weight,
-    rows, tokens, image_tokens, heads, eps, grad_sb, grad_sn, grad_sh, image_sb, image_sn, text_sb, text_sn,
+    rows, tokens, image_tokens, heads, grad_sb, grad_sn, grad_sh, image_sb, image_sn, text_sb, text_sn,
     NORM: tl.constexpr, FROM_OUTPUT: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, D)
     program = tl.program_id(0).to(tl.int64)
@@ -125,7 +126,7 @@ def _read_joint_gradient(
             x = _load_rows(
                 image, text, image_sb, image_sn, text_sb, text_sn, sample, token, head, live, image_tokens, HAS_TEXT, D
             )
-            scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+            scale = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
             x = x * scale
         if WEIGHT_GRAD:
             # One row of sums a program, added up afterwards in the order of the programs: the same bits every time.
@@ -145,31 +146,33 @@ def _read_joint_gradient(
 
 @triton.jit
 def backward_kernel(
-    grad_q, grad_k, grad_v, q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
+    grad_q, grad_k, grad_v, q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd,
     d_q, d_k, d_v, d_text_q, d_text_k, d_text_v, d_wq, d_wk,
-    rows, tokens, image_tokens, heads, eps,
+    rows, tokens, image_tokens, heads,
     grad_q_sb, grad_q_sn, grad_q_sh, grad_k_sb, grad_k_sn, grad_k_sh, grad_v_sb, grad_v_sn, grad_v_sh,
     q_sb, q_sn, k_sb, k_sn, text_q_sb, text_q_sn, text_k_sb, text_k_sn,
-    FROM_OUTPUT: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr, HAS_TEXT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
+    rstd_k = rstd + rows if FROM_OUTPUT else rstd
     if which == 0:
         _read_joint_gradient(
-            grad_q, q, text_q, wq, text_wq, rstd_q, d_q, d_text_q, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_q, q, text_q, wq, text_wq, rstd, d_q, d_text_q, d_wq, rows, tokens, image_tokens, heads,
             grad_q_sb, grad_q_sn, grad_q_sh, q_sb, q_sn, text_q_sb, text_q_sn,
-            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS, EPS,
         )  # fmt: skip
     elif which == 1:
         _read_joint_gradient(
-            grad_k, k, text_k, wk, text_wk, rstd_k, d_k, d_text_k, d_wk, rows, tokens, image_tokens, heads, eps,
+            grad_k, k, text_k, wk, text_wk, rstd_k, d_k, d_text_k, d_wk, rows, tokens, image_tokens, heads,
             grad_k_sb, grad_k_sn, grad_k_sh, k_sb, k_sn, text_k_sb, text_k_sn,
-            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            True, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS, EPS,
         )  # fmt: skip
-    else:
+    elif HAS_TEXT:
         _read_joint_gradient(
-            grad_v, q, text_q, wq, text_wq, rstd_q, d_v, d_text_v, d_wq, rows, tokens, image_tokens, heads, eps,
+            grad_v, q, text_q, wq, text_wq, rstd, d_v, d_text_v, d_wq, rows, tokens, image_tokens, heads,
             grad_v_sb, grad_v_sn, grad_v_sh, q_sb, q_sn, text_q_sb, text_q_sn,
-            False, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS,
+            False, FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS, EPS,
         )  # fmt: skip
 
 
@@ -185,23 +188,20 @@ def forward(
     empty. ``weights``: those of q, k and, with text, of the text's q and k, ``[D]`` each. With ``keep_rstd`` also the
     factors 1 / sqrt(mean(x^2) + eps), float32 ``[2, B, N + M, H]``.
     """
-    q, k, v = (*image, image[0])[:3]
-    text_q, text_k, text_v = text or (q, k, v)
-    wq, wk, text_wq, text_wk = weights if text else (*weights, *weights)
-    batch, image_tokens, width = q.shape
-    tokens = image_tokens + (text_q.shape[1] if text else 0)
+    batch, image_tokens, width = image[0].shape
+    tokens = image_tokens + (text[0].shape[1] if text else 0)
     joint = [tensor.new_empty(batch, tokens, heads, width // heads) for tensor in image]
     rows = batch * tokens * heads
-    rstd = [q.new_empty((2, batch, tokens, heads), dtype=torch.float32)] if keep_rstd else []
+    rstd = [image[0].new_empty((2, batch, tokens, heads), dtype=torch.float32)] if keep_rstd else []
     if rows:
         _launch_forward(
             (triton.cdiv(rows, ROWS), len(image), 1),
             (
-                q, k, v, text_q, text_k, text_v, wq, wk, text_wq, text_wk, *(*joint, joint[0])[:3],
-                *(rstd[0] if rstd else joint[:2]),
+                *padded(3, image), *padded(3, text), *padded(4, weights), *padded(3, joint),
+                rstd[0] if rstd else None,
             ),
-            (rows, tokens, image_tokens, heads, eps, *_strides(q, k, v, text_q, text_k, text_v)),
-            (keep_rstd, bool(text), width // heads, ROWS),  # KEEP_RSTD, HAS_TEXT, D, ROWS
+            (rows, tokens, image_tokens, heads, *strides(2, *padded(3, image), *padded(3, text))),
+            (keep_rstd, bool(text), int(width // heads), ROWS, eps),  # KEEP_RSTD, HAS_TEXT, D, ROWS, EPS
             FORWARD_WARPS,
         )  # fmt: skip
     return joint + rstd
@@ -224,30 +224,26 @@ def backward(
     ``rstd`` is given, ``image`` is what they became in the joint buffers and ``text`` is empty.
     """
     has_text = len(weights) == 4
-    q, k = image
-    text_q, text_k = text or (q, k)
-    rstd_q, rstd_k = rstd if rstd is not None else (q, k)
-    wq, wk, text_wq, text_wk = weights if has_text else (*weights, *weights)
     batch, tokens, heads, head_dim = grads[0].shape
     width = heads * head_dim
-    d_image = [q.new_empty(batch, image_tokens, width) for _ in grads]
-    d_text = [q.new_empty(batch, tokens - image_tokens, width) for _ in grads] if has_text else []
+    d_image = [image[0].new_empty(batch, image_tokens, width) for _ in grads]
+    d_text = [image[0].new_empty(batch, tokens - image_tokens, width) for _ in grads] if has_text else []
     rows = batch * tokens * heads
     programs = triton.cdiv(rows, ROWS)
-    d_weights = [wq.new_empty((programs if weight_grad else 0, 2, head_dim), dtype=torch.float32) for _ in range(2)]
+    d_weights = [weights[0].new_empty((programs, 2, head_dim), dtype=torch.float32) for _ in image if weight_grad]
     if rows:
         _launch_backward(
             (programs, len(grads), 1),
             (
-                *(*grads, grads[0])[:3], q, k, text_q, text_k, wq, wk, text_wq, text_wk, rstd_q, rstd_k,
-                *(*d_image, d_image[0])[:3], *(d_text or d_image[:1] * 3), *d_weights,
+                *padded(3, grads), *image, *padded(2, text), *padded(4, weights), rstd,
+                *padded(3, d_image), *padded(3, d_text), *padded(2, d_weights),
             ),
             (
-                rows, tokens, image_tokens, heads, eps,
-                *_head_strides(*(*grads, grads[0])[:3]), *_strides(q, k, text_q, text_k),
+                rows, tokens, image_tokens, heads,
+                *strides(3, *padded(3, grads)), *strides(2, *image, *padded(2, text)),
             ),
-            # FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS
-            (rstd is not None, has_text, weight_grad, head_dim, ROWS),
+            # FROM_OUTPUT, HAS_TEXT, WEIGHT_GRAD, D, ROWS, EPS
+            (rstd is not None, has_text, weight_grad, int(head_dim), ROWS, eps),
             BACKWARD_WARPS,
         )  # fmt: skip
     found: list[Tensor] = [*d_image, *d_text]
@@ -255,11 +251,3 @@ def backward(
         sums = torch.stack([partial.sum(0) for partial in d_weights], 1)  # [image or text, q or k, D]
         found.append(sums.flatten(0, 1)[: len(weights)].contiguous())
     return found
-
-
-def _strides(*tensors: Tensor) -> list[Any]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
-def _head_strides(*tensors: Tensor) -> list[Any]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.triton import triton_ops_to_kernels
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 
 library = torch.library.Library("advflow", "FRAGMENT")
 
+_TRACED = (FakeTensor, FunctionalTensor)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -59,8 +63,7 @@ def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., l
 
     @functools.wraps(kernel)
     def run(*arguments: Any) -> list[Tensor]:
-        first = arguments[0]
-        device = (first if isinstance(first, Tensor) else first[0]).device
+        device = _device(arguments)
         if device.index == torch.cuda.current_device():  # a context costs as much as a launch
             return kernel(*arguments)
         with torch.cuda.device(device):
@@ -69,20 +72,44 @@ def on_device_of_tensors(kernel: Callable[..., list[Tensor]]) -> Callable[..., l
     return run
 
 
-def launcher(module: str, name: str) -> Callable[..., list[Tensor]]:
-    """``advflow_ext.kernels.<module>.<name>``, imported when it is first called: nothing needs Triton before."""
+def define(schema: str, module: str, function: str, shapes: Callable[..., list[Tensor]]) -> None:
+    """Registers a raw op without gradient.
+
+    ``advflow_ext.kernels.<module>.<function>`` launches ``<function>_kernel`` there; it is imported when it is first
+    needed: nothing needs Triton before. ``shapes`` are those of the results, for tracing.
+
+    Eager code calls the launcher. torch.compile sees the launch itself, as of torch.library.triton_op, whose own way
+    through eager code takes the host longer.
+    """
+    library.define(schema)
+    name = f"advflow::{schema.partition('(')[0]}"
+
+    def kernels() -> Any:
+        return importlib.import_module(f"advflow_ext.kernels.{module}")
 
     def launch(*arguments: Any) -> list[Tensor]:
-        found: list[Tensor] = getattr(importlib.import_module(f"advflow_ext.kernels.{module}"), name)(*arguments)
+        found: list[Tensor] = getattr(kernels(), function)(*arguments)
         return found
 
-    return launch
+    def traced(*arguments: Any) -> list[Tensor]:
+        if _device(arguments).type == "cuda":  # what compiled code is cached by holds the kernel's source from here on
+            triton_ops_to_kernels[name] = [getattr(kernels(), f"{function}_kernel")]
+        return shapes(*arguments)
+
+    def captured(mode: Any, op: Any, types: Any, arguments: Any, keywords: Any) -> Any:
+        if _device(arguments).type != "cuda" or torch.compiler.is_exporting():  # a program is exported without kernels
+            return mode.__torch_dispatch__(op, types, arguments, keywords)
+        if not all(issubclass(kind, _TRACED) or kind is Tensor for kind in types):
+            return NotImplemented
+        with mode:
+            return launch(*arguments, **keywords)
+
+    library.impl(name, launch, "CPU")
+    library.impl(name, on_device_of_tensors(launch), "CUDA")
+    torch.library.register_fake(name, traced, lib=library)
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, captured, lib=library)
 
 
-def define(schema: str, kernel: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
-    """Registers a raw op without gradient: its ``kernel``, and the ``shapes`` of its results for tracing."""
-    library.define(schema)
-    name = schema.partition("(")[0]
-    library.impl(name, kernel, "CPU")
-    library.impl(name, on_device_of_tensors(kernel), "CUDA")
-    torch.library.register_fake(f"advflow::{name}", shapes, lib=library)
+def _device(arguments: Any) -> torch.device:
+    first = arguments[0]
+    return (first if isinstance(first, Tensor) else first[0]).device

@@ -178,12 +178,14 @@ def _backward_shapes(
 triton_ops.define(
     "adaln(Tensor residual, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor[] shifts, float eps, "
     "ScalarType dtype) -> Tensor[]",
-    triton_ops.launcher("adaln", "forward"),
+    "adaln",
+    "forward",
     _forward_shapes,
 )
 triton_ops.define(
     "adaln_backward(Tensor h, Tensor[] branches, Tensor[] gates, Tensor[] scales, Tensor? d_h, Tensor[] d_y, "
     "float eps, ScalarType branch_dtype, bool modulation_grad) -> Tensor[]",
-    triton_ops.launcher("adaln", "backward"),
+    "adaln",
+    "backward",
     _backward_shapes,
 )

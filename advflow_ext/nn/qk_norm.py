@@ -141,12 +141,14 @@ def _backward_shapes(
 
 triton_ops.define(
     "joint_qk_norm(Tensor[] image, Tensor[] text, Tensor[] weights, int heads, float eps, bool keep_rstd) -> Tensor[]",
-    triton_ops.launcher("qk_norm", "forward"),
+    "qk_norm",
+    "forward",
     _forward_shapes,
 )
 triton_ops.define(
     "joint_qk_norm_backward(Tensor[] grads, Tensor[] image, Tensor[] text, Tensor[] weights, Tensor? rstd, "
     "SymInt image_tokens, float eps, bool weight_grad) -> Tensor[]",
-    triton_ops.launcher("qk_norm", "backward"),
+    "qk_norm",
+    "backward",
     _backward_shapes,
 )

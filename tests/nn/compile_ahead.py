@@ -21,14 +21,15 @@ from triton.compiler import ASTSource
 from advflow_ext.kernels import adaln, qk_norm
 
 CAPABILITIES = (80, 90)
+EPS = 1e-6
 # Pointers that are always of another type than the activations: sums of gradients, and factors kept for them.
-FLOAT32 = re.compile(r"rstd_[qk]$|d_(w[qk]|gate_\d|scale_\d|shift_\d)$")
+FLOAT32 = re.compile(r"rstd$|sums$|d_w[qk]$")
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     """SD3.5's shapes: name, kernel, constants, warps."""
     for text in (True, False):
-        constants = {"HAS_TEXT": text, "D": 64, "ROWS": qk_norm.ROWS}
+        constants = {"HAS_TEXT": text, "D": 64, "ROWS": qk_norm.ROWS, "EPS": EPS}
         for keep in (False, True):
             more = constants | {"KEEP_RSTD": keep}
             yield f"qk_norm forward text={text} rstd={keep}", qk_norm.forward_kernel, more, qk_norm.FORWARD_WARPS
@@ -38,7 +39,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
     width = 1536
     head, tail = adaln.tiles(width)
     for gates, norms in ((0, 1), (0, 2), (1, 0), (1, 1), (2, 1)):
-        constants = {"GATES": gates, "NORMS": norms, "WIDTH": width, "HEAD": head, "TAIL": tail}
+        constants = {"GATES": gates, "NORMS": norms, "EPS": EPS, "WIDTH": width, "HEAD": head, "TAIL": tail}
         yield f"adaln forward {gates} {norms}", adaln.forward_kernel, constants, adaln.forward_warps(head)
         for grad in (False, True):
             rows = adaln.ROWS_OF_A_PARTIAL if grad else 1
@@ -47,19 +48,40 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             yield f"adaln backward {gates} {norms} grad={grad}", adaln.backward_kernel, more, warps
 
 
+def untouched(name: str, constants: dict[str, Any]) -> bool:
+    """Whether such a variant is launched without this tensor."""
+    given = constants.get
+    if "GATES" in constants:  # of adaln
+        branches = given("GATES") if given("MODULATION_GRAD", True) or not re.match(r"x_\d$", name) else 0
+        counts = {"x": branches, "gate": branches, "d_x": branches, "scale": given("NORMS"), "shift": given("NORMS")}
+        counts |= {"y": given("NORMS"), "d_y": given("NORMS")}
+        kind, _, which = name.rpartition("_")
+        if kind in counts and which.isdecimal():
+            return int(which) > counts[kind]
+        there = {"h_out": given("GATES"), "d_residual": given("NORMS"), "d_h": given("HAS_D_H")}
+        return not (there | {"sums": given("MODULATION_GRAD")}).get(name, True)
+    if re.match(r"(joint_v|grad_v|d_v|v|(d_)?text_([qkv]|w[qk]))$", name):
+        kept_inputs = not given("FROM_OUTPUT") or name not in ("text_q", "text_k")
+        return not (given("HAS_TEXT") and kept_inputs)
+    there = {
+        "rstd": given("KEEP_RSTD") or given("FROM_OUTPUT"),
+        "d_wq": given("WEIGHT_GRAD"),
+        "d_wk": given("WEIGHT_GRAD"),
+    }
+    return not there.get(name, True)
+
+
 def compile_ahead(kernel: Any, constants: dict[str, Any], warps: int, dtype: str, capability: int) -> Any:
     """As a launch with contiguous, 16-byte aligned tensors of SD3.5's width would compile it."""
     signature, hints, values = {}, {}, {}
     for i, name in enumerate(inspect.signature(kernel.fn).parameters):
-        if name in constants:
+        if name in constants or untouched(name, constants):
             signature[name] = "constexpr"
-            values[(i,)] = constants[name]
+            values[(i,)] = constants.get(name)
         elif name in ("rows", "tokens", "image_tokens", "heads", "chunks") or "_s" in name[-3:]:
             signature[name] = "i32"
             if "_s" in name[-3:]:
                 hints[(i,)] = [["tt.divisibility", 16]]
-        elif name == "eps":
-            signature[name] = "fp32"
         else:
             signature[name] = "*fp32" if FLOAT32.match(name) else f"*{dtype}"
             hints[(i,)] = [["tt.divisibility", 16]]

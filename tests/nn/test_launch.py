@@ -67,6 +67,7 @@ def test_the_same_kind_of_call_is_compiled_once_and_given_its_own_arguments(kern
         {"num_warps": 8},
         {"tensors": (torch.zeros(8), torch.zeros(8, dtype=torch.bfloat16))},
         {"tensors": (torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8))},
+        {"tensors": (torch.zeros(8), None)},
         {"tensors": (torch.zeros(8, device="meta"), torch.zeros(8, device="meta"))},
     ],
 )
