@@ -312,6 +312,14 @@ def test_options_of_a_loss(op, change, sentence):
 
 
 @pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_of_a_loss(op, reduction):
+    arguments = right_call(op) | {"reduction": reduction}
+    arguments["v"].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.advflow, op).default, (), arguments)
+
+
+@pytest.mark.parametrize("op", LOSSES)
 def test_a_loss_takes_numbers_and_tensors_of_them(op):
     arguments = right_call(op)
     count = len(arguments["numbers"])
