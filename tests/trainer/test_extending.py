@@ -130,6 +130,16 @@ def test_what_is_wrong_is_a_sentence(
     assert not (folder / "run").exists()
 
 
+def test_a_run_that_goes_on_knows_its_plugins(folder: Path) -> None:
+    first = ["train", "--plugins", "my_method,my_sampler", "--rollout.solver", "heun", "--above_mean.anchor", "0.5"]
+    main([*first, "--out", "run", *SMALL, "--iterations", "1"])
+    same = ["--above_mean.anchor", "0.5", "--rollout.solver", "heun"]
+    done = _command(folder, "train", "--out", "run", "--resume", "--iterations", "2", *same)
+    assert done.returncode == 0, done.stderr
+    done = _command(folder, "train", "--out", "run", "--resume", "--iterations", "2", "--above_mean.anchor", "1")
+    assert "above_mean.anchor is 1.0 and was 0.5; --resume may change" in done.stderr
+
+
 def test_a_file_of_settings_names_plugins_too(folder: Path) -> None:
     (folder / "mine.yaml").write_text("plugins: [my_method]\nalgorithm: above_mean\nabove_mean:\n  anchor: 0.5\n")
     main(["train", "--config", "mine.yaml", "--out", "run", *SMALL, "--iterations", "1"])
