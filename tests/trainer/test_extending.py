@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from advflow.algorithms import check_settings
+from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.cli import load_run_config, main
 from advflow.run.checkpoint import checkpoints
 from advflow.settings.config import TrainConfig, config_class
@@ -164,6 +166,18 @@ def test_a_name_that_is_taken_is_refused(folder: Path) -> None:
     REWARDS.add("optim", Choice("a:B", dict))
     with pytest.raises(ValueError, match="the settings of 'optim' would stand in optim, which is there already"):
         config_class()
+
+
+def test_a_method_without_settings_is_checked_too(folder: Path) -> None:
+    class Refuses:
+        needs = Needs(old=False, reference=False)
+
+        def loss(self, batch: ForwardBatch) -> None:
+            raise ValueError("weights are negative")
+
+    METHODS.add("refuses", Method(Refuses))
+    with pytest.raises(ValueError, match="refuses: weights are negative"):
+        check_settings("refuses", config_class()(algorithm="refuses").method, group_size=4)
 
 
 def test_without_plugins_nothing_is_added() -> None:
