@@ -14,7 +14,7 @@ from pathlib import Path
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
-from advflow.run.folder import CONFIG, MAY_CHANGE
+from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
 from advflow.settings.numbers import WrongSetting
 from advflow.settings.plugins import load_plugins
@@ -26,6 +26,7 @@ from advflow.settings.sources import (
     to_config,
     train_parser,
 )
+from advflow.settings.yaml_files import CONFIG
 
 _DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
 

@@ -101,7 +101,7 @@ class FullPolicies:
         self.learner = list(transformer.parameters())
         self.rollout = list(self._transformers["rollout"].parameters())
         self._places = {role: places_of([self._transformers[role]]) for role in ("learner", "rollout")}
-        # In the same places of each, so that the learner's report is that of all.
+        # In the same places of each, so that what is said of the learner's is said of all.
         self.kernels = [_speed_up(family, each, runtime) for each in self._transformers.values()][0]
 
     def transformer(self, role: Role, *, for_images: bool = False) -> ModelMixin:

@@ -57,7 +57,7 @@ def untouched(name: str, constants: dict[str, Any]) -> bool:
         counts |= {"y": given("NORMS"), "d_y": given("NORMS")}
         kind, _, which = name.rpartition("_")
         if kind in counts and which.isdecimal():
-            return int(which) > counts[kind]
+            return int(which) > (counts[kind] or 0)
         there = {"h_out": given("GATES"), "d_residual": given("NORMS"), "d_h": given("HAS_D_H")}
         return not (there | {"sums": given("MODULATION_GRAD")}).get(name, True)
     if re.match(r"(joint_v|grad_v|d_v|v|(d_)?text_([qkv]|w[qk]))$", name):

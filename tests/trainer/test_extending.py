@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from advflow.algorithms import check_settings
+from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.cli import load_run_config, main
 from advflow.run.checkpoint import checkpoints
 from advflow.settings.config import TrainConfig, config_class
@@ -131,6 +133,16 @@ def test_what_is_wrong_is_a_sentence(
     assert not (folder / "run").exists()
 
 
+def test_a_run_that_goes_on_knows_its_plugins(folder: Path) -> None:
+    first = ["train", "--plugins", "my_method,my_sampler", "--rollout.solver", "heun", "--above_mean.anchor", "0.5"]
+    main([*first, "--out", "run", *SMALL, "--iterations", "1"])
+    same = ["--above_mean.anchor", "0.5", "--rollout.solver", "heun"]
+    done = _command(folder, "train", "--out", "run", "--resume", "--iterations", "2", *same)
+    assert done.returncode == 0, done.stderr
+    done = _command(folder, "train", "--out", "run", "--resume", "--iterations", "2", "--above_mean.anchor", "1")
+    assert "above_mean.anchor is 1.0 and was 0.5; --resume may change" in done.stderr
+
+
 def test_a_file_of_settings_names_plugins_too(folder: Path) -> None:
     (folder / "mine.yaml").write_text("plugins: [my_method]\nalgorithm: above_mean\nabove_mean:\n  anchor: 0.5\n")
     main(["train", "--config", "mine.yaml", "--out", "run", *SMALL, "--iterations", "1"])
@@ -155,6 +167,18 @@ def test_a_name_that_is_taken_is_refused(folder: Path) -> None:
     REWARDS.add("optim", Choice("a:B", dict))
     with pytest.raises(ValueError, match="the settings of 'optim' would stand in optim, which is there already"):
         config_class()
+
+
+def test_a_method_without_settings_is_checked_too(folder: Path) -> None:
+    class Refuses:
+        needs = Needs(old=False, reference=False)
+
+        def loss(self, batch: ForwardBatch) -> None:
+            raise ValueError("weights are negative")
+
+    METHODS.add("refuses", Method(Refuses))
+    with pytest.raises(ValueError, match="refuses: weights are negative"):
+        check_settings("refuses", config_class()(algorithm="refuses").method, group_size=4)
 
 
 def test_without_plugins_nothing_is_added() -> None:

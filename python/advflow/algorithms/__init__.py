@@ -44,7 +44,7 @@ def check_settings(name: str, settings: Any, group_size: int) -> None:
     try:
         _loss_of_ones(name, settings, group_size)
     except ValueError as error:
-        options = {field.name for field in fields(settings)}
+        options = {field.name for field in fields(settings)} if settings is not None else set()
         text = str(error).replace(", or such a tensor of shape [] or [B]", "")  # which no configuration holds
         named = text.split(" ")[0] in options
         raise ValueError(f"{METHODS.section_of(name)}.{text}" if named else f"{name}: {text}") from error

@@ -17,7 +17,6 @@ from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import flatten
 
-CONFIG = "config.yaml"
 MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")
 """Settings that `--resume` may change: how long, where, and how often something is written down."""
 _LOCK = ".lock"

@@ -13,7 +13,7 @@ from advflow.settings.config import TrainConfig, config_class
 from advflow.settings.plugins import load_plugins
 from advflow.settings.registry import METHODS
 from advflow.settings.suggest import did_you_mean
-from advflow.settings.yaml_files import read_yaml
+from advflow.settings.yaml_files import CONFIG, read_yaml
 
 _PLUGINS = "--plugins"
 
@@ -51,12 +51,18 @@ def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
 
 
 def named_plugins(argv: list[str]) -> list[str]:
-    """The plugins that a command line of `advflow train` names, or else the last of its files to name some."""
+    """The plugins that a command line of `advflow train` names, or else the last of its files to name some.
+
+    The first of these is that of the run that goes on.
+    """
     if argv[:1] != ["train"]:
         return []
     files, rest = _take_option("--config", argv[1:])
     if given := _take_option(_PLUGINS, rest)[0]:
-        return given[-1].strip("[]").replace(" ", "").split(",")
+        return [name for name in given[-1].strip("[]").replace(" ", "").split(",") if name]
+    if "--resume" in rest:
+        out = _take_option("--out", rest)[0] or [TrainConfig.out]
+        files = [str(Path(out[-1]) / CONFIG), *files]
     found = [plugins_of(Path(name)) for name in files if Path(name).is_file()]
     return next((names for names in reversed(found) if names), [])
 
@@ -121,7 +127,7 @@ def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
 
 def load_run_config(run: str) -> TrainConfig:
     """The settings a run was started with."""
-    path = Path(run) / "config.yaml"
+    path = Path(run) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
     load_plugins(plugins_of(path))

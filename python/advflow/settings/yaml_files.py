@@ -10,6 +10,8 @@ import yaml
 
 from advflow.settings.text_files import read_text
 
+CONFIG = "config.yaml"  # in the folder of a run, what it was started with
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses a key that is given twice, and takes 1e-3 for the number that everybody means."""
