@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, settings
 
 from advflow_ext.contract import outputs
 from advflow_ext.policies import cuda_graphs
-from tests import triton_interpreter
 
 # For bench, a folder of the repository. At the end: what is installed is tested before what lies beside the tests.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -61,7 +60,9 @@ def kernels_serve_here() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with triton_interpreter.serving():
+    from tests.triton_interpreter import serving  # needs numpy, which torch does without
+
+    with serving():
         yield
 
 

@@ -16,6 +16,7 @@ import yaml
 from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import flatten
+from advflow.settings.yaml_files import CONFIG
 
 MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")
 """Settings that `--resume` may change: how long, where, and how often something is written down."""
