@@ -15,10 +15,11 @@ import pytest
 import yaml
 from advflow.algorithms import check_settings
 from advflow.algorithms.batch import ForwardBatch, Needs
-from advflow.cli import load_run_config, main
+from advflow.cli import main
 from advflow.run.checkpoint import checkpoints
 from advflow.settings.config import TrainConfig, config_class
-from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, Choice, Method
+from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, Choice, Method
+from advflow.settings.sources import load_run_config
 
 from tests.trainer.runs import SMALL
 
@@ -27,7 +28,7 @@ FILES: dict[str, str] = dict(re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)```", 
 COMMANDS: list[str] = [
     line for block in re.findall(r"```\n(advflow.*?)```", DOCUMENT, re.DOTALL) for line in block.splitlines()
 ]
-LISTS = (METHODS, REWARDS, SAMPLERS, FAMILIES)
+LISTS = (METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, FAMILIES)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def _words(command: str) -> list[str]:
 
 
 def test_the_document_has_one_of_each() -> None:
-    assert set(FILES) == {"my_method", "my_reward", "my_sampler", "my_family"}
+    assert set(FILES) == {"my_method", "my_reward", "my_sampler", "my_steps", "my_family"}
     assert all(any(f"--plugins {name} " in command for command in COMMANDS) for name in FILES)
 
 
@@ -71,7 +72,7 @@ def test_what_is_written_runs(folder: Path, name: str, capsys: pytest.CaptureFix
     assert saved["plugins"] == [name]
     assert json.loads((run / "summary.json").read_text())["iterations"] == 2
     assert len(checkpoints(run / "checkpoints")) == 2 and (run / "report.html").is_file()
-    option = re.search(r"--(above_mean|bright|pixels)\.(\w+) (\S+)", COMMANDS[first])
+    option = re.search(r"--(above_mean|bright|fading|pixels)\.(\w+) (\S+)", COMMANDS[first])
     if option:
         assert saved[option[1]] == {option[2]: json.loads(option[3])}
         assert asdict(load_run_config(str(run)))[option[1]] == saved[option[1]]

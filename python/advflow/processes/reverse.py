@@ -15,6 +15,7 @@ from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.euler import euler_step
 from advflow.samplers.sampling import Conditioning, Velocity, like
+from advflow.samplers.stochastic import Steps
 from advflow.settings.data import RolloutConfig
 from advflow.settings.optim import OptimConfig
 from advflow.settings.processes import SDEConfig
@@ -47,8 +48,8 @@ def reachable_steps(config: SDEConfig, sampler_steps: int) -> int:
 class StochasticSampler:
     """Draws images by the SDE inside a window of steps and by the Euler ODE outside."""
 
-    def __init__(self, config: SDEConfig, rollout: RolloutConfig, sigmas: list[float], seed: int) -> None:
-        self._config, self._rollout, self._sigmas, self._seed = config, rollout, sigmas, seed
+    def __init__(self, config: SDEConfig, steps: Steps, rollout: RolloutConfig, sigmas: list[float], seed: int) -> None:
+        self._config, self._steps, self._rollout, self._sigmas, self._seed = config, steps, rollout, sigmas, seed
         self._table = af.StepTable(sigmas, stochastic_steps=())
         try:
             self.table(list(range(reachable_steps(config, len(sigmas) - 1))))  # a bad step is seen here, not later
@@ -58,10 +59,7 @@ class StochasticSampler:
     def table(self, window: list[int]) -> af.StepTable:
         """The steps' coefficients; the last one is kept, so that what it holds on the device is kept too."""
         if self._table.stochastic_steps != tuple(window):
-            config = self._config
-            self._table = af.StepTable(
-                self._sigmas, sampler=config.sampler, noise_level=config.noise_level, stochastic_steps=window
-            )
+            self._table = self._steps(self._sigmas, self._config.noise_level, window)
         return self._table
 
     def window(self, iteration: int) -> list[int]:
@@ -123,12 +121,13 @@ class ReverseProcess(StochasticSampler):
         policies: Policies,
         algorithm: ReverseAlgorithm,
         config: SDEConfig,
+        steps: Steps,
         rollout: RolloutConfig,
         sigmas: list[float],
         optim: OptimConfig,
         seed: int,
     ) -> None:
-        super().__init__(config, rollout, sigmas, seed)
+        super().__init__(config, steps, rollout, sigmas, seed)
         self._policies, self._algorithm, self._optim = policies, algorithm, optim
         # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
         self.for_images = config.anchor == "replay"

@@ -28,7 +28,7 @@ from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
-from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS
+from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS
 
 
 class Trainer:
@@ -88,8 +88,11 @@ class Trainer:
                 policies, algorithm, draws, sampler, sigmas, self.reference_control, config.optim
             )
         else:
+            steps = STOCHASTIC_SAMPLERS.make(
+                config.sde.sampler, config.section(STOCHASTIC_SAMPLERS, config.sde.sampler)
+            )
             self.process = ReverseProcess(
-                policies, algorithm, config.sde, config.rollout, sigmas, config.optim, config.seed
+                policies, algorithm, config.sde, steps, config.rollout, sigmas, config.optim, config.seed
             )
 
     def iterate(self, iteration: int) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Drawing images by the ODE."""
+"""Drawing images by the ODE, and the steps of the reverse process."""

@@ -22,7 +22,7 @@ from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.numbers import require, require_numbers
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import DrawConfig, SDEConfig, require_grid
-from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, Choices
+from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, Choices
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class TrainConfig:
 
 def config_class() -> type[TrainConfig]:
     """`TrainConfig` with the names and sections that plugins have added. Raises ValueError for one that is taken."""
-    lists: tuple[Choices[Any], ...] = (METHODS, REWARDS, SAMPLERS, FAMILIES)
+    lists: tuple[Choices[Any], ...] = (METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, FAMILIES)
     added: dict[str, type] = {}
     for choices in lists:
         for name, choice in choices.items():
@@ -140,22 +140,27 @@ def config_class() -> type[TrainConfig]:
             if section in _TAKEN or added.get(section, choice.settings) is not choice.settings:
                 raise ValueError(f"the settings of {name!r} would stand in {section}, which is there already")
             added[section] = choice.settings
-    return _extended(tuple(METHODS), tuple(SAMPLERS), tuple(FAMILIES), tuple(added.items()))
+    return _extended(_names(), tuple(added.items()))
+
+
+def _names() -> tuple[tuple[str, ...], ...]:
+    """What may be chosen where a setting takes one of several names."""
+    return tuple(METHODS), tuple(SAMPLERS), tuple(STOCHASTIC_SAMPLERS), tuple(FAMILIES)
 
 
 _TAKEN = {each.name: each.default_factory for each in fields(TrainConfig)}
-_BUILT_IN = (tuple(METHODS), tuple(SAMPLERS), tuple(FAMILIES), ())
+_BUILT_IN = _names()
 
 
 @cache
-def _extended(
-    methods: tuple[str, ...], samplers: tuple[str, ...], families: tuple[str, ...], added: tuple[tuple[str, type], ...]
-) -> type[TrainConfig]:
-    if (methods, samplers, families, added) == _BUILT_IN:
+def _extended(names: tuple[tuple[str, ...], ...], added: tuple[tuple[str, type], ...]) -> type[TrainConfig]:
+    if names == _BUILT_IN and not added:
         return TrainConfig
+    methods, samplers, stochastic, families = names
     rollout = _subclass(RolloutConfig, solver=(Literal[samplers], RolloutConfig.solver))
     model = _subclass(ModelConfig, family=(Literal[families], ModelConfig.family))
-    sections = {"rollout": rollout, "model": model, **dict(added)}
+    sde = _subclass(SDEConfig, sampler=(Literal[stochastic], SDEConfig.sampler))
+    sections = {"rollout": rollout, "sde": sde, "model": model, **dict(added)}
     return _subclass(
         TrainConfig,
         algorithm=(Literal[methods], TrainConfig.algorithm),

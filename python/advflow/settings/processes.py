@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from advflow.settings.numbers import require
+from advflow.settings.registry import STOCHASTIC_SAMPLERS
+
+StochasticSampler: TypeAlias = Literal[tuple(STOCHASTIC_SAMPLERS)]  # type: ignore[valid-type]  # names that a checker cannot read
 
 
 @dataclass
@@ -14,7 +17,7 @@ class SDEConfig:
     """The stochastic sampler of the reverse-process methods, and which of its steps are learnt from.
 
     Args:
-        sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps" (Flow-CPS).
+        sampler: "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO) or "cps" (Flow-CPS); see advflow.samplers.stochastic.
         noise_level: a of Flow-SDE, eta of the other two.
         window: which steps are stochastic, the others being Euler steps of the ODE: the "first" `steps`, `steps`
             drawn at "random" or in a "random_window" from the first `within`, a window "sliding" from the noisy end to
@@ -30,7 +33,7 @@ class SDEConfig:
         epochs: how often a rollout's images are learnt from.
     """
 
-    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    sampler: StochasticSampler = "flow_sde"
     noise_level: float = 0.7
     window: Literal["first", "random", "random_window", "sliding", "branch"] = "first"
     steps: int = 9

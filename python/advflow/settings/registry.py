@@ -95,6 +95,13 @@ SAMPLERS = Choices[Choice](
 )
 """`rollout.solver`."""
 
+STOCHASTIC_SAMPLERS = Choices[Choice](
+    flow_sde=Choice("advflow.samplers.stochastic:FlowSDE"),
+    dance_sde=Choice("advflow.samplers.stochastic:DanceSDE"),
+    cps=Choice("advflow.samplers.stochastic:CPS"),
+)
+"""`sde.sampler`."""
+
 FAMILIES = Choices[Choice](sd3=Choice("advflow.models.sd3:SD3"))
 """`model.family`."""
 
