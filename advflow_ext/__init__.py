@@ -16,6 +16,7 @@ from advflow_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
+from advflow_ext.ops.transition_log_prob import from_means, transition_log_prob, transition_noise
 from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.policies.cuda_graphs import CudaGraphs
 from advflow_ext.policies.policy_set import Mismatch, PolicySet
@@ -41,6 +42,7 @@ __all__ = [
     "flow_cps_loss",
     "flow_dppo_loss",
     "flow_grpo_loss",
+    "from_means",
     "gaussian_kl",
     "gaussian_kl_from_velocity",
     "group_advantages",
@@ -50,4 +52,6 @@ __all__ = [
     "reward_weighted_loss",
     "sde_step",
     "softmax_advantages",
+    "transition_log_prob",
+    "transition_noise",
 ]

@@ -56,12 +56,16 @@ def require_latent(name: str, value: object) -> None:
 
 
 def require_like_v(name: str, value: object, v: Tensor) -> None:
+    require_like("v", name, value, v)
+
+
+def require_like(first: str, name: str, value: object, like: Tensor) -> None:
     require_float_tensor(name, value)
     assert isinstance(value, Tensor)
-    if value.shape != v.shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}; accepted is the shape of v, {list(v.shape)}.")
-    if value.device != v.device:
-        raise ValueError(f"{name} is on {value.device}; accepted is the device of v, {v.device}.")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}; accepted is the shape of {first}, {list(like.shape)}.")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; accepted is the device of {first}, {like.device}.")
 
 
 def require_per_sample(name: str, value: object, v: Tensor) -> None:

@@ -56,7 +56,7 @@ def transition_arguments(
     v: Tensor,
     v_ref: Tensor | None,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     kl_weight: Number,
     policy_weight: Number,
@@ -69,16 +69,15 @@ def transition_arguments(
     policy_scale = numbers.read("policy_weight", policy_weight, low=0.0)
     checks.require_choice("time_weight", time_weight, TIME_WEIGHTS)
     checks.require_choice("reduction", reduction, checks.REDUCTIONS)
-    require_steps(v, table, index)
-    return TransitionArguments(numbers, dtype, table, index, advantages, kl_scale, policy_scale, time_weight)
+    steps = checked_steps(v, table, index)
+    return TransitionArguments(numbers, dtype, table, steps, advantages, kl_scale, policy_scale, time_weight)
 
 
 def steps_of(
-    v: Tensor, table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True
+    v: Tensor, table: StepTable, index: int | Tensor, dtype: torch.dtype, stochastic: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``[N, 5]``, the columns of :class:`StepRows`, and which of them belong to a step that can be trained."""
-    require_steps(v, table, index, stochastic)
-    return columns_of(table, index, dtype, stochastic)
+    return columns_of(table, checked_steps(v, table, index, stochastic), dtype, stochastic)
 
 
 def columns_of(table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: bool = True) -> tuple[Tensor, Tensor]:
@@ -87,13 +86,13 @@ def columns_of(table: StepTable, index: Tensor, dtype: torch.dtype, stochastic: 
     return columns, sigma > 0 if stochastic else sigma >= 0  # false for the NaN of a step outside the table
 
 
-def require_steps(v: Tensor, table: StepTable, index: Tensor, stochastic: bool = True) -> None:
-    require_table(table)
-    require_index(index, v)
-    if not values_are_at_hand(index):
-        return
+def checked_steps(v: Tensor, table: StepTable, index: int | Tensor, stochastic: bool = True) -> Tensor:
+    """The step of every transition, int64 ``[N]``."""
+    steps = index_of_each(index, table, v)
+    if not values_are_at_hand(steps):
+        return steps
     accepted = set(table.stochastic_steps if stochastic else range(table.steps))
-    for place, step in enumerate(index.tolist()):
+    for place, step in enumerate(steps.tolist()):
         if step in accepted:
             continue
         if 0 <= step < table.steps:
@@ -104,6 +103,7 @@ def require_steps(v: Tensor, table: StepTable, index: Tensor, stochastic: bool =
         if stochastic:
             among = f"stochastic steps {listed_steps(table.stochastic_steps) or '(none in this table)'}"
         raise ValueError(f"index[{place}] is {step}, {reason}; accepted are the {among}.")
+    return steps
 
 
 def require_table(table: object) -> None:
@@ -111,11 +111,28 @@ def require_table(table: object) -> None:
         raise ValueError(f"table is a {type(table).__name__}; accepted is a StepTable.")
 
 
-def require_index(index: object, v: Tensor) -> None:
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        kind = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}"
-        raise ValueError(f"index is {kind}; accepted is an int64 tensor, each transition's step in the table.")
-    if index.shape != v.shape[:1]:
+def index_of_each(index: object, table: StepTable, v: Tensor) -> Tensor:
+    """int64 ``[N]`` on the device of v, of one step for all, a number or 0-dimensional, or of one a transition."""
+    require_table(table)
+    if isinstance(index, Tensor):
+        return _tensor_of_steps(index, v)
+    is_step = isinstance(index, int) and not isinstance(index, bool)
+    if not is_step or not 0 <= index < table.steps:  # type: ignore[operator]
+        given = int(index) if is_step else repr(index)  # type: ignore[call-overload]  # a symbolic one prints only as an int
+        raise ValueError(
+            f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 or int32 tensor [] or [N]."
+        )
+    return v.new_full(v.shape[:1], index, dtype=torch.int64)  # type: ignore[arg-type]
+
+
+def _tensor_of_steps(index: Tensor, v: Tensor) -> Tensor:
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"index is {index.dtype}; accepted is an int64 or int32 tensor, each transition's step.")
+    single = index.dim() == 0
+    if not single and index.shape != v.shape[:1]:
         raise ValueError(f"index has shape {list(index.shape)}; accepted is one step a transition, [{v.shape[0]}].")
-    if index.device != v.device:
+    if index.device != v.device and not (single and index.device.type == "cpu"):
         raise ValueError(f"index is on {index.device}; accepted is the device of v, {v.device}.")
+    if single:  # a copy: what is expanded is no [N] to a kernel
+        return index.detach().to(v.device, torch.int64, non_blocking=True).expand(v.shape[:1]).contiguous()
+    return index.to(torch.int64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from advflow_ext.contract.outputs import SdeStep
 from advflow_ext.contract.step_table import StepTable
 from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.reference.sde_step import sde_step_arguments
+from advflow_ext.reference.transition_log_prob import log_density_of_mean_square
 
 
 @torch.no_grad()
@@ -40,13 +39,15 @@ def sde_step(
 
     Arguments:
         v, x: velocity and state ``[N, ...]`` of one shape, any rank from 2, any mix of floating-point dtypes.
-        table: a :class:`StepTable`. index: the step of all samples, or int64 ``[N]``.
+        table: a :class:`StepTable`. index: the step of all samples, or int64 or int32 ``[N]``.
         noise: standard normal, shaped like v. None: a 64-bit seed a sample is drawn from ``generator`` (v's device;
             None: torch's own) and the kernel makes the noise, which depends on nothing but that seed.
-        dtype: of ``x_next`` and ``eps``; None: that of x.
+        dtype: of ``x_next``; None: that of x.
 
-    Returns :class:`SdeStep` ``(x_next, eps, log_prob)`` without gradient, ``log_prob`` ``[N]`` in float32 (float64 as
-    soon as a latent is float64 on CPU). A deterministic step has eps 0 and log_prob 0.
+    Returns :class:`SdeStep` ``(x_next, eps, log_prob)`` without gradient. ``eps`` is float32 (float64 as soon as a
+    latent is float64 on CPU), since rounded to bfloat16 it costs a log-ratio four digits. ``log_prob`` ``[N]`` is
+    float64, since trainers subtract it from that of :func:`transition_log_prob`, whose bits it has. A deterministic
+    step has eps 0 and log_prob 0.
 
     Raises ValueError, naming argument, value and what is accepted, and on CPU for a step outside the table; on CUDA and
     under torch.compile such a sample comes back as NaN.
@@ -62,5 +63,4 @@ def sde_step(
             limits.min, limits.max, v.shape[:1], dtype=torch.int64, device=v.device, generator=generator
         )
     x_next, eps, eps_sq = sde_step_op(v, x, torch.stack(step[:3], 1), noise, seed, dtype)
-    log_prob = -eps_sq / 2 - step.sigma.log() - math.log(2 * math.pi) / 2
-    return SdeStep(x_next, eps, torch.where(step.sigma == 0, 0, log_prob))
+    return SdeStep(x_next, eps, log_density_of_mean_square(eps_sq, step.sigma))

@@ -15,6 +15,7 @@ from advflow_ext.reference.joint_qk_norm import joint_qk_norm
 from advflow_ext.reference.lora_linear import lora_linear
 from advflow_ext.reference.reward_weighted import reward_weighted_loss
 from advflow_ext.reference.sde_step import sde_step
+from advflow_ext.reference.transition_log_prob import from_means, transition_log_prob, transition_noise
 
 __all__ = [
     "advantage_flow_loss",
@@ -26,6 +27,7 @@ __all__ = [
     "flow_cps_loss",
     "flow_dppo_loss",
     "flow_grpo_loss",
+    "from_means",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "gaussian_kl",
@@ -36,4 +38,6 @@ __all__ = [
     "lora_linear",
     "reward_weighted_loss",
     "sde_step",
+    "transition_log_prob",
+    "transition_noise",
 ]

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
-from advflow_ext.contract.numbers import (
-    values_are_at_hand,
-)
 from advflow_ext.contract.outputs import SdeStep
 from advflow_ext.contract.step_table import StepRows, StepTable
-from advflow_ext.reference._reverse import log_prob
+from advflow_ext.reference.transition_log_prob import log_density
 
 
 def sde_step_arguments(
@@ -37,23 +34,10 @@ def sde_step_arguments(
             raise ValueError(f"generator is on {generator.device}; accepted is the device of v, {v.device}.")
     if dtype is not None and dtype not in checks.FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; accepted are float32, float16, bfloat16, float64 and None.")
-    transitions.require_table(table)
-    if isinstance(index, Tensor):
-        transitions.require_index(index, v)
-    else:
-        is_step = isinstance(index, int) and not isinstance(index, bool)
-        if not is_step or not 0 <= index < table.steps:
-            given = int(index) if is_step else repr(index)  # a symbolic one prints only as an int
-            raise ValueError(
-                f"index is {given}; accepted are the steps 0 to {table.steps - 1} and an int64 tensor [N]."
-            )
-        index = v.new_full(v.shape[:1], index, dtype=torch.int64)
-    if values_are_at_hand(index) and (wrong := (index < 0) | (index >= table.steps)).any():
-        first = int(wrong.nonzero()[0])
-        raise ValueError(f"index[{first}] is {int(index[first])}; accepted are the steps 0 to {table.steps - 1}.")
+    steps = transitions.checked_steps(v, table, index, stochastic=False)
     dtype = dtype or x.dtype
     accumulate = torch.float64 if dtype == torch.float64 else checks.accumulate_dtype(v, x, noise)
-    return table.rows(index, accumulate), dtype
+    return table.rows(steps, accumulate), dtype
 
 
 @torch.no_grad()
@@ -80,5 +64,4 @@ def sde_step(
     mean = c_x * x.to(accumulate) + c_v * v.to(accumulate)
     x_next = (mean + sigma * noise.to(accumulate)).to(dtype)
     eps = torch.where(sigma == 0, 0, (x_next.to(accumulate) - mean) / sigma)
-    scored = log_prob(x_next.to(accumulate).flatten(1), mean.flatten(1), sigma.flatten(1))
-    return SdeStep(x_next, eps.to(dtype), torch.where(step.sigma == 0, 0, scored))
+    return SdeStep(x_next, eps, log_density(eps, step.sigma))

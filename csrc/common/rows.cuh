@@ -55,19 +55,19 @@ __device__ inline int advflow_valid_elements(int64_t begin, int64_t end) {
 
 // The mean of one column of a row, from partials[batch][splits][kColumns]; 0 of a row without elements. Few numbers, so
 // double costs nothing and the finish adds no error of its own.
-template <int kColumns>
-__device__ float advflow_row_mean(const float* partials, int64_t row, int column, int splits, int64_t elements) {
-  const float* partial = partials + row * splits * kColumns + column;
+template <int kColumns, typename T>
+__device__ T advflow_row_mean(const T* partials, int64_t row, int column, int splits, int64_t elements) {
+  const T* partial = partials + row * splits * kColumns + column;
   double sum = 0.0;
 #pragma unroll 16
   for (int split = 0; split < splits; ++split) sum += partial[split * kColumns];
-  return float(sum / double(elements ? elements : 1));
+  return T(sum / double(elements ? elements : 1));
 }
 
 // means[batch][kColumns], one thread each.
-template <int kColumns>
+template <int kColumns, typename T>
 __global__ void __launch_bounds__(kAdvflowFinishThreads)
-    advflow_row_means_kernel(const float* partials, float* means, int64_t batch, int splits, int64_t elements) {
+    advflow_row_means_kernel(const T* partials, T* means, int64_t batch, int splits, int64_t elements) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch * kColumns) return;
   means[i] = advflow_row_mean<kColumns>(partials, i / kColumns, int(i % kColumns), splits, elements);
@@ -75,12 +75,13 @@ __global__ void __launch_bounds__(kAdvflowFinishThreads)
 
 inline int advflow_last_error() { return -int(cudaGetLastError()); }
 
-template <int kColumns>
-int advflow_launch_row_means(const float* partials, float* means, int64_t batch, const AdvflowRowPlan& plan,
-                             int64_t elements, cudaStream_t stream) {
+template <int kColumns, typename T>
+int advflow_launch_row_means(const T* partials, T* means, int64_t batch, const AdvflowRowPlan& plan, int64_t elements,
+                             cudaStream_t stream) {
   const int64_t blocks = (batch * kColumns + kAdvflowFinishThreads - 1) / kAdvflowFinishThreads;
-  ADVFLOW_LAUNCH(advflow_row_means_kernel<kColumns>, dim3(unsigned(blocks)), dim3(kAdvflowFinishThreads), stream,
-                 partials, means, batch, int(plan.splits), elements);
+  const auto kernel = advflow_row_means_kernel<kColumns, T>;
+  ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kAdvflowFinishThreads), stream, partials, means, batch,
+                 int(plan.splits), elements);
   return advflow_last_error();
 }
 

@@ -1,5 +1,6 @@
 // One sampler step on the CPU: the next latent, the noise that explains it as it
-// is stored, and the mean square of that noise.
+// is stored, and the mean square of that noise; and the last two of a latent that
+// was stored before.
 #include "math/sde_step.h"
 
 #include <cstdint>
@@ -40,6 +41,19 @@ ADVFLOW_INLINE void draw_tile(int64_t seed, int64_t first, int64_t count, T* noi
   for (int64_t i = 0; i < count; ++i) noise[i] = T(normals[i]);
 }
 
+// The squares of a tile, whose last lanes may lie past `count` and are overwritten.
+template <typename T>
+ADVFLOW_INLINE void add_squares(T* eps, int64_t count, AdvflowLanes<double>& sums) {
+  for (int64_t i = count; i % kAdvflowLanes != 0; ++i) eps[i] = T(0);
+  AdvflowLanes<double> tile = {};
+  for (int64_t i = 0; i < count; i += kAdvflowLanes) {
+    const auto narrow = AdvflowLanes<T>::load(eps + i, kAdvflowLanes);
+    const AdvflowLanes<double> e = {__builtin_convertvector(narrow.x, AdvflowLanes<double>::Vector)};
+    tile += e * e;
+  }
+  sums += tile;
+}
+
 template <typename T>
 ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row,
                              int64_t begin, int64_t end) {
@@ -48,7 +62,7 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
   const T* coef = static_cast<const T*>(in.coef) + row * 3;
   const T c_x = coef[0], c_v = coef[1], sigma = coef[2];
   const T inverse_sigma = T(1) / sigma;
-  AdvflowLanes<T> sums = {};
+  AdvflowLanes<double> sums = {};
   for (int64_t first = begin; first < end; first += kAdvflowTile) {
     const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
     const int64_t index = row * in.elements + first;
@@ -57,8 +71,7 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
     for (int64_t i = 0; i < count; ++i) mean[i] = advflow_sde_mean(x[i], v[i], c_x, c_v);
     if (sigma == T(0)) {
       advflow_write_tile(mean, out.x_next, in.dtype, index, count);
-      std::memset(static_cast<char*>(out.eps) + index * advflow_item_size(in.dtype), 0,
-                  size_t(count * advflow_item_size(in.dtype)));
+      std::memset(static_cast<T*>(out.eps) + index, 0, size_t(count) * sizeof(T));
       continue;
     }
     const T* noise = scratch_noise;
@@ -71,25 +84,62 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
     advflow_write_tile(next, out.x_next, in.dtype, index, count);
     const T* stored = advflow_read_tile({out.x_next, in.elements, in.dtype}, row, first, count, next);
     for (int64_t i = 0; i < count; ++i) eps[i] = advflow_sde_eps(stored[i], mean[i], inverse_sigma);
-    advflow_write_tile(eps, out.eps, in.dtype, index, count);
-    for (int64_t i = count; i % kAdvflowLanes != 0; ++i) eps[i] = T(0);
-    AdvflowLanes<T> tile = {};
-    for (int64_t i = 0; i < count; i += kAdvflowLanes) {
-      const auto e = AdvflowLanes<T>::load(eps + i, kAdvflowLanes);
-      tile += e * e;
-    }
-    sums += tile;
+    std::memcpy(static_cast<T*>(out.eps) + index, eps, size_t(count) * sizeof(T));
+    add_squares(eps, count, sums);
   }
-  out.sums[chunk] = double(sums.sum());
+  out.sums[chunk] = sums.sum();
 }
 
-using Kernel = void (*)(const AdvflowSdeStepInputs&, const Outputs&, int64_t chunk, int64_t row, int64_t begin,
-                        int64_t end);
+// A piece of a row of a stored transition: its weighted eps where `eps_out` is given, and the sum of its squares where
+// `sum` is.
+template <typename T>
+ADVFLOW_INLINE void explain_any(const AdvflowTransitionInputs& in, void* eps_out, double* sum, int64_t row,
+                                int64_t begin, int64_t end) {
+  alignas(64) T scratch_v[kAdvflowTile], scratch_x[kAdvflowTile], scratch_next[kAdvflowTile];
+  alignas(64) T mean[kAdvflowTile], eps[kAdvflowTile];
+  const T* coef = static_cast<const T*>(in.coef) + row * 3;
+  const T c_x = coef[0], c_v = coef[1], sigma = coef[2];
+  const T inverse_sigma = T(1) / sigma;
+  const T weight = in.weight.data ? static_cast<const T*>(in.weight.data)[row * in.weight.stride] : T(1);
+  AdvflowLanes<double> sums = {};
+  if (sigma == T(0) || (eps_out && weight == T(0))) {
+    if (sum) *sum = 0.0;
+    if (!eps_out) return;
+    const int64_t size = advflow_item_size(in.dtype);
+    std::memset(static_cast<char*>(eps_out) + (row * in.elements + begin) * size, 0, size_t((end - begin) * size));
+    return;
+  }
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    const T* v = advflow_read_tile(in.v, row, first, count, scratch_v);
+    const T* x = advflow_read_tile(in.x, row, first, count, scratch_x);
+    const T* stored = advflow_read_tile(in.x_next, row, first, count, scratch_next);
+    for (int64_t i = 0; i < count; ++i) mean[i] = advflow_sde_mean(x[i], v[i], c_x, c_v);
+    for (int64_t i = 0; i < count; ++i) eps[i] = advflow_sde_eps(stored[i], mean[i], inverse_sigma);
+    if (sum) add_squares(eps, count, sums);
+    if (!eps_out) continue;
+    if (in.weight.data) {
+      for (int64_t i = 0; i < count; ++i) eps[i] *= weight;
+    }
+    advflow_write_tile(eps, eps_out, in.dtype, row * in.elements + first, count);
+  }
+  if (sum) *sum = sums.sum();
+}
 
-#define ADVFLOW_KERNEL_FOR(suffix, T, target)                                                               \
-  target void step_##suffix(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row, \
-                            int64_t begin, int64_t end) {                                                   \
-    step_any<T>(in, out, chunk, row, begin, end);                                                           \
+template <typename T>
+struct Kernels {
+  void (*step)(const AdvflowSdeStepInputs&, const Outputs&, int64_t chunk, int64_t row, int64_t begin, int64_t end);
+  void (*explain)(const AdvflowTransitionInputs&, void* eps, double* sum, int64_t row, int64_t begin, int64_t end);
+};
+
+#define ADVFLOW_KERNEL_FOR(suffix, T, target)                                                                         \
+  target void step_##suffix(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row,           \
+                            int64_t begin, int64_t end) {                                                             \
+    step_any<T>(in, out, chunk, row, begin, end);                                                                     \
+  }                                                                                                                   \
+  target void explain_##suffix(const AdvflowTransitionInputs& in, void* eps, double* sum, int64_t row, int64_t begin, \
+                               int64_t end) {                                                                         \
+    explain_any<T>(in, eps, sum, row, begin, end);                                                                    \
   }
 
 ADVFLOW_KERNEL_FOR(baseline, float, )
@@ -99,14 +149,14 @@ ADVFLOW_KERNEL_FOR(avx2, float, ADVFLOW_AVX2)
 ADVFLOW_KERNEL_FOR(avx512, float, ADVFLOW_AVX512)
 #endif
 
-Kernel kernel_for(double) { return step_double; }
+Kernels<double> kernels(double) { return {step_double, explain_double}; }
 
-Kernel kernel_for(float) {
+Kernels<float> kernels(float) {
 #if defined(__x86_64__)
-  if (advflow_has_avx512()) return step_avx512;
-  if (advflow_has_avx2()) return step_avx2;
+  if (advflow_has_avx512()) return {step_avx512, explain_avx512};
+  if (advflow_has_avx2()) return {step_avx2, explain_avx2};
 #endif
-  return step_baseline;
+  return {step_baseline, explain_baseline};
 }
 
 bool is_double(const AdvflowTensor& tensor) { return tensor.data && tensor.dtype == ADVFLOW_FLOAT64; }
@@ -115,14 +165,29 @@ bool any_double(const AdvflowSdeStepInputs& in) {
   return is_double(in.v) || is_double(in.x) || is_double(in.noise) || in.dtype == ADVFLOW_FLOAT64;
 }
 
+bool any_double(const AdvflowTransitionInputs& in) {
+  return is_double(in.v) || is_double(in.x) || is_double(in.x_next) || in.dtype == ADVFLOW_FLOAT64;
+}
+
 template <typename T>
-int run(const AdvflowSdeStepInputs& in, const Outputs& out, T* eps_sq, void* where) {
-  const Kernel kernel = kernel_for(T());
+void run_step(const AdvflowSdeStepInputs& in, const Outputs& out, void* where) {
+  const Kernels<T> kernel = kernels(T());
   advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t row, int64_t begin, int64_t end) {
-    kernel(in, out, chunk, row, begin, end);
+    kernel.step(in, out, chunk, row, begin, end);
   });
-  advflow_finish_means<1>(out.sums, in.batch, in.elements, eps_sq);
-  return ADVFLOW_OK;
+}
+
+template <typename T>
+void run_explain(const AdvflowTransitionInputs& in, void* eps, double* sums, void* where) {
+  const Kernels<T> kernel = kernels(T());
+  advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t row, int64_t begin, int64_t end) {
+    kernel.explain(in, eps, sums ? sums + chunk : nullptr, row, begin, end);
+  });
+}
+
+void explain(const AdvflowTransitionInputs& in, void* eps, double* sums, void* where) {
+  if (any_double(in)) return run_explain<double>(in, eps, sums, where);
+  run_explain<float>(in, eps, sums, where);
 }
 
 }  // namespace
@@ -134,6 +199,27 @@ int64_t advflow_sde_step_workspace_cpu(int64_t batch, int64_t elements) {
 int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
                          void* where) {
   const Outputs out = {x_next, eps, static_cast<double*>(workspace)};
-  if (any_double(*in)) return run(*in, out, static_cast<double*>(eps_sq), where);
-  return run(*in, out, static_cast<float*>(eps_sq), where);
+  if (any_double(*in)) {
+    run_step<double>(*in, out, where);
+  } else {
+    run_step<float>(*in, out, where);
+  }
+  advflow_finish_means<1>(out.sums, in->batch, in->elements, static_cast<double*>(eps_sq));
+  return ADVFLOW_OK;
+}
+
+int64_t advflow_transition_eps_sq_workspace_cpu(int64_t batch, int64_t elements) {
+  return advflow_sde_step_workspace_cpu(batch, elements);
+}
+
+int advflow_transition_eps_sq_cpu(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where) {
+  double* sums = static_cast<double*>(workspace);
+  explain(*in, nullptr, sums, where);
+  advflow_finish_means<1>(sums, in->batch, in->elements, static_cast<double*>(eps_sq));
+  return ADVFLOW_OK;
+}
+
+int advflow_transition_eps_cpu(const AdvflowTransitionInputs* in, void* eps, void* where) {
+  explain(*in, eps, nullptr, where);
+  return ADVFLOW_OK;
 }

@@ -1,7 +1,8 @@
 // One sampler step on CUDA: the next latent, the noise that explains it as it is
-// stored, and the mean square of that noise.
+// stored, and the mean square of that noise; and the last two of a latent that was
+// stored before.
 //
-// Reads v, x and, where it is given, noise once; writes x_next and eps once.
+// Reads v, x and, where it is given, noise or x_next once; writes x_next and eps once.
 // Noise from seeds is made in registers and costs no traffic: a thread's eight
 // elements are two Philox counters. As in residual.cu the inputs carry their
 // dtypes at run time; a template knows only whether none of them is fp32, which
@@ -36,7 +37,7 @@ struct Raw {
 // Elements `i` to `i` + 7 of a row, from what was loaded of them.
 template <bool kVector, bool kDrawn>
 __device__ void step8(const AdvflowSdeStepInputs& in, const Step& step, const Raw& raw, int64_t row, int64_t i,
-                      int valid, void* x_next, void* eps, float& sum) {
+                      int valid, void* x_next, void* eps, double& sum) {
   const int64_t index = row * in.elements + i;
   const bool noisy = step.sigma != 0.0f;
   float v[kAdvflowVec], x[kAdvflowVec], mean[kAdvflowVec], next[kAdvflowVec];
@@ -65,16 +66,16 @@ __device__ void step8(const AdvflowSdeStepInputs& in, const Step& step, const Ra
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       explained[k] = advflow_sde_eps(next[k], mean[k], step.inverse_sigma);
-      if (kVector || k < valid) sum = advflow_fma(explained[k], explained[k], sum);
+      if (kVector || k < valid) sum = advflow_add_square(explained[k], sum);
     }
   }
-  advflow_store8<kVector>(eps, in.dtype, index, valid, advflow_pack8(explained, in.dtype));
+  advflow_store8<kVector>(eps, ADVFLOW_FLOAT32, index, valid, advflow_pack8(explained, ADVFLOW_FLOAT32));
 }
 
 // partials[row][split]
 template <bool kVector, bool kDrawn, bool kNarrow>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
-    sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, float* partials) {
+    sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, double* partials) {
   if (kNarrow && !is_narrow(in, kDrawn)) __builtin_unreachable();
   // Tiles whose loads are in flight together. A thread then has 96 bytes under way whatever the dtype, and no more
   // registers for it: a word of 16 bits takes half of one.
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
   const float sigma = coef[2];
   const Step step = {coef[0], coef[1], sigma, 1.0f / sigma, kDrawn ? in.seeds[row] : 0};
 
-  float sums[1] = {};
+  double sums[1] = {};
   for (int64_t first = begin + int64_t(threadIdx.x) * kAdvflowVec; first < end; first += kAhead * plan.tile) {
     Raw raw[kAhead];
 #pragma unroll
@@ -109,8 +110,78 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
     }
   }
 
-  const float total = advflow_block_sum(sums);
+  const double total = advflow_block_sum(sums);
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+
+// A thread's eight elements of a stored transition: in the order of the step's, whose bits these are.
+template <bool kVector>
+__device__ void explain8(const AdvflowTransitionInputs& in, const Step& step, int64_t row, int64_t i, int valid,
+                         float* eps) {
+  const AdvflowRaw8 raw_v = advflow_load8<kVector, true>(in.v, row, i, valid);
+  const AdvflowRaw8 raw_x = advflow_load8<kVector, true>(in.x, row, i, valid);
+  const AdvflowRaw8 raw_next = advflow_load8<kVector, true>(in.x_next, row, i, valid);
+  float v[kAdvflowVec], x[kAdvflowVec], next[kAdvflowVec];
+  advflow_unpack8(raw_v, in.v.dtype, v);
+  advflow_unpack8(raw_x, in.x.dtype, x);
+  advflow_unpack8(raw_next, in.x_next.dtype, next);
+#pragma unroll
+  for (int k = 0; k < kAdvflowVec; ++k) {
+    eps[k] = advflow_sde_eps(next[k], advflow_sde_mean(x[k], v[k], step.c_x, step.c_v), step.inverse_sigma);
+  }
+}
+
+__device__ Step step_of(const AdvflowTransitionInputs& in, int64_t row) {
+  const float* coef = static_cast<const float*>(in.coef) + row * 3;
+  return {coef[0], coef[1], coef[2], 1.0f / coef[2], 0};
+}
+
+// partials[row][split]
+template <bool kVector>
+__global__ void __launch_bounds__(kAdvflowMaxThreads)
+    transition_eps_sq_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, double* partials) {
+  const int64_t row = blockIdx.x / unsigned(plan.splits);
+  const int64_t split = blockIdx.x % unsigned(plan.splits);
+  const int64_t begin = split * plan.split_elements;
+  const int64_t end = min(begin + plan.split_elements, in.elements);
+  const Step step = step_of(in, row);
+
+  double sums[1] = {};
+  if (step.sigma != 0.0f) {
+    for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
+      const int valid = advflow_valid_elements(i, end);
+      float eps[kAdvflowVec];
+      explain8<kVector>(in, step, row, i, valid, eps);
+#pragma unroll
+      for (int k = 0; k < kAdvflowVec; ++k) {
+        if (kVector || k < valid) sums[0] = advflow_add_square(eps[k], sums[0]);
+      }
+    }
+  }
+
+  const double total = advflow_block_sum(sums);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+
+template <bool kVector>
+__global__ void __launch_bounds__(kAdvflowMaxThreads)
+    transition_eps_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, void* out) {
+  const int64_t row = blockIdx.x / unsigned(plan.tiles);
+  const int64_t tile = blockIdx.x % unsigned(plan.tiles);
+  const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
+  if (i >= in.elements) return;
+  const int valid = advflow_valid_elements(i, in.elements);
+  const Step step = step_of(in, row);
+  const float weight = in.weight.data ? static_cast<const float*>(in.weight.data)[row * in.weight.stride] : 1.0f;
+
+  // A row without a weight is not even read: its latents may be anything.
+  float eps[kAdvflowVec] = {};
+  if (step.sigma != 0.0f && weight != 0.0f) {
+    explain8<kVector>(in, step, row, i, valid, eps);
+#pragma unroll
+    for (int k = 0; k < kAdvflowVec; ++k) eps[k] *= weight;
+  }
+  advflow_store8<kVector>(out, in.dtype, row * in.elements + i, valid, advflow_pack8(eps, in.dtype));
 }
 
 bool are_supported(const AdvflowSdeStepInputs& in) {
@@ -123,10 +194,20 @@ bool can_vectorize(const AdvflowSdeStepInputs& in, const void* x_next, const voi
          advflow_is_aligned16(in.noise) && advflow_is_aligned16(x_next) && advflow_is_aligned16(eps);
 }
 
+bool are_supported(const AdvflowTransitionInputs& in) {
+  return advflow_is_supported(in.v) && advflow_is_supported(in.x) && advflow_is_supported(in.x_next) &&
+         advflow_is_supported(in.dtype);
+}
+
+bool can_vectorize(const AdvflowTransitionInputs& in, const void* eps) {
+  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
+         advflow_is_aligned16(in.x_next) && advflow_is_aligned16(eps);
+}
+
 }  // namespace
 
 int64_t advflow_sde_step_workspace_cuda(int64_t batch, int64_t elements) {
-  return batch * advflow_plan_row(elements).splits * int64_t(sizeof(float));
+  return batch * advflow_plan_row(elements).splits * int64_t(sizeof(double));
 }
 
 int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
@@ -138,7 +219,7 @@ int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void*
   if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
   const cudaStream_t stream = static_cast<cudaStream_t>(where);
-  float* partials = static_cast<float*>(workspace);
+  double* partials = static_cast<double*>(workspace);
   advflow_with_bool(can_vectorize(*in, x_next, eps), [&](auto vector) {
     advflow_with_bool(in->seeds != nullptr, [&](auto drawn) {
       advflow_with_bool(is_narrow(*in, drawn), [&](auto narrow) {
@@ -149,5 +230,42 @@ int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void*
   });
   const int status = advflow_last_error();
   if (status != ADVFLOW_OK) return status;
-  return advflow_launch_row_means<1>(partials, static_cast<float*>(eps_sq), in->batch, plan, in->elements, stream);
+  return advflow_launch_row_means<1>(partials, static_cast<double*>(eps_sq), in->batch, plan, in->elements, stream);
+}
+
+int64_t advflow_transition_eps_sq_workspace_cuda(int64_t batch, int64_t elements) {
+  return advflow_sde_step_workspace_cuda(batch, elements);
+}
+
+int advflow_transition_eps_sq_cuda(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where) {
+  if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
+  if (in->batch == 0) return ADVFLOW_OK;
+  const AdvflowRowPlan plan = advflow_plan_row(in->elements);
+  const int64_t blocks = in->batch * plan.splits;
+  if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+
+  const cudaStream_t stream = static_cast<cudaStream_t>(where);
+  double* partials = static_cast<double*>(workspace);
+  advflow_with_bool(can_vectorize(*in, nullptr), [&](auto vector) {
+    const auto kernel = transition_eps_sq_kernel<decltype(vector)::value>;
+    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan, partials);
+  });
+  const int status = advflow_last_error();
+  if (status != ADVFLOW_OK) return status;
+  return advflow_launch_row_means<1>(partials, static_cast<double*>(eps_sq), in->batch, plan, in->elements, stream);
+}
+
+int advflow_transition_eps_cuda(const AdvflowTransitionInputs* in, void* eps, void* where) {
+  if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
+  if (in->batch == 0 || in->elements == 0) return ADVFLOW_OK;
+  const AdvflowRowPlan plan = advflow_plan_row(in->elements);
+  const int64_t blocks = in->batch * plan.tiles;
+  if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
+
+  advflow_with_bool(can_vectorize(*in, eps), [&](auto vector) {
+    const auto kernel = transition_eps_kernel<decltype(vector)::value>;
+    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in, plan,
+                   eps);
+  });
+  return advflow_last_error();
 }

@@ -25,3 +25,10 @@ template <typename T>
 ADVFLOW_HD T advflow_sde_eps(T stored, T mean, T inverse_sigma) {
   return (stored - mean) * inverse_sigma;
 }
+
+// Squares are exact in double, and so, but for its last digits, is their sum: what one update changes of their mean is
+// smaller than float's rounding of it.
+template <typename T>
+ADVFLOW_HD double advflow_add_square(T eps, double sum) {
+  return advflow_fma(double(eps), double(eps), sum);
+}

@@ -16,7 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("launch_count", [] { return advflow_launches.load(); }, "Native launches since the last reset.");
   m.def("reset_launch_count", [] { advflow_launches = 0; });
 
-  m.attr("INTERFACE") = 3;  // raised with every change of an operator's schema
+  m.attr("INTERFACE") = 4;  // raised with every change of an operator's schema
 
 #ifdef ADVFLOW_WITH_CUDA
   m.attr("WITH_CUDA") = true;

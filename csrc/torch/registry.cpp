@@ -36,6 +36,10 @@ TORCH_LIBRARY(advflow, m) {
   m.def(
       "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "
       "(Tensor x_next, Tensor eps, Tensor eps_sq)");
+  m.def("transition_eps_sq(Tensor v, Tensor x, Tensor x_next, Tensor coef) -> Tensor");
+  m.def(
+      "transition_eps(Tensor v, Tensor x, Tensor x_next, Tensor coef, Tensor? weight=None, ScalarType? dtype=None) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(advflow, CPU, m) {
@@ -47,6 +51,8 @@ TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("forward_loss", forward_loss_cpu);
   m.impl("reverse_loss", reverse_loss_cpu);
   m.impl("sde_step", sde_step_cpu);
+  m.impl("transition_eps_sq", transition_eps_sq_cpu);
+  m.impl("transition_eps", transition_eps_cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -59,6 +65,8 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("forward_loss", forward_loss_cuda);
   m.impl("reverse_loss", reverse_loss_cuda);
   m.impl("sde_step", sde_step_cuda);
+  m.impl("transition_eps_sq", transition_eps_sq_cuda);
+  m.impl("transition_eps", transition_eps_cuda);
 }
 #endif
 
@@ -66,7 +74,7 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
 // is registered. Nested tensors are not among the composite's.
 static void refuse_all(torch::Library& m) {
   for (const char* op : {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary",
-                         "forward_loss", "reverse_loss", "sde_step"}) {
+                         "forward_loss", "reverse_loss", "sde_step", "transition_eps_sq", "transition_eps"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&advflow_refuse>());
   }
 }
@@ -86,4 +94,6 @@ TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
   m.impl("loss_summary", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("sde_step", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_eps_sq", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_eps", torch::autograd::autogradNotImplementedFallback());
 }

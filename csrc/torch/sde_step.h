@@ -1,4 +1,4 @@
-// The operator of csrc/torch/sde_step.cpp, registered in registry.cpp.
+// The operators of csrc/torch/sde_step.cpp, registered in registry.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,3 +16,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sde_step_cuda(const at::Tensor& v
                                                              const std::optional<at::Tensor>& noise,
                                                              const std::optional<at::Tensor>& seed,
                                                              std::optional<at::ScalarType> dtype);
+
+at::Tensor transition_eps_sq_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                 const at::Tensor& coef);
+at::Tensor transition_eps_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                              const at::Tensor& coef, const std::optional<at::Tensor>& weight,
+                              std::optional<at::ScalarType> dtype);
+
+at::Tensor transition_eps_sq_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                  const at::Tensor& coef);
+at::Tensor transition_eps_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                               const at::Tensor& coef, const std::optional<at::Tensor>& weight,
+                               std::optional<at::ScalarType> dtype);

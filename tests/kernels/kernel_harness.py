@@ -126,7 +126,7 @@ class StepInputs:
     coef: torch.Tensor  # [batch, 3]
     noise: torch.Tensor | None = None
     seeds: torch.Tensor | None = None  # int64 [batch]
-    dtype: torch.dtype = torch.float32  # of x_next and eps
+    dtype: torch.dtype = torch.float32  # of x_next
 
     def rows(self, rows: slice) -> StepInputs:
         present = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -149,6 +149,22 @@ class StepOutputs(NamedTuple):
     x_next: torch.Tensor  # [batch, elements]
     eps: torch.Tensor
     eps_sq: torch.Tensor  # [batch]
+
+
+@dataclass(frozen=True)
+class TransitionInputs:
+    v: torch.Tensor  # [batch, elements], like x and x_next
+    x: torch.Tensor
+    x_next: torch.Tensor
+    coef: torch.Tensor  # [batch, 3]
+    weight: torch.Tensor | None = None  # [batch]
+    dtype: torch.dtype = torch.float32  # of eps
+
+    def on(self, device: str, offset: int = 0) -> TransitionInputs:
+        """A copy on the device, latents surrounded by NaN."""
+        v, x, x_next = (placed(tensor, device, offset) for tensor in (self.v, self.x, self.x_next))
+        weight = None if self.weight is None else self.weight.to(device)
+        return TransitionInputs(v, x, x_next, self.coef.to(device), weight, self.dtype)
 
 
 class _CTensor(ctypes.Structure):
@@ -181,6 +197,17 @@ class _CStepInputs(ctypes.Structure):
     ]
 
 
+class _CTransitionInputs(ctypes.Structure):
+    _fields_ = [
+        *((name, _CTensor) for name in ("v", "x", "x_next")),
+        ("coef", ctypes.c_void_p),
+        ("weight", _CColumn),
+        ("batch", ctypes.c_int64),
+        ("elements", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
 def _c_tensor(tensor: torch.Tensor | None) -> _CTensor:
     if tensor is None:
         return _CTensor(None, 0, 0)
@@ -197,6 +224,13 @@ def _c_step_inputs(inputs: StepInputs) -> _CStepInputs:
     seeds = None if inputs.seeds is None else inputs.seeds.data_ptr()
     latents = map(_c_tensor, (inputs.v, inputs.x, inputs.noise))
     return _CStepInputs(*latents, seeds, inputs.coef.data_ptr(), *inputs.v.shape, _DTYPE_CODES[inputs.dtype])
+
+
+def _c_transition_inputs(inputs: TransitionInputs) -> _CTransitionInputs:
+    latents = map(_c_tensor, (inputs.v, inputs.x, inputs.x_next))
+    weight = _CColumn(None, 0) if inputs.weight is None else _c_column(inputs.weight)
+    code = _DTYPE_CODES[inputs.dtype]
+    return _CTransitionInputs(*latents, inputs.coef.data_ptr(), weight, *inputs.v.shape, code)
 
 
 class _CReport(ctypes.Structure):
@@ -341,6 +375,9 @@ class SdeStepKernels(Kernels):
         super().__init__(library, device)
         self._declare_size("advflow_sde_step_workspace_cuda")
         self._declare("advflow_sde_step_cuda", _CStepInputs, pointers=5)
+        self._declare_size("advflow_transition_eps_sq_workspace_cuda")
+        self._declare("advflow_transition_eps_sq_cuda", _CTransitionInputs, pointers=3)
+        self._declare("advflow_transition_eps_cuda", _CTransitionInputs, pointers=2)
 
     def workspace_bytes(self, batch: int, elements: int) -> int:
         return int(self._lib.advflow_sde_step_workspace_cuda(batch, elements))
@@ -353,8 +390,9 @@ class SdeStepKernels(Kernels):
         """Workspace and outputs full of NaN."""
         batch, elements = inputs.v.shape
         workspace = poisoned(self.workspace_bytes(batch, elements) // 4, torch.float32, self.device)
-        x_next, eps = (poisoned(inputs.v.numel(), inputs.dtype, self.device, offset) for _ in range(2))
-        return workspace, StepOutputs(x_next, eps, poisoned(batch, torch.float32, self.device))
+        x_next = poisoned(inputs.v.numel(), inputs.dtype, self.device, offset)
+        eps = poisoned(inputs.v.numel(), torch.float32, self.device, offset)
+        return workspace, StepOutputs(x_next, eps, poisoned(batch, torch.float64, self.device))
 
     def step(self, inputs: StepInputs, offset: int = 0) -> StepOutputs:
         workspace, outputs = self.buffers(inputs, offset)
@@ -363,6 +401,26 @@ class SdeStepKernels(Kernels):
         assert all(map(guards_intact, (workspace, *outputs))), "sde_step wrote outside its buffers"
         x_next, eps, eps_sq = outputs
         return StepOutputs(x_next.view(inputs.v.shape), eps.view(inputs.v.shape), eps_sq)
+
+    def eps_sq(self, inputs: TransitionInputs) -> torch.Tensor:
+        batch, elements = inputs.v.shape
+        size = self._lib.advflow_transition_eps_sq_workspace_cuda(batch, elements)
+        workspace, out = (poisoned(n, torch.float64, self.device) for n in (size // 8, batch))
+        pointers = workspace.data_ptr(), out.data_ptr()
+        status = self._lib.advflow_transition_eps_sq_cuda(
+            ctypes.byref(_c_transition_inputs(inputs)), *pointers, self._stream()
+        )
+        assert status == 0, f"transition_eps_sq returned {status}"
+        assert guards_intact(workspace) and guards_intact(out), "transition_eps_sq wrote outside its buffers"
+        return out
+
+    def eps(self, inputs: TransitionInputs, offset: int = 0) -> torch.Tensor:
+        out = poisoned(inputs.v.numel(), inputs.dtype, self.device, offset)
+        raw = _c_transition_inputs(inputs)
+        status = self._lib.advflow_transition_eps_cuda(ctypes.byref(raw), out.data_ptr(), self._stream())
+        assert status == 0, f"transition_eps returned {status}"
+        assert guards_intact(out), "transition_eps wrote outside its output"
+        return out.view(inputs.v.shape)
 
 
 class SummaryKernels(Kernels):

@@ -82,6 +82,9 @@ def right_call(op: str) -> Arguments:
     if op.startswith("sde_step"):
         noise, seed = (None, torch.arange(B)) if op == "sde_step drawn" else (latent(2), None)
         return {"v": latent(), "x": latent(1), "coef": torch.ones(B, 3), "noise": noise, "seed": seed}
+    if op.startswith("transition_eps"):
+        given_: Arguments = {"v": latent(), "x": latent(1), "x_next": latent(2), "coef": torch.ones(B, 3)}
+        return given_ if op == "transition_eps_sq" else given_ | {"weight": column()}
     family = op.split("_")[0]
     arguments: Arguments = {name: latent(seed) for seed, name in enumerate(LATENTS[family])}
     if op == "residual_stats":
@@ -92,7 +95,7 @@ def right_call(op: str) -> Arguments:
 
 
 OPS = ("residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary")
-CALLS = (*OPS, *LOSSES, "sde_step given", "sde_step drawn")
+CALLS = (*OPS, *LOSSES, "sde_step given", "sde_step drawn", "transition_eps_sq", "transition_eps")
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -164,7 +167,7 @@ def test_one_wrong_dtype(data, op):
     name = data.draw(st.sampled_from(tensors_of(arguments)))
     key = name.split("[")[0]
     # Halves of a column, a table or a coefficient are as wrong as integers; of a latent they are right.
-    is_latent = key in ("v", "target", "x0", "noise", "v_old", "v_ref", "eps", "x")
+    is_latent = key in ("v", "target", "x0", "noise", "v_old", "v_ref", "eps", "x", "x_next")
     is_latent |= op in LOSSES and key in ("t", "advantages", "tensors")  # no latent, but read in any dtype too
     wrong = [*WRONG_DTYPES, *(() if is_latent else LATENT_DTYPES)]
     before = replaced(arguments, name, lambda x: x)
@@ -203,7 +206,15 @@ def test_one_tensor_of_another_kind(op, how):
 @pytest.mark.parametrize("op", CALLS)
 def test_one_tensor_is_none(op):
     arguments = right_call(op)
-    optional = {"noise", "v_ref", "upstream", "seed", "mixes", *(("v_old",) if op.startswith("residual") else ())}
+    optional = {
+        "noise",
+        "v_ref",
+        "upstream",
+        "seed",
+        "mixes",
+        "weight",
+        *(("v_old",) if op.startswith("residual") else ()),
+    }
     if op in LOSSES:
         optional = {"v_ref", "v_old"} if op == "forward_loss" else {"v_ref"}
     if op == "loss_summary":
@@ -231,7 +242,7 @@ def test_a_mix_of_each_row_is_that_row_s():
 
 
 @pytest.mark.parametrize("dtype", LATENT_DTYPES)
-@pytest.mark.parametrize("op", ["residual_grad", "transition_grad", "sde_step given"])
+@pytest.mark.parametrize("op", ["residual_grad", "transition_grad", "sde_step given", "transition_eps"])
 def test_one_latent_decides_what_is_accumulated_in(op, dtype):
     """float64 anywhere asks for float64 coefficients; anything else keeps them float32."""
     arguments = right_call(op)
@@ -239,7 +250,7 @@ def test_one_latent_decides_what_is_accumulated_in(op, dtype):
         mixed = replaced(arguments, name, lambda x: x.to(dtype))
         if dtype == torch.float64:
             refused(op, mixed, r"^coef has dtype Float; accepted is the accumulate type of the inputs, Double")
-            wide = {key: mixed[key].double() for key in ("coef", "upstream") if mixed.get(key) is not None}
+            wide = {key: mixed[key].double() for key in ("coef", "upstream", "weight") if mixed.get(key) is not None}
             call(op, mixed | wide)
         else:
             call(op, mixed)

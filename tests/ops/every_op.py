@@ -26,10 +26,13 @@ LATENTS: dict[str, tuple[str, ...]] = {
     **{name: LOSSES[name].latents for name in REVERSE},
     "distillation_loss": ("v", "v_teacher"),
     "sde_step": ("v", "x", "noise"),
+    "transition_log_prob": ("v", "x", "x_next"),
+    "transition_noise": ("v_old", "x", "x_next"),
     "gaussian_kl": ("mean1", "mean2"),
     "gaussian_kl_from_velocity": ("v", "v_old"),
 }
 NAMES = tuple(LATENTS)
+OF_STEPS = ("sde_step", "transition_log_prob", "transition_noise")
 
 # Limits that random batches stay clear of, on either side.
 OPTIONS: dict[str, Inputs] = {
@@ -74,7 +77,7 @@ class Drawing:
         if name == "awm_loss":
             log_prob = af.awm_log_prob(*(given[key] for key in ("v", "x0", "noise", "t")))
             given["log_prob_old"] = log_prob + uniform(-0.5, 0.5)
-        if name in (*REVERSE, "distillation_loss", "sde_step", "gaussian_kl_from_velocity"):
+        if name in (*REVERSE, "distillation_loss", "gaussian_kl_from_velocity", *OF_STEPS):
             given["table"] = TABLES[0]
             steps = torch.tensor(TABLES[0].stochastic_steps, device=self.device)
             given["index"] = steps[torch.randint(len(steps), (batch,), generator=random, device=self.device)]
@@ -88,7 +91,7 @@ class Drawing:
 
 
 def leaves(name: str) -> tuple[str, ...]:
-    if name in ("sde_step", "awm_log_prob"):
+    if name in ("sde_step", "transition_noise", "awm_log_prob"):
         return ()
     return ("mean1", "mean2") if name == "gaussian_kl" else ("v",)
 
@@ -99,8 +102,8 @@ def run(name: str, inputs: Inputs, space: Any = af, op: Callable[..., Any] | Non
     if name == "sde_step":
         step = op(**inputs)
         return {"x_next": step.x_next, "eps": step.eps, "log_prob": step.log_prob}
-    if name == "awm_log_prob":
-        return {"log_prob": op(**inputs)}
+    if not leaves(name):
+        return {"values": op(**inputs)}
     outputs: Outputs = {}
     if name.endswith("_loss"):
         out = op(**inputs, **OPTIONS.get(name, {}), reduction="none")

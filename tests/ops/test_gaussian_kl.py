@@ -489,7 +489,7 @@ def test_misuse_of_the_velocity_form(space):
     for arguments, sentence in (
         ((batch.v, batch.v_old[:1], table, batch.index), r"v_old has shape \[1, 5\]"),
         ((batch.v, batch.v_old, None, batch.index), r"table is a NoneType; accepted is a StepTable"),
-        ((batch.v, batch.v_old, table, 0), r"index is a int; accepted is an int64 tensor"),
+        ((batch.v, batch.v_old, table, 0.0), r"index is 0.0; accepted are the steps 0 to 9 and an int64 or int32"),
     ):
         with pytest.raises(ValueError, match=sentence):
             space.gaussian_kl_from_velocity(*arguments)
