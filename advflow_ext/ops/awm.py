@@ -10,7 +10,7 @@ from advflow_ext._native import STATS
 from advflow_ext.contract import checks
 from advflow_ext.contract.numbers import Number, per_sample
 from advflow_ext.contract.outputs import LossOutput, Ratio
-from advflow_ext.kernels.residual import residual_stats
+from advflow_ext.kernels.residual import residual_loss, residual_stats
 from advflow_ext.ops._forward import forward_output
 from advflow_ext.reference.awm import awm_arguments, awm_log_prob_arguments
 
@@ -128,17 +128,21 @@ def awm_loss(
 def awm_log_prob(
     v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: Number = 0.25
 ) -> Tensor:
-    """The log-probability of :func:`awm_loss` ``[B]``, without gradient: what an off-policy trainer stores.
+    """The log-probability of :func:`awm_loss` ``[B]``: what an off-policy trainer stores, or makes its own loss of.
 
+    Its gradient, to v alone, is -(2 / D) omega (v-u) with the loss's omega; the scale of "adaptive" is a constant.
     float32, or float64 when a latent is. The loss computes the same bits from the same v, so that an unchanged policy
     has a ratio of exactly 1. Arguments, their requirements and their errors are those of the loss; a sample with a
-    non-finite input has a non-finite log-probability.
+    non-finite input has a non-finite log-probability and zero gradient.
     """
     if not _native.serves(v, x0, noise, t):
         return reference.awm_log_prob(v, x0, noise, t, weighting=weighting, power=power)
     t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
     checks.require_native_dtype(t.dtype, v, "awm_log_prob")
-    return _log_prob(residual_stats(v, x0, noise, None, None), t, weighting, exponent)[0]
+    log_prob, omega = _log_prob(residual_stats(v, x0, noise, None, None), t, weighting, exponent)
+    slope = torch.where(torch.isfinite(log_prob) & torch.isfinite(omega), -omega, 0)
+    zero = torch.zeros_like(slope)
+    return residual_loss(v, x0, noise, None, None, log_prob, torch.stack([slope, zero, zero], 1))
 
 
 def _log_prob(stats: Tensor, t: Tensor, weighting: str, power: Number) -> tuple[Tensor, Tensor]:

@@ -153,14 +153,21 @@ def awm_loss(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def awm_log_prob(
     v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: Number = 0.25
 ) -> Tensor:
-    """Same arguments, result and errors as :func:`advflow_ext.awm_log_prob`."""
+    """Same arguments, result and errors as :func:`advflow_ext.awm_log_prob`, by PyTorch autograd."""
     t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
-    error = v.flatten(1).to(t.dtype) - (noise.to(t.dtype) - x0.to(t.dtype)).flatten(1)
-    return _log_prob(mean(error.square()), mean(error.abs()), t, weighting, exponent)
+    target = (noise.detach().to(t.dtype) - x0.detach().to(t.dtype)).flatten(1)
+    error = v.flatten(1).to(t.dtype) - target
+    with torch.no_grad():
+        L, distance = mean(error.square()), mean(error.abs())
+        values = _log_prob(L, distance, t, weighting, exponent)
+        usable = torch.isfinite(values) & torch.isfinite(_slope(L, distance, t, weighting, exponent))
+    # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
+    data = mean(torch.where(usable[:, None], error, 0).square())
+    time = torch.where(usable, t, 1)
+    return torch.where(usable, _log_prob(data, distance, time, weighting, exponent), values)
 
 
 def _log_prob(L: Tensor, distance: Tensor, t: Tensor, weighting: str, power: Number) -> Tensor:

@@ -91,7 +91,7 @@ class Drawing:
 
 
 def leaves(name: str) -> tuple[str, ...]:
-    if name in ("sde_step", "transition_noise", "awm_log_prob"):
+    if name in ("sde_step", "transition_noise"):
         return ()
     return ("mean1", "mean2") if name == "gaussian_kl" else ("v",)
 

@@ -61,7 +61,6 @@ def test_log_prob_by_hand(side):
     for weighting, numbers in expected.items():
         log_prob = side.awm_log_prob(v.requires_grad_(), x0, noise, t, weighting=weighting)
         torch.testing.assert_close(log_prob, torch.tensor(numbers))
-        assert not log_prob.requires_grad
     # The generalised Huber weighting contains others.
     for power, weighting, factor in ((0.5, "huber", 2), (1.0, "t", 1)):
         torch.testing.assert_close(
@@ -188,3 +187,25 @@ def test_log_prob_compiles_without_graph_breaks(side):
     torch._dynamo.reset()
     compiled = torch.compile(side.awm_log_prob, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*batch.arguments()[:4]), side.awm_log_prob(*batch.arguments()[:4]))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "t", "t2", "huber", "ghuber", "adaptive"])
+@pytest.mark.parametrize("space", [af, af.reference], ids=["native", "reference"])
+def test_the_log_probability_has_its_gradient(space, weighting):
+    generator = torch.Generator().manual_seed(0)
+    v, x0, noise = torch.randn(3, 4, 3, 5, generator=generator, dtype=torch.float64).unbind()
+    t = torch.tensor([0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    v.requires_grad_()
+    if weighting != "adaptive":  # whose scale is a constant to the gradient, and none to a difference
+        assert torch.autograd.gradcheck(lambda v: space.awm_log_prob(v, x0, noise, t, weighting=weighting), v)
+    upstream = torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64)
+    (grad,) = torch.autograd.grad(space.awm_log_prob(v, x0, noise, t, weighting=weighting), v, upstream)
+    # Of the loss on-policy: ratio 1, and -A d ratio/dv is -A d lp/dv.
+    options = {"weighting": weighting, "reduction": "none"}
+    loss = space.awm_loss(v, x0, noise, t, -upstream, **options).loss
+    torch.testing.assert_close(grad, torch.autograd.grad(loss.sum(), v)[0], rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        v[1, 0, 0] = float("nan")
+    values = space.awm_log_prob(v, x0, noise, t, weighting=weighting)
+    bad = torch.autograd.grad(values, v, upstream)[0]
+    assert not values[1].isfinite() and not bad[1].any() and torch.equal(bad[[0, 2, 3]], grad[[0, 2, 3]])
