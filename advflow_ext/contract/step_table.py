@@ -143,6 +143,7 @@ class StepTable:
             sigma_1 = torch.zeros_like(s)
 
         level = level.clamp(max=_LARGEST)
+        self._starts: tuple[float, ...] = tuple(s.tolist())
         self.dt = s_end - s
         h = -self.dt
         if sampler == "cps":
@@ -204,6 +205,33 @@ class StepTable:
             f"at most {limit:.6g}, {remedy}and stochastic_steps without "
             f"{listed_steps(steps.tolist())}."
         )
+
+    def index_of(self, timesteps: Tensor, *, scale: float = 1000.0) -> Tensor:
+        """The steps that begin at ``timesteps`` / ``scale``, int64 of their shape, never waiting for their device.
+
+        The nearest beginning is taken, at most 1e-3 away: schedulers round, DanceGRPO cuts fractions off. Where none is
+        within reach it is -1, which ops refuse on CPU, and drop and count, or show as NaN, on CUDA.
+
+        Arguments:
+            timesteps: of any dtype but bool and complex, s times ``scale``.
+            scale: a number above 0; 1 for sigmas themselves.
+
+        Raises ValueError for other arguments, and for a table of several steps that begin at one s.
+        """
+        if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
+            kind = timesteps.dtype if isinstance(timesteps, Tensor) else f"a {type(timesteps).__name__}"
+            raise ValueError(f"timesteps is {kind}; accepted is a tensor of real numbers.")
+        require_number("scale", scale, low=0.0, exclusive=True)
+        if len(set(self._starts)) < self.steps:
+            raise ValueError("table has several steps that begin at one s; accepted is one without for index_of.")
+        given = timesteps.detach().double() / scale
+        nearest, index = torch.full_like(given, 1e-3 + 1e-9), torch.full_like(given, -1, dtype=torch.int64)
+        for step, start in enumerate(self._starts):
+            distance = (given - start).abs()
+            closer = distance < nearest
+            nearest = torch.where(closer, distance, nearest)
+            index = torch.where(closer, step, index)
+        return index
 
     def columns(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[N, 5]``, the columns of :class:`StepRows`, on the device of ``index``; never waits for that device but on
