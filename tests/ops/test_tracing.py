@@ -109,7 +109,7 @@ def test_torch_func_transforms_are_served(name, space):
 
     value, slope = torch.func.jvp(scalar, (x,), (tangent,))
     torch.testing.assert_close(value, scalar(x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(slope, (expected * tangent).sum(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(slope, (expected * tangent).sum().to(slope), rtol=1e-3, atol=1e-5)
 
     several = torch.stack([x, x + 0.1 * tangent])
     torch.testing.assert_close(
