@@ -61,7 +61,6 @@ def right_call(op: str) -> Arguments:
             "log_lowest": column(),
             "log_highest": column(),
             "v": latent(),
-            "eps_first": True,
             "contrast": True,
         }
     if op in LOSSES:
