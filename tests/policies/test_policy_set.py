@@ -161,7 +161,7 @@ def test_without_gradients_a_policy_runs_on_merged_weights() -> None:
 
 
 def test_merged_weights_are_made_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    import advflow_ext.policies.policy_set as module
+    import advflow_ext.policies.merged_weights as module
 
     made: list[str] = []
     real = module.merged_weight
@@ -228,7 +228,7 @@ def test_the_policy_not_used_for_longest_makes_room() -> None:
     with torch.no_grad():
         for role, held in (("a", "a"), ("b", "ab"), ("a", "ba"), ("c", "ac"), ("b", "cb")):
             policies.activate(role)
-            assert policies.merged and list(policies._cache) == [adapters[name] for name in held]
+            assert policies.merged and list(policies._weights._held) == [adapters[name] for name in held]
         small = af.PolicySet(model, adapters, merged_bytes=size - 1)
         small.activate("a")
         assert not small.merged
@@ -521,7 +521,7 @@ def test_a_policy_that_cannot_be_put_in_force_leaves_the_one_before(monkeypatch:
     def full(*_: object) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr("advflow_ext.policies.policy_set.merged_weight", full)
+    monkeypatch.setattr("advflow_ext.policies.merged_weights.merged_weight", full)
     with torch.no_grad(), pytest.raises(MemoryError), policies.use("rollout"):
         pass
     assert policies.active == "learner" and torch.equal(run(model), stock["learner"])
