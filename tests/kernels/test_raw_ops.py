@@ -1,4 +1,7 @@
-"""Every raw operator under attack: one argument at a time is wrong, and the sentence that refuses it names it."""
+"""Every raw operator under attack: one argument at a time is wrong, and the sentence that refuses it names it.
+
+One file, for real and fake tensors get the same right call and the same wrong ones.
+"""
 
 from __future__ import annotations
 
