@@ -18,7 +18,8 @@ from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.policies.cuda_graphs import CudaGraphs
-from advflow_ext.policies.policy_set import Mismatch, PolicySet
+from advflow_ext.policies.mismatch import Mismatch
+from advflow_ext.policies.policy_set import PolicySet
 
 __version__ = "0.1.0" + _native.LABEL
 
