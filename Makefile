@@ -95,4 +95,4 @@ wheels: ## wheels into dist/, tested, PAIRS="3.12:2.11.0 3.13:2.15.0" of Python 
 	$(PYTHON) csrc/wheels.py $(PAIRS)
 
 clean: ## what was built or installed here
-	rm -rf $(VENV) $(NEWEST) $(DOCS) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) $(DOCS) build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so

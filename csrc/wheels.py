@@ -116,7 +116,7 @@ def choose(words: Sequence[str], environment: Mapping[str, str]) -> dict[Pair, s
 
 
 def kernels_of(wheel: str, pair: Pair) -> str:
-    """ "cpu", or "cpu, cu130", out of the name of a wheel, which has to be the pair's."""
+    """What a wheel has kernels for, cpu or cpu and cu130, by its name, which has to be the pair's."""
     tag = "cp" + pair.python.replace(".", "")
     match = re.fullmatch(rf"advflow_ext-[\d.]+\+torch{re.escape(pair.torch)}\.(cpu|cu\d+)-{tag}-{tag}-\w+\.whl", wheel)
     if match is None:
