@@ -63,7 +63,7 @@ def test_the_matrix_is_what_the_package_promises(wheels, monkeypatch):
     assert [release[:2] for release in releases] == [(2, minor) for minor in range(releases[0][1], releases[-1][1] + 1)]
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     named = [line.rpartition(" ")[2] for line in classifiers if line.startswith("Programming Language :: Python :: 3.")]
-    assert list(wheels.PYTHONS) == named
+    assert named and set(named) <= set(wheels.PYTHONS)
     newest = (ROOT / "requirements-newest.txt").read_text()
     assert f"torch=={wheels.TORCHES[-1]}\n" in newest
 
