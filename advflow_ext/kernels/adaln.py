@@ -35,8 +35,8 @@ def tiles(width: int) -> tuple[int, int]:
 
 
 def forward_warps(head: int) -> int:
-    """Of a program whose larger tile is ``head``. Against one warp a row of 1536, which has fewer instructions, four were
-    1 to 11 % faster on an H200, and 1 % slower with two branches."""
+    """Of a program whose larger tile is ``head``. Against one warp a row of 1536, which has fewer instructions, four
+    were 1 to 11 % faster on an H200, and 1 % slower with two branches."""
     return min(max(head // 256, 1), MOST_WARPS)
 
 
