@@ -16,7 +16,7 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py 
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check clean
+.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -91,5 +91,8 @@ bench: setup ## this machine's plan of the bench
 gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and without a network
 	PYTHON="$(PYTHON)" bench/gpu.sh
 
+wheels: ## wheels into dist/, tested, PAIRS="3.12:2.11.0 3.13:2.15.0" of Python and torch or all (one torch: several GB)
+	$(PYTHON) csrc/wheels.py $(PAIRS)
+
 clean: ## what was built or installed here
-	rm -rf $(VENV) $(NEWEST) $(DOCS) build *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so
+	rm -rf $(VENV) $(NEWEST) $(DOCS) build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage advflow_ext/_C*.so

@@ -280,7 +280,11 @@ class Plan:
     def label(self) -> str:
         """The local version label of what is installed: which torch it serves, and with whose CUDA."""
         cuda = f"cu{''.join(self.cuda.split('.')[:2])}" if self.cuda else "cpu"
-        return f"+torch{self.torch.split('+')[0]}.{cuda}"
+        return f"+torch{self.release}.{cuda}"
+
+    @property
+    def release(self) -> str:
+        return self.torch.split("+")[0]
 
 
 def make_plan(environment: Mapping[str, str], torch: ModuleType) -> Plan:
@@ -332,6 +336,9 @@ def main() -> None:
     class Labelled(egg_info):  # type: ignore[misc]
         def finalize_options(self) -> None:
             self.tag_build = plan.label
+            # So that pip takes the right one of several wheels, and says so when torch is replaced under one.
+            for holder in (self.distribution, self.distribution.metadata):
+                holder.install_requires = [f"torch=={plan.release}"]
             super().finalize_options()
 
     class Build(BuildExtension):

@@ -1,6 +1,8 @@
 WITH_CUDA: bool
 DTYPES: dict[str, int]
 STATS: tuple[str, ...]
+SUMMARY: dict[str, int]
+STEP_COLUMNS: int
 LOSSES: dict[str, tuple[bool, int, list[int], int]]
 
 def build_info() -> str: ...

@@ -19,7 +19,8 @@ from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.transition_log_prob import from_means, transition_log_prob, transition_noise
 from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
 from advflow_ext.policies.cuda_graphs import CudaGraphs
-from advflow_ext.policies.policy_set import Mismatch, PolicySet
+from advflow_ext.policies.mismatch import Mismatch
+from advflow_ext.policies.policy_set import PolicySet
 
 __version__ = "0.1.0" + _native.LABEL
 

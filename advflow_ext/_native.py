@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parent
 BUILD_RECORD = PACKAGE / "_build.json"  # written by setup.py beside the compiled module
 
 # The numbers and columns that Python and C++ must agree on, checked when the module is loaded.
-INTERFACE = 4
+INTERFACE = 5
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 # Columns of residual_stats, each a mean over one sample's elements.
 STATS = ("vu_sq", "vo_sq", "vp_sq", "ou_sq", "vu_abs", "ou_abs", "plus_abs", "minus_abs")

@@ -70,7 +70,6 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
 
 enum AdvflowSummaryLimits : int {
   ADVFLOW_SUMMARY_MEANS = 8,
-  ADVFLOW_SUMMARY_RATIO = 7,  // metrics of a ratio
   ADVFLOW_SUMMARY_REQUIRED = 4,
   ADVFLOW_SUMMARY_STATS = 3,
 };

@@ -19,8 +19,9 @@ from advflow_ext.kernels.raw_checks import check_accumulate, check_device, check
 Samples = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # v, x0, noise, v_old, v_ref
 Transitions = tuple[Tensor, Tensor, Tensor, Tensor | None]  # v, eps, v_old, v_ref
 
-_STEP_COLUMNS = 5
-# Of transitions, how many numbers, how many values each choice has, how many metrics: csrc/torch/bindings.cpp.
+# As csrc/torch/bindings.cpp says them.
+_STEP_COLUMNS = 0 if _native.module is None else _native.module.STEP_COLUMNS
+# Of transitions, how many numbers, how many values each choice has, how many metrics.
 _LOSSES: dict[str, tuple[bool, int, Sequence[int], int]] = {} if _native.module is None else _native.module.LOSSES
 
 

@@ -12,11 +12,11 @@ from advflow_ext import _native
 from advflow_ext._native import STATS
 from advflow_ext.contract.checks import REDUCTIONS
 from advflow_ext.contract.numbers import Number
-from advflow_ext.contract.outputs import RATIO_METRICS, Ratio
+from advflow_ext.contract.outputs import Ratio
 from advflow_ext.kernels.raw_checks import check_device, check_float, check_like, check_served
 
-# As csrc/launchers.h bounds them.
-_MOST = {"means": 8, "required": 4, "stat_means": 3}
+# How many columns at most, how many metrics every loss has, how many a ratio adds: csrc/torch/bindings.cpp.
+_COUNTS: dict[str, int] = {} if _native.module is None else _native.module.SUMMARY
 
 
 class LossSummary(NamedTuple):
@@ -43,7 +43,6 @@ def _register_fake() -> None:
         log_lowest: Tensor | None = None,
         log_highest: Tensor | None = None,
         v: Tensor | None = None,
-        eps_first: bool = False,
         contrast: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if stats.dim() != 2 or stats.shape[1] != len(STATS):
@@ -54,8 +53,8 @@ def _register_fake() -> None:
             raise RuntimeError("means is empty; accepted are the losses and what else to report.")
         batch = stats.shape[0]
         for name, columns in (("means", means), ("required", required)):
-            if len(columns) > _MOST[name]:
-                raise RuntimeError(f"{name} has {len(columns)} columns; accepted are at most {_MOST[name]}.")
+            if len(columns) > _COUNTS[name]:
+                raise RuntimeError(f"{name} has {len(columns)} columns; accepted are at most {_COUNTS[name]}.")
             for k, column in enumerate(columns):
                 check_like(f"{name}[{k}]", column, (batch,), stats.dtype, stats)
         check_like("advantages", advantages, (batch,), stats.dtype, stats)
@@ -63,8 +62,8 @@ def _register_fake() -> None:
         check_like("coef", coef, (batch, 3), stats.dtype, stats)
         check_like("valid", valid, (batch,), torch.bool, stats)
         check_like("flagged", flagged, (batch,), torch.bool, stats)
-        if not 0 <= stat_means <= _MOST["stat_means"]:
-            raise RuntimeError(f"stat_means is {stat_means}; accepted are 0 to {_MOST['stat_means']}.")
+        if not 0 <= stat_means <= _COUNTS["stat_means"]:
+            raise RuntimeError(f"stat_means is {stat_means}; accepted are 0 to {_COUNTS['stat_means']}.")
         if reduction not in REDUCTIONS:
             raise RuntimeError(f"reduction is {reduction!r}; accepted are 'mean', 'sum' and 'none'.")
         if log_ratio is not None:
@@ -81,8 +80,8 @@ def _register_fake() -> None:
             check_float("v", v)
         check_served("loss_summary", stats.dtype, stats)
         loss = stats.new_empty((stats.shape[0],) if reduction == "none" else ())
-        more = int(contrast) + (len(RATIO_METRICS) if log_ratio is not None else 0)
-        metrics = stats.new_empty((len(means) + stat_means + 6 + more,))
+        more = int(contrast) + (_COUNTS["ratio_metrics"] if log_ratio is not None else 0)
+        metrics = stats.new_empty((len(means) + stat_means + _COUNTS["metrics"] + more,))
         return loss, torch.empty_like(coef, memory_format=torch.contiguous_format), metrics
 
 
@@ -105,7 +104,6 @@ def loss_summary(
     reduction: str,
     ratio: Ratio | None = None,
     v: Tensor | None = None,
-    eps_first: bool = False,
     contrast: bool = False,
 ) -> LossSummary:
     """Drops the samples that cannot be used, reduces the losses and reports what the batch was like, in one launch.
@@ -116,17 +114,18 @@ def loss_summary(
     ``means``, of the first ``stat_means`` columns of ``stats``, of A and of |A|; the smallest ``extreme`` (inf where no
     sample is usable) or, with ``largest``, the largest magnitude of it (else 0); how many usable samples are
     ``flagged``; how many samples are not finite; how many not valid; with ``contrast`` the share of usable samples
-    whose <(v-v_old)^2> is not 0; with a ``ratio`` :data:`RATIO_METRICS` of it. Everything is in one dtype, float32 or
-    float64, and without gradient. Sums run in float64, in an order fixed by the batch size and the device.
+    whose <(v-v_old)^2> is not 0; with a ``ratio`` :data:`advflow_ext.contract.outputs.RATIO_METRICS` of it. Everything
+    is in one dtype, float32 or float64, and without gradient. Sums run in float64, in an order fixed by the batch size
+    and the device.
 
     With ``v`` a sample must also have a gradient that no element of v's dtype can be too small for, before the
-    reduction divides it: coef times the root mean squares of (v-u), or of eps with ``eps_first``, of (v-v_old) and
-    (v-v_ref), times 2 / sqrt(D), bounds it.
+    reduction divides it: coef times the root mean squares of (v-u), (v-v_old) and (v-v_ref), times 2 / sqrt(D), bounds
+    it.
     """
     log_ratio, lowest, highest = (None, None, None) if ratio is None else ratio
     outputs = torch.ops.advflow.loss_summary.default(
         means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
-        log_ratio, _bound(lowest, stats), _bound(highest, stats), v, eps_first, contrast,
+        log_ratio, _bound(lowest, stats), _bound(highest, stats), v, contrast,
     )  # fmt: skip
     return LossSummary(*outputs)
 

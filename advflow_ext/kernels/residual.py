@@ -15,8 +15,7 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
-from advflow_ext.contract.checks import accumulate_dtype
-from advflow_ext.contract.numbers import Number, made_in_inference_mode
+from advflow_ext.contract.numbers import made_in_inference_mode
 from advflow_ext.kernels.raw_checks import check_column, check_latents, check_scalars
 
 
@@ -69,18 +68,16 @@ if _native.module is not None:
 
 
 def residual_stats(
-    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None, mix: Number = 0.0
+    v: Tensor, target: Tensor, noise: Tensor | None, v_old: Tensor | None, v_ref: Tensor | None
 ) -> Tensor:
     """``[B, 8]`` means over each sample, columns :data:`STATS`, without gradient; a column of an absent tensor is 0.
 
     ``target`` is x0 when ``noise`` is given (u = noise - x0 is formed in registers), otherwise u itself. The last two
-    columns, <|(v_old - u) + mix (v - v_old)|> and the same with minus, are computed for a ``mix`` other than 0: a
-    number, or a tensor ``[]`` or ``[B]``. float32, or float64 as soon as one input is. A row depends on its own sample
-    only, not on batch or threads.
+    columns, <|(v_old - u) + mix (v - v_old)|> and the same with minus, are 0: of a mix the raw operator alone is told.
+    float32, or float64 as soon as one input is. A row depends on its own sample only, not on batch or threads.
     """
     others = [_detached(tensor) for tensor in (target, noise, v_old, v_ref)]
-    one, each = (0.0, mix.detach().to(accumulate_dtype(v, *others))) if isinstance(mix, Tensor) else (mix, None)
-    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others, one, each)
+    stats: Tensor = torch.ops.advflow.residual_stats.default(v.detach(), *others)
     return stats
 
 

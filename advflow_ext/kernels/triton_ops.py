@@ -78,7 +78,7 @@ def define(schema: str, module: str, function: str, shapes: Callable[..., list[T
     ``advflow_ext.kernels.<module>.<function>`` launches ``<function>_kernel`` there; it is imported when it is first
     needed: nothing needs Triton before. ``shapes`` are those of the results, for tracing.
 
-    Eager code calls the launcher. torch.compile sees the launch itself, as of torch.library.triton_op, whose own way
+    Eager code calls the launcher. torch.compile sees the launch itself, as with PyTorch's ``triton_op``, whose own way
     through eager code takes the host longer.
     """
     library.define(schema)

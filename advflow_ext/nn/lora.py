@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from advflow_ext.nn._identity import is_peft_linear
+from advflow_ext.nn._stamp import stamp
 from advflow_ext.reference.lora_linear import lora_linear_arguments
 
 PeftLayer = Any  # an nn.Module that `is_lora_layer`; what such a module holds is known by its names alone
@@ -278,3 +279,13 @@ def merged_weight(layer: PeftLayer, name: str) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = layer.lora_A[name].weight.to(wide), layer.lora_B[name].weight.to(wide)
     return torch.addmm(weight.to(wide), b, a, alpha=layer.scaling[name]).to(weight.dtype)
+
+
+def merge_stamp(layer: PeftLayer, name: str) -> tuple[object, ...]:
+    """Differs as soon as :func:`merged_weight` would; without the adapter, as soon as the base weight does."""
+    modules = layer._modules  # past nn.Module.__getattr__, as this is asked at every switch of policies
+    weights = [modules["base_layer"]._parameters["weight"]]
+    for kind in ("lora_A", "lora_B"):
+        if matrix := modules[kind]._modules.get(name):
+            weights.append(matrix._parameters["weight"])
+    return *map(stamp, weights), layer.scaling.get(name)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advflow_ext.nn._stamp import stamp
 from advflow_ext.nn.lora import is_lora_layer
 
 _active: ModulationCache | None = None
@@ -105,11 +106,6 @@ def modulation(linear: nn.Module, emb: Tensor) -> Tensor:
 
 def is_on() -> bool:
     return _active is not None
-
-
-def stamp(tensor: Tensor) -> tuple[int, int, int]:
-    """Changes with the identity, the memory and the version of ``tensor``; an inference tensor has no version."""
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class _Remembered:

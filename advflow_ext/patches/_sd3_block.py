@@ -25,8 +25,8 @@ from advflow_ext.nn import (
     layer_norm_modulate,
 )
 from advflow_ext.nn._identity import is_as_written, is_exactly
+from advflow_ext.nn._stamp import stamp
 from advflow_ext.nn.lora import has_hooks
-from advflow_ext.nn.modulation_cache import stamp
 from advflow_ext.patches._diffusers import Stock
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._verify import Verifier

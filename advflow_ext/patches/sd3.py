@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from advflow_ext.contract.checks import require_choice, require_flag
 from advflow_ext.kernels import triton_ops
 from advflow_ext.nn._identity import MARK, STOCK, is_as_written, is_exactly, is_peft_linear, peft_linear
-from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle, merge_obstacle, merged_weight
-from advflow_ext.nn.modulation_cache import stamp
+from advflow_ext.nn._stamp import stamp
+from advflow_ext.nn.lora import is_lora_layer, lora_forward, lora_obstacle, merge_obstacle, merge_stamp, merged_weight
 from advflow_ext.patches._diffusers import Exchanged, Stock, stock_classes
 from advflow_ext.patches._sd3_block import (
     CHECKED_WEIGHTS,
@@ -251,9 +251,12 @@ def _merged_method(patch: SD3Patch, stock: Callable[..., Tensor]) -> Callable[..
 
 
 def _merged(patch: SD3Patch, layer: Any, name: str) -> Tensor:
-    """The merged weight of `layer`, kept in its patch as long as nothing it is made of changes."""
-    tensors = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
-    made_of = (name, layer.scaling[name], *map(stamp, tensors))
+    """The merged weight of `layer`, kept in its patch as long as nothing it is made of changes.
+
+    Not as PolicySet keeps them, an adapter's of all layers at once, made when the policy is put in force: here PEFT's
+    own calls change the adapter of any layer at any time, and its forward pass is the first to learn of it.
+    """
+    made_of = name, merge_stamp(layer, name)
     if layer not in patch._merged or patch._merged[layer][0] != made_of:
         patch._merged[layer] = made_of, merged_weight(layer, name)
     return patch._merged[layer][1]

@@ -122,7 +122,7 @@ class _Recording:
         self._learns = torch.is_grad_enabled()
         self._addresses = self._addresses_of(weights)
         self._parameters = [w for w in weights if w.requires_grad] if self._learns else []
-        self._turn = 0  # counts forward passes; the backward pass of the last one alone can be replayed
+        self.turn = 0  # counts forward passes; the backward pass of the last one alone can be replayed
         # A weight cast by an earlier call must not be taken for one that the graph casts.
         with (
             torch.inference_mode(False),
@@ -154,22 +154,18 @@ class _Recording:
         return [(weight.data_ptr(), self._learns and weight.requires_grad) for weight in weights]
 
     def forward(self) -> Tensor:
-        self._turn += 1
+        self.turn += 1
         self._replay_forward()
         return self._output.detach().clone()
 
-    @property
-    def turn(self) -> int:
-        return self._turn
-
     def backward(self, turn: int, upstream: Tensor) -> list[Tensor | None]:
         """The gradients of the parameters, in memory of their own, since autograd keeps what it is given."""
-        if turn != self._turn:
+        if turn != self.turn:
             raise RuntimeError(
                 "the backward pass of a CUDA graph comes too late: its forward pass, or its backward pass itself, has "
                 "been replayed since; accepted is one backward pass, before the next forward pass."
             )
-        self._turn += 1
+        self.turn += 1
         self._upstream.copy_(upstream)
         self._replay_backward()
         there = [gradient for gradient in self._gradients if gradient is not None]

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.nn.lora import PeftLayer, is_lora_layer, merge_obstacle, merged_weight
-from advflow_ext.nn.modulation_cache import stamp
+from advflow_ext.nn.lora import PeftLayer, is_lora_layer, merge_obstacle
+from advflow_ext.policies.merged_weights import MERGED_BY, Bases, MergedWeights, count_optimizer_steps, merged_size
+from advflow_ext.policies.mismatch import Mismatch, measured
 from advflow_ext.policies.parameters import Place, move_towards, places_of, require_in_place
-
-# What would take merged weights for the base's, and PEFT's own switching: while weights are merged, each of them first
-# puts the bases back. The walk is that of parameters(), of PEFT's calls on a whole model, and of many others.
-_OF_LAYERS = ("named_modules", "set_adapter", "enable_adapters", "delete_adapter", "update_layer", "merge", "unmerge")
-_OF_ALL = ("named_parameters", "apply", "_apply", "__deepcopy__", "__reduce_ex__")
-_MERGED_BY = "_advflow_merged_by"
-
-
-class Mismatch(NamedTuple):
-    """How far one policy is from itself when it is run in two ways.
-
-    ``velocity`` is the largest |v_rollout - v_training| of an element; ``log_ratio`` the largest |log-ratio|,
-    mean-reduced over a sample's elements as in the losses, which a trust region would take for a change of the policy.
-    """
-
-    velocity: float
-    log_ratio: float
-
-
-class _Merged(NamedTuple):
-    weights: list[nn.Parameter]
-    stamps: list[object]
-    size: int
 
 
 class PolicySet:
@@ -100,11 +74,9 @@ class PolicySet:
         self._model = model
         self._adapters = dict(adapters)
         self._merged_bytes = merged_bytes
-        self._cache: OrderedDict[str, _Merged] = OrderedDict()
-        self._bases: list[nn.Parameter] | None = None  # what merged weights stand in for at the moment
+        self._weights = MergedWeights(merged_bytes)
         self._given: dict[str, list[Place]] = {}  # what parameters() has given out, by policy
         self._turn = threading.RLock()
-        self._bases_first: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of each layer and its base, once needed
         self._find_layers()
         if not self._layers:
             raise ValueError(f"model is a {type(model).__name__} without LoRA layers; accepted is one with adapters.")
@@ -112,7 +84,7 @@ class PolicySet:
         for policy, adapter in adapters.items():
             if adapter is not None and adapter not in known:
                 raise ValueError(f"adapters has {adapter!r} for {policy!r}; the model's adapters are {known}.")
-        _count_optimizer_steps()
+        count_optimizer_steps()
         model.register_state_dict_pre_hook(self._put_bases_back_first)
         model.register_load_state_dict_pre_hook(self._put_bases_back_first)
         self.activate(next(iter(adapters)), merged=False)
@@ -120,14 +92,15 @@ class PolicySet:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model that is copied with it has its bases in place and makes merged weights of its own."""
         self._put_bases_back_first()
-        return self.__dict__ | {"_cache": OrderedDict(), "_given": {}, "_turn": None, "_bases_first": []}
+        weights, bases = MergedWeights(self._merged_bytes), Bases(self._layers)
+        return self.__dict__ | {"_weights": weights, "_bases": bases, "_given": {}, "_turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_turn": threading.RLock()}
 
     @property
     def merged(self) -> bool:
-        return self._bases is not None
+        return self._bases.replaced
 
     def activate(self, policy: str, *, merged: bool | None = None) -> None:
         """Puts ``policy`` in force until the next call.
@@ -138,14 +111,16 @@ class PolicySet:
         with self._my_turn():
             adapter = self._adapter(policy)
             self._check(policy, adapter)
-            self._put_bases_back()
+            self._bases.put_back()
             self._switch_to(adapter, disabled=adapter is None)
             self.active = policy  # unmerged, should there be no memory for more
             if adapter is not None and (not torch.is_grad_enabled() if merged is None else merged):
-                weights = self._merged_weights(policy, adapter)
-                if weights is not None:
-                    self._switch_to(adapter, disabled=True)
-                    self._put_in_force(weights)
+                if self.obstacle(policy) is not None:
+                    self._weights.drop(adapter)
+                    return
+                weights = self._weights.of(self._layers, adapter)
+                self._switch_to(adapter, disabled=True)
+                self._bases.replace(weights, self._put_bases_back_first)
 
     @contextmanager
     def use(self, policy: str, *, merged: bool | None = None) -> Iterator[None]:
@@ -190,7 +165,7 @@ class PolicySet:
             dropout = layer.lora_dropout[adapter] if adapter in layer.lora_dropout else None
             if isinstance(dropout, nn.Dropout) and dropout.training:
                 return f"Adapter {adapter!r} has a dropout, and the model is in training mode."
-        size = self._size(adapter)
+        size = merged_size(self._layers, adapter)
         if size > self._merged_bytes:
             return f"Its merged weights take {size} bytes, and merged_bytes is {self._merged_bytes}."
         return None
@@ -214,7 +189,7 @@ class PolicySet:
     def forget(self) -> None:
         """Drops all merged weights, after a change that no version counter has seen."""
         self._put_bases_back_first()
-        self._cache.clear()
+        self._weights.clear()
 
     def mismatch(
         self,
@@ -241,33 +216,10 @@ class PolicySet:
             eps: the steps' noise, of the velocities' shape; None draws standard normal noise.
             merged: whether the rollout runs on merged weights.
         """
-        for name, value in {"rollout_batch": rollout_batch, "train_batch": train_batch}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; accepted is a positive integer.")
-        if not inputs or any(tensor.shape[:1] != inputs[0].shape[:1] for tensor in inputs):
-            shapes = [list(tensor.shape) for tensor in inputs]
-            raise ValueError(f"inputs have the shapes {shapes}; accepted are tensors with one number of rows.")
-        wrong = sorted(set(index.tolist()) - set(table.stochastic_steps))
-        if wrong or index.shape != inputs[0].shape[:1]:
-            raise ValueError(
-                f"index has shape {list(index.shape)} and the steps {wrong or 'accepted'}; accepted are "
-                f"{len(inputs[0])} of the stochastic steps {list(table.stochastic_steps)}."
-            )
-
-        def run(batch: int) -> Tensor:
-            parts = zip(*(tensor.split(batch) for tensor in inputs), strict=True)
-            return torch.cat([velocity(*part).detach().float() for part in parts])
-
-        with torch.no_grad(), self.use(policy, merged=merged):
-            rolled_out = run(rollout_batch)
-        with torch.enable_grad(), self.use(policy, merged=False):
-            trained = run(train_batch)
-        delta = (trained - rolled_out).flatten(1)
-        if eps is None:
-            eps = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0)).to(delta)
-        kappa = table.rows(index).kappa[:, None]
-        log_ratio = (kappa * delta * (eps.flatten(1).float() - kappa * delta / 2)).mean(1)
-        return Mismatch(delta.abs().max().item(), log_ratio.abs().max().item())
+        return measured(
+            self.use(policy, merged=merged), self.use(policy, merged=False), velocity, inputs,
+            rollout_batch=rollout_batch, train_batch=train_batch, table=table, index=index, eps=eps,
+        )  # fmt: skip
 
     def _adapter(self, policy: str) -> str | None:
         if policy not in self._adapters:
@@ -296,8 +248,8 @@ class PolicySet:
         self._layers_of = {name: [layer for layer in self._layers if name in layer.lora_A] for name in adapters}
         self._settings = next((m for m in self._model.modules() if "peft_config" in m.__dict__), self._model)
         self._configs = self._current_configs()
-        self._bases_first = []
-        self._cache.clear()
+        self._bases = Bases(self._layers)
+        self._weights.clear()
 
     def _known(self) -> list[str]:
         return sorted({name for layer in self._layers for name in layer.lora_A})
@@ -319,8 +271,8 @@ class PolicySet:
             notes = layer.__dict__
             if notes.get("merged_adapters"):
                 merged.update(notes["merged_adapters"])
-            if (other := notes.get(_MERGED_BY)) is not None and other is not self:
-                other._put_bases_back_first()
+            if (give_way := notes.get(MERGED_BY)) is not None and give_way != self._put_bases_back_first:
+                give_way()  # another PolicySet's
         for layer in () if adapter is None else self._layers_of[adapter]:
             missing = missing or adapter not in layer._modules["lora_A"]._modules
         if missing:
@@ -329,7 +281,7 @@ class PolicySet:
                 "it again, or make a PolicySet of those that are there."
             )
         if merged:
-            self._cache.clear()
+            self._weights.clear()
             raise RuntimeError(
                 f"PEFT has merged {sorted(merged)} into the base weights, so that no policy is what it was; take that "
                 "back first, by unfuse_lora() or unmerge_adapter()."
@@ -353,52 +305,6 @@ class PolicySet:
         shapes = [(p.shape, p.dtype) for p in parameters]
         return parameters, [*map(id, layers), *shapes], [layer.scaling.get(adapter) for layer in layers]
 
-    def _size(self, adapter: str) -> int:
-        return sum(layer.base_layer.weight.nbytes for layer in self._layers if adapter in layer.lora_A)
-
-    def _merged_weights(self, policy: str, adapter: str) -> list[nn.Parameter] | None:
-        """The policy's merged weights, of every layer; None where it runs unmerged."""
-        held = self._cache.pop(adapter, None)
-        if self.obstacle(policy) is not None:
-            return None
-        stamps = self._stamps(adapter)
-        if held is None or held.stamps != stamps:
-            size = self._size(adapter)
-            while self._cache and sum(other.size for other in self._cache.values()) + size > self._merged_bytes:
-                self._cache.popitem(last=False)
-            held = _Merged(self._merge(adapter, held), stamps, size)
-        self._cache[adapter] = held  # as the last, the most recently used
-        return held.weights
-
-    # Tensors made under inference mode could not be written again outside it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _merge(self, adapter: str, held: _Merged | None) -> list[nn.Parameter]:
-        """Merges into the memory of ``held``, so that what has recorded its addresses goes on with the new weights."""
-        weights = []
-        for i, layer in enumerate(self._layers):
-            base = layer.base_layer.weight
-            old = None if held is None else held.weights[i]
-            if adapter not in layer.lora_A:
-                weights.append(base)
-            elif old is not None and old is not base and (old.dtype, old.device) == (base.dtype, base.device):
-                weights.append(old.copy_(merged_weight(layer, adapter)))
-            else:
-                weights.append(nn.Parameter(merged_weight(layer, adapter), requires_grad=False))
-        return weights
-
-    def _stamps(self, adapter: str) -> list[object]:
-        """Differ as soon as the merged weights would. Past nn.Module.__getattr__, as this is asked at every switch."""
-        stamps: list[object] = []
-        for layer in self._layers:
-            modules = layer._modules
-            stamps.append(stamp(modules["base_layer"]._parameters["weight"]))
-            for kind in ("lora_A", "lora_B"):
-                if held := modules[kind]._modules.get(adapter):
-                    stamps.append(stamp(held._parameters["weight"]))
-            stamps.append(layer.scaling.get(adapter))
-        return stamps
-
     def _switch_to(self, adapter: str | None, disabled: bool) -> None:
         names = [adapter]
         for layer in self._layers:
@@ -407,64 +313,14 @@ class PolicySet:
             if adapter is not None:
                 layer.__dict__["_active_adapter"] = names
 
-    def _put_in_force(self, weights: list[nn.Parameter]) -> None:
-        if not self._bases_first:
-            self._bases_first = [
-                (
-                    {name: _BasesFirst(self, layer, name) for name in (*_OF_LAYERS, *_OF_ALL)} | {_MERGED_BY: self},
-                    {name: _BasesFirst(self, layer.base_layer, name) for name in _OF_ALL},
-                )
-                for layer in self._layers
-            ]
-        self._bases = [layer.base_layer.weight for layer in self._layers]
-        for layer, weight, (of_layer, of_base) in zip(self._layers, weights, self._bases_first, strict=True):
-            base = layer.base_layer
-            base._parameters["weight"] = weight
-            layer.__dict__.update(of_layer)
-            base.__dict__.update(of_base)
-
-    def _put_bases_back(self) -> None:
-        if self._bases is None:
-            return
-        for layer, weight, ours in zip(self._layers, self._bases, self._bases_first, strict=True):
-            layer.base_layer._parameters["weight"] = weight
-            for module, names in zip((layer, layer.base_layer), ours, strict=True):
-                for name in names:
-                    del module.__dict__[name]
-        self._bases = None
-
     def _put_bases_back_first(self, *_: object) -> None:
         """The policy stays in force, unmerged."""
         if self.merged:
-            self._put_bases_back()
+            self._bases.put_back()
             self._switch_to(self._adapters[self.active], disabled=False)
-
-
-class _BasesFirst:
-    """Stands for a method of `module` while merged weights are in force there."""
-
-    def __init__(self, policies: PolicySet, module: nn.Module, name: str) -> None:
-        self._policies, self._module, self._name = policies, module, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._policies._put_bases_back_first()
-        if self._name == "__deepcopy__":  # which modules have not, but Python asks for
-            return copy.deepcopy(self._module, *args)
-        return getattr(self._module, self._name)(*args, **kwargs)
 
 
 def _parameters(parts: list[Place]) -> list[nn.Parameter]:
     return [
         p for part in parts for p in ([part.thing] if isinstance(part.thing, nn.Parameter) else part.thing.parameters())
     ]
-
-
-@cache
-def _count_optimizer_steps() -> None:
-    """Counts, from now on, every step of an optimiser as a version of its parameters: fused ones do not themselves."""
-
-    def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
-
-    register_optimizer_step_post_hook(count)

@@ -139,7 +139,7 @@ def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[s
     from bench.step.profile import by_site
 
     short = replace(inputs, sigmas=inputs.sigmas[-2:])
-    draw, closed = inputs.draws[0], "compile" in variant.name or variant.name.endswith("graph")
+    draw = inputs.draws[0]
     parts: list[tuple[str, int, Callable[[Callable[[torch.Tensor], None]], object]]] = [
         ("rollout", len(inputs.sigmas) - 1, lambda _: variant.roll_out(short)),
         ("training", len(inputs.draws), lambda backward: variant.accumulate(inputs, draw, inputs.noise, backward)),
@@ -149,7 +149,7 @@ def profile_of(variant: Variant, inputs: Inputs, device: torch.device) -> dict[s
     found: dict[str, dict[str, Row]] = {phase: {} for phase in PHASES}
     variant.switch_to_rollout()
     for phase, times, part in parts:
-        shares: dict[str, Share] = by_site(part, variant.model, device, closed)
+        shares: dict[str, Share] = by_site(part, variant.model, device, variant.closed)
         for site, share in shares.items():
             row = found[phase].setdefault(site, {"seconds": 0.0, "launches": 0})
             row["seconds"] += times * share.seconds

@@ -200,6 +200,7 @@ class Variant:
         self.model = sharing(base) if self.shares_base else nn.Module.float(copy.deepcopy(base))
         device = next(base.parameters()).device
         ours, compiled, graphed = name.startswith("ours"), "compile" in name, name.endswith("graph")
+        self.closed = compiled or graphed  # a profile sees no modules in it
         self._loss = (_our_loss if ours else _public_loss)(algorithm)
         with _compiled(device):
             self.policies = _loop_policies(self.model, compiled) if ours else _stock_policies(self.model, compiled)

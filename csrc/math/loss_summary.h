@@ -33,6 +33,29 @@ enum AdvflowSummaryPlace : int {
   ADVFLOW_SUMMARY_PLACES,
 };
 
+// What every loss reports after its means, in this order; after it, where asked for, the contrast.
+enum AdvflowMetric : int {
+  ADVFLOW_METRIC_ADVANTAGE = 0,
+  ADVFLOW_METRIC_ABS_ADVANTAGE,
+  ADVFLOW_METRIC_EXTREME,
+  ADVFLOW_METRIC_FLAGGED,
+  ADVFLOW_METRIC_NONFINITE,
+  ADVFLOW_METRIC_INVALID,
+  ADVFLOW_METRICS_OF_ALL,
+};
+
+// Where a ratio is reported, last.
+enum AdvflowRatioMetric : int {
+  ADVFLOW_RATIO_APPROX_KL = 0,
+  ADVFLOW_RATIO_MEAN,
+  ADVFLOW_RATIO_STD,
+  ADVFLOW_RATIO_MIN,
+  ADVFLOW_RATIO_MAX,
+  ADVFLOW_RATIO_ABOVE,
+  ADVFLOW_RATIO_BELOW,
+  ADVFLOW_METRICS_OF_RATIO,
+};
+
 // What a place holds when no sample has added to it, and two of its values as one.
 ADVFLOW_HD double advflow_summary_none(int place, bool largest) {
   return place < ADVFLOW_SUMMARY_SUMS || (place == ADVFLOW_MOST_EXTREME && largest) ? 0.0 : -HUGE_VAL;
@@ -143,13 +166,13 @@ ADVFLOW_HD void advflow_summarise_sample(const AdvflowReport& report, const Advf
 
 // The spread and the ends of a ratio, which are no means of the batch.
 ADVFLOW_HD double advflow_ratio_metric(int metric, const double* totals, double usable) {
-  if (metric == 2) {
+  if (metric == ADVFLOW_RATIO_STD) {
     const double excess = totals[ADVFLOW_SUM_EXCESS] / usable;
     const double variance = totals[ADVFLOW_SUM_EXCESS_SQ] / usable - excess * excess;
     return variance > 0.0 ? sqrt(variance) : 0.0;
   }
   if (!(totals[ADVFLOW_SUM_USABLE] > 0.0)) return 1.0;
-  return exp(metric == 3 ? -totals[ADVFLOW_MOST_LOW] : totals[ADVFLOW_MOST_HIGH]);
+  return exp(metric == ADVFLOW_RATIO_MIN ? -totals[ADVFLOW_MOST_LOW] : totals[ADVFLOW_MOST_HIGH]);
 }
 
 // Metric `metric` of advflow_summary_metrics(report), from the places of the batch.
@@ -161,26 +184,29 @@ ADVFLOW_HD double advflow_summary_metric(const AdvflowReport& report, int metric
     mean = ADVFLOW_SUM_MEANS + metric;
   } else if (metric < others) {
     mean = ADVFLOW_SUM_STATS + metric - report.mean_count;
-  } else if (metric < others + 2) {
+  } else if (metric < others + ADVFLOW_METRIC_EXTREME) {
     mean = ADVFLOW_SUM_ADVANTAGE + metric - others;
-  } else if (metric == others + 2) {
+  } else if (metric == others + ADVFLOW_METRIC_EXTREME) {
     return report.largest ? totals[ADVFLOW_MOST_EXTREME] : -totals[ADVFLOW_MOST_EXTREME];
-  } else if (metric < others + 6) {
-    return totals[ADVFLOW_SUM_FLAGGED + metric - others - 3];
-  } else if (report.contrast && metric == others + 6) {
+  } else if (metric < others + ADVFLOW_METRICS_OF_ALL) {
+    return totals[ADVFLOW_SUM_FLAGGED + metric - others - ADVFLOW_METRIC_FLAGGED];
+  } else if (report.contrast && metric == others + ADVFLOW_METRICS_OF_ALL) {
     mean = ADVFLOW_SUM_CONTRAST;
   } else {
-    const int of_ratio = metric - others - 6 - (report.contrast ? 1 : 0);
-    if (of_ratio >= 2 && of_ratio < 5) return advflow_ratio_metric(of_ratio, totals, usable);
-    mean = of_ratio < 2 ? int(ADVFLOW_SUM_APPROX_KL) + of_ratio : int(ADVFLOW_SUM_ABOVE) + of_ratio - 5;
-    if (of_ratio == 1) return 1.0 + totals[mean] / usable;
+    const int of_ratio = metric - others - ADVFLOW_METRICS_OF_ALL - (report.contrast ? 1 : 0);
+    if (of_ratio >= ADVFLOW_RATIO_STD && of_ratio <= ADVFLOW_RATIO_MAX) {
+      return advflow_ratio_metric(of_ratio, totals, usable);
+    }
+    mean = of_ratio < ADVFLOW_RATIO_STD ? int(ADVFLOW_SUM_APPROX_KL) + of_ratio
+                                        : int(ADVFLOW_SUM_ABOVE) + of_ratio - ADVFLOW_RATIO_ABOVE;
+    if (of_ratio == ADVFLOW_RATIO_MEAN) return 1.0 + totals[mean] / usable;
   }
   return totals[mean] / usable;
 }
 
 ADVFLOW_HD int advflow_summary_metrics(const AdvflowReport& report) {
-  return report.mean_count + report.stat_count + 6 + (report.contrast ? 1 : 0) +
-         (report.ratio ? int(ADVFLOW_SUMMARY_RATIO) : 0);
+  return report.mean_count + report.stat_count + ADVFLOW_METRICS_OF_ALL + (report.contrast ? 1 : 0) +
+         (report.ratio ? int(ADVFLOW_METRICS_OF_RATIO) : 0);
 }
 
 // ---------------------------------------------------------------------------

@@ -34,6 +34,9 @@ const Device cuda = {advflow_residual_stats_workspace_cuda, advflow_residual_par
 AdvflowLossShape shape_of(AdvflowLoss loss) {
   return advflow_with_loss(loss, [&](auto loss_is) {
     using Loss = decltype(loss_is);
+    static_assert(Loss::means <= ADVFLOW_SUMMARY_MEANS && Loss::numbers <= ADVFLOW_LOSS_NUMBERS &&
+                      sizeof(Loss::choices) == sizeof(AdvflowLossInputs::choices),
+                  "what a loss reads and reports has a place");
     const int metrics = advflow_summary_metrics(advflow_report_of<Loss>({}));
     AdvflowLossShape shape = {kAdvflowLossNames[loss], Loss::transitions, Loss::numbers, {}, metrics};
     for (const int count : Loss::choices) {

@@ -64,7 +64,6 @@ struct Extras {
   const OptionalTensor& log_lowest;
   const OptionalTensor& log_highest;
   const OptionalTensor& v;
-  bool eps_first;
   bool contrast;
 };
 
@@ -137,7 +136,6 @@ Summary run(at::TensorList means, at::TensorList required, const at::Tensor& adv
   if (given(extras.log_lowest)) in.log_lowest = reader.column(*extras.log_lowest);
   if (given(extras.log_highest)) in.log_highest = reader.column(*extras.log_highest);
   if (given(extras.v)) in.report.largest_gradient = advflow_largest_gradient(*extras.v, stats.scalar_type());
-  in.report.eps_first = extras.eps_first;
   in.report.contrast = extras.contrast;
   in.report.ratio = given(extras.log_ratio);
 
@@ -157,9 +155,9 @@ Summary loss_summary_cpu(at::TensorList means, at::TensorList required, const at
                          const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                          const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
                          c10::string_view reduction, const OptionalTensor& log_ratio, const OptionalTensor& log_lowest,
-                         const OptionalTensor& log_highest, const OptionalTensor& v, bool eps_first, bool contrast) {
+                         const OptionalTensor& log_highest, const OptionalTensor& v, bool contrast) {
   return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
-             {log_ratio, log_lowest, log_highest, v, eps_first, contrast}, cpu);
+             {log_ratio, log_lowest, log_highest, v, contrast}, cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -167,8 +165,8 @@ Summary loss_summary_cuda(at::TensorList means, at::TensorList required, const a
                           const at::Tensor& extreme, const at::Tensor& stats, const at::Tensor& coef,
                           const at::Tensor& valid, const at::Tensor& flagged, int64_t stat_means, bool largest,
                           c10::string_view reduction, const OptionalTensor& log_ratio, const OptionalTensor& log_lowest,
-                          const OptionalTensor& log_highest, const OptionalTensor& v, bool eps_first, bool contrast) {
+                          const OptionalTensor& log_highest, const OptionalTensor& v, bool contrast) {
   return run(means, required, advantages, extreme, stats, coef, valid, flagged, stat_means, largest, reduction,
-             {log_ratio, log_lowest, log_highest, v, eps_first, contrast}, cuda);
+             {log_ratio, log_lowest, log_highest, v, contrast}, cuda);
 }
 #endif

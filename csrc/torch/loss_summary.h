@@ -12,10 +12,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_summary_cpu(
     const at::Tensor& stats, const at::Tensor& coef, const at::Tensor& valid, const at::Tensor& flagged,
     int64_t stat_means, bool largest, c10::string_view reduction, const std::optional<at::Tensor>& log_ratio,
     const std::optional<at::Tensor>& log_lowest, const std::optional<at::Tensor>& log_highest,
-    const std::optional<at::Tensor>& v, bool eps_first, bool contrast);
+    const std::optional<at::Tensor>& v, bool contrast);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_summary_cuda(
     at::TensorList means, at::TensorList required, const at::Tensor& advantages, const at::Tensor& extreme,
     const at::Tensor& stats, const at::Tensor& coef, const at::Tensor& valid, const at::Tensor& flagged,
     int64_t stat_means, bool largest, c10::string_view reduction, const std::optional<at::Tensor>& log_ratio,
     const std::optional<at::Tensor>& log_lowest, const std::optional<at::Tensor>& log_highest,
-    const std::optional<at::Tensor>& v, bool eps_first, bool contrast);
+    const std::optional<at::Tensor>& v, bool contrast);

@@ -22,8 +22,7 @@ TORCH_LIBRARY(advflow, m) {
   m.def(
       "loss_summary(Tensor[] means, Tensor[] required, Tensor advantages, Tensor extreme, Tensor stats, Tensor coef, "
       "Tensor valid, Tensor flagged, int stat_means, bool largest, str reduction, Tensor? log_ratio=None, "
-      "Tensor? log_lowest=None, Tensor? log_highest=None, Tensor? v=None, bool eps_first=False, bool contrast=False) "
-      "-> "
+      "Tensor? log_lowest=None, Tensor? log_highest=None, Tensor? v=None, bool contrast=False) -> "
       "(Tensor loss, Tensor masked_coef, Tensor metrics)");
   m.def(
       "forward_loss(str name, Tensor v, Tensor x0, Tensor noise, Tensor? v_old, Tensor? v_ref, Tensor t, "

@@ -172,12 +172,9 @@ class GraphedPolicies:
 
     def transformer(self, role: Role, *, for_images: bool = False) -> Any:
         transformer = self._policies.transformer(role, for_images=for_images)
-
-        def run(*inputs: torch.Tensor) -> torch.Tensor:
-            velocity: torch.Tensor = transformer(*inputs, return_dict=False)[0]
-            return velocity
-
-        graphs = self._graphs.setdefault(transformer, af.CudaGraphs(run, transformer))
+        if transformer not in self._graphs:
+            self._graphs[transformer] = _graphs_of(transformer)
+        graphs = self._graphs[transformer]
 
         def replay(*inputs: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
             return (graphs((role, for_images), *inputs),)
@@ -189,6 +186,14 @@ class GraphedPolicies:
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # a recording must not read what another pass has made
+
+
+def _graphs_of(transformer: ModelMixin) -> af.CudaGraphs:
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        velocity: torch.Tensor = transformer(*inputs, return_dict=False)[0]
+        return velocity
+
+    return af.CudaGraphs(run, transformer)
 
 
 def velocity_of(policies: Policies, role: Role, *, for_images: bool = False) -> Velocity:

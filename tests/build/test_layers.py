@@ -112,7 +112,7 @@ def test_all_settings_at_once_are_for_those_who_put_a_run_together() -> None:
     """A reward, an algorithm, a process or a policy is handed its own section."""
     whole = ("advflow.settings.config.TrainConfig", "advflow.settings.config.config_class")
     users = {path for path in TRAINER.rglob("*.py") if imported(path).intersection(whole)}
-    assert {path.relative_to(TRAINER).parts[0] for path in users} == {"run", "report", "cli.py"}
+    assert {path.relative_to(TRAINER).parts[0] for path in users} == {"settings", "run", "report"}
 
 
 def test_every_room_has_its_floor() -> None:

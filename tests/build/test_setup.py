@@ -248,7 +248,9 @@ def test_the_metadata_that_pip_prepares_carry_the_label(tmp_path):
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.glob("*.dist-info")
     metadata = (folder / "METADATA").read_text()
-    assert f"\nVersion: 0.1.0+torch{torch.__version__.split('+')[0]}.cpu\n" in metadata
+    release = torch.__version__.split("+")[0]
+    assert f"\nVersion: 0.1.0+torch{release}.cpu\n" in metadata
+    assert re.findall(r"Requires-Dist: (torch[^;\n]*)\n", metadata) == [f"torch=={release}"]  # or pip takes another's
     assert "\nProject-URL: " in metadata and "\nClassifier: " in metadata
 
 
@@ -297,7 +299,7 @@ def test_the_source_archive_holds_what_a_build_needs_and_what_the_readme_names(t
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "advflow_ext/__init__.py", "advflow_ext/py.typed"}
     needed |= {
         ".ci/run",

@@ -1,6 +1,7 @@
 """Builds a kernel file on its own and calls its launchers through ctypes, without torch's dispatcher between.
 
 The same calls serve two builds of the same source: g++ with the launch shim (CPU tensors) and nvcc (CUDA tensors).
+One file, for the structures are those of csrc/launchers.h, which is one file, too.
 """
 
 from __future__ import annotations

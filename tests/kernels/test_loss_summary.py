@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from advflow_ext import _native
 from advflow_ext._native import STATS
+from advflow_ext.contract.outputs import RATIO_METRICS, TRANSITION_METRICS, forward_metrics
+from advflow_ext.contract.step_table import StepRows
 from advflow_ext.kernels.loss_summary import LossSummary, loss_summary
 from advflow_ext.reference._summary import reduce_losses, summarise
 
@@ -132,6 +134,15 @@ def test_same_bits_every_time_and_one_launch(device):
     for _ in range(10):
         again = loss_summary(**given_, stat_means=3, largest=True, reduction="mean")
         assert all(map(torch.equal, first, again))
+
+
+def test_the_core_counts_as_many_as_have_names():
+    module = _native.module
+    assert module is not None
+    assert module.SUMMARY["ratio_metrics"] == len(RATIO_METRICS)
+    assert module.STEP_COLUMNS == len(StepRows._fields)
+    for transitions, _, _, metrics in module.LOSSES.values():
+        assert metrics == len(TRANSITION_METRICS if transitions else forward_metrics())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -1,4 +1,7 @@
-"""The raw operators of the loss core: statistics and gradient, by torch's own checks and by hand."""
+"""The raw operators of the loss core: statistics and gradient, by torch's own checks and by hand.
+
+One file, for operators of samples and of transitions are held to the same promises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The raw sampler step: exactness, rounding before scoring, independence of rows, its noise, and as an operator."""
+"""The raw sampler step: exactness, rounding before scoring, independence of rows, its noise, and as an operator.
+
+One file, for it is what tests/build/test_sanitizer.py and the newest torch run of the step.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -168,3 +169,8 @@ def reward_weight(R: Tensor, options: dict[str, Any]) -> Tensor:
         return R
     groups = R.view(-1, options["group_size"])
     return torch.stack([(group == max(group.tolist())).double() for group in groups]).flatten()
+
+
+BOTH = {"native": NATIVE, "reference": REFERENCE}
+every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
+both = pytest.mark.parametrize("losses", BOTH.values(), ids=BOTH)

@@ -1,4 +1,7 @@
-"""The native loss against the float64 reference, and everything a caller may rely on."""
+"""The native loss against the float64 reference, and everything a caller may rely on.
+
+One file, for it is what tests/build/test_sanitizer.py and the newest torch run of the losses.
+"""
 
 from __future__ import annotations
 

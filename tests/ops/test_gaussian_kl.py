@@ -1,4 +1,7 @@
-"""KL divergences of Gaussians against torch.distributions, and what rounded means make of them."""
+"""KL divergences of Gaussians against torch.distributions, and what rounded means make of them.
+
+One file, for it is one of those that tests/build/test_sanitizer.py runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One sampler step: against its formula, its noise, and together with the losses that train on it."""
+"""One sampler step: against its formula, its noise, and together with the losses that train on it.
+
+One file, for nearly every test takes a step of the same draws.
+"""
 
 from __future__ import annotations
 

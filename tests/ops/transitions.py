@@ -108,3 +108,18 @@ def closed_form(name: str, batch: TransitionBatch) -> ClosedForm:
     explained = (eps - step.kappa[:, None] * delta).square().mean(1)
     reach = kl + ascent * (log_ratio - kl) + ascent.square() / 2 * explained
     return ClosedForm(log_ratio, kl, reach, error, loss, grad.view(batch.v.shape))
+
+
+# Every branch of every loss, for the tests that do not draw their options.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("flow_grpo", {}),
+    ("flow_grpo", {"kl_convention": "dt"}),
+    ("flow_grpo", {"kl_convention": "two_sigma_squared", "clip": 0.0}),
+    ("grpo_guard", {}),
+    ("grpo_guard", {"time_weight": "none", "clip": 1e-3}),
+    ("flow_cps", {}),
+    ("flow_dppo", {}),
+    ("flow_dppo", {"direction": "log_ratio_minus_kl", "threshold": 1e-3}),
+    ("flow_dppo", {"mask": "predictive", "step_size": 0.01, "threshold": 1e-3}),
+]
+FULL = [(name, {**options, "reduction": "none"}) for name, options in VARIANTS]

@@ -1,4 +1,7 @@
-"""A patched SD3 transformer is the stock one: outputs, gradients of the adapters, state dicts, before and after."""
+"""A patched SD3 transformer is the stock one: outputs, gradients of the adapters, state dicts, before and after.
+
+One file, for nearly every test compares the same small model, patched, with itself as it was.
+"""
 
 from __future__ import annotations
 

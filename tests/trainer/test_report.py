@@ -1,4 +1,7 @@
-"""report.html: what it says, what it leaves to nobody's network, and what broken runs cannot do to it."""
+"""report.html: what it says, what it leaves to nobody's network, and what broken runs cannot do to it.
+
+One file, for nearly every test reads the page of a run that `make_run` wrote.
+"""
 
 from __future__ import annotations
 

@@ -154,6 +154,15 @@ def test_dpm_is_of_second_order_and_beats_euler() -> None:
     assert 1.8 < final(40, "euler") / final(80, "euler") < 2.3
 
 
+def test_euler_is_the_ode_of_a_step_table() -> None:
+    sigmas = [1.0, 0.8, 0.45, 0.1, 0.0]
+    table = af.StepTable(sigmas, sampler="ode")
+    v, x = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        by_table = af.sde_step(v, x, table, step).x_next
+        torch.testing.assert_close(euler_step(x, v, sigma, following), by_table, rtol=0, atol=2**-21)
+
+
 def test_dpm_rollouts_train(small_config: Make) -> None:
     trainer = Trainer(small_config(rollout=RolloutConfig(prompts=3, images_per_prompt=4, steps=4, solver="dpm")))
     assert trainer.iterate(0)["broken_images"] == 0

@@ -87,3 +87,10 @@ class ReverseBatch:
     table: af.StepTable
     index: torch.Tensor
     advantages: torch.Tensor
+
+    @property
+    def arguments(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, af.StepTable, torch.Tensor, torch.Tensor]:
+        """What every loss of the reverse process takes first, in that order."""
+        return self.v, self.v_old, self.eps, self.table, self.index, self.advantages

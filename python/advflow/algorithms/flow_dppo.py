@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import advflow_ext as af
-from advflow.algorithms.batch import Needs, ReverseBatch
-from advflow.algorithms.trust_region import bound_of
+from advflow.algorithms.batch import ReverseBatch
+from advflow.algorithms.trust_region import TrustRegionMethod
 from advflow.settings.methods import FlowDPPOConfig
 
 
-class FlowDPPO:
-    def __init__(self, settings: FlowDPPOConfig) -> None:
-        self._settings = settings
-        self.bound = bound_of("flow_dppo_loss", settings)
-        self.needs = Needs(old=True, reference=settings.kl_weight > 0)
+class FlowDPPO(TrustRegionMethod[FlowDPPOConfig]):
+    loss_name = "flow_dppo_loss"
 
     def loss(self, batch: ReverseBatch) -> af.LossOutput:
         return af.flow_dppo_loss(
-            batch.v,
-            batch.v_old,
-            batch.eps,
-            batch.table,
-            batch.index,
-            batch.advantages,
+            *batch.arguments,
             threshold=self._settings.threshold,
             direction=self._settings.direction,
             mask=self._settings.mask,

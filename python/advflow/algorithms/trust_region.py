@@ -1,10 +1,12 @@
-"""What a method of the reverse process bounds, as the metric that shows it."""
+"""Methods of the reverse process, and what they bound, as the metric that shows it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Generic, Protocol, TypeVar
 
+from advflow.algorithms.batch import Needs
 from advflow_ext.losses import LOSSES
 
 
@@ -26,3 +28,21 @@ def bound_of(loss: str, settings: object) -> Bound:
     region = LOSSES[loss].trust_region
     assert region is not None, f"{loss} has no trust region"
     return Bound(region.metric, float(getattr(settings, region.option)), region.of_ratio)
+
+
+class WithReference(Protocol):
+    kl_weight: float
+
+
+S = TypeVar("S", bound=WithReference)
+
+
+class TrustRegionMethod(Generic[S]):
+    """What methods of the reverse process share: the bound of their loss, and which velocities they need."""
+
+    loss_name: ClassVar[str]
+
+    def __init__(self, settings: S) -> None:
+        self._settings = settings
+        self.bound = bound_of(self.loss_name, settings)
+        self.needs = Needs(old=True, reference=settings.kl_weight > 0)

@@ -193,7 +193,8 @@ class ReverseProcess(StochasticSampler):
         """What the metrics of an iteration's first update say about the forward pass itself.
 
         Learner and rollout policy are equal then, so the ratio must be 1 and the divergence 0. Whatever is there comes
-        from the network giving other numbers in another batch, and a trust region below it cannot work.
+        from the network giving other numbers in another batch, and a trust region below it cannot work. What
+        `af.PolicySet.mismatch` measures by two forward passes of its own is here in passes that are made anyway.
         """
         first, bound = join_metrics(parts), self._algorithm.bound
         value = first[bound.metric]

@@ -17,4 +17,5 @@ class Euler:
 
 
 def euler_step(x: torch.Tensor, v: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
+    """A step of `af.StepTable(sampler="ode")`, which `af.sde_step` rounds once and this twice."""
     return x + (next_sigma - sigma) * v
