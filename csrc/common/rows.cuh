@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "common/launch.cuh"
 #include "common/macros.h"
 #include "common/reduce.cuh"
 #include "common/status.h"
@@ -64,10 +65,11 @@ __device__ T advflow_row_mean(const T* partials, int64_t row, int column, int sp
   return T(sum / double(elements ? elements : 1));
 }
 
-// means[batch][kColumns], one thread each.
+// means[batch][kColumns], one thread each; launched early, after the kernel that made the partials.
 template <int kColumns, typename T>
 __global__ void __launch_bounds__(kAdvflowFinishThreads)
     advflow_row_means_kernel(const T* partials, T* means, int64_t batch, int splits, int64_t elements) {
+  advflow_await_previous();
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= batch * kColumns) return;
   means[i] = advflow_row_mean<kColumns>(partials, i / kColumns, int(i % kColumns), splits, elements);
@@ -80,8 +82,8 @@ int advflow_launch_row_means(const T* partials, T* means, int64_t batch, const A
                              cudaStream_t stream) {
   const int64_t blocks = (batch * kColumns + kAdvflowFinishThreads - 1) / kAdvflowFinishThreads;
   const auto kernel = advflow_row_means_kernel<kColumns, T>;
-  ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kAdvflowFinishThreads), stream, partials, means, batch,
-                 int(plan.splits), elements);
+  ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(kAdvflowFinishThreads), stream, partials, means, batch,
+                       int(plan.splits), elements);
   return advflow_last_error();
 }
 

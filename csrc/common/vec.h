@@ -12,6 +12,9 @@
 #include "common/half.h"
 
 constexpr int kAdvflowVec = 8;
+// Rows that are read and written 16 bytes at a time are a multiple of this long: of two neighbouring lanes both or none
+// have a part of them.
+constexpr int kAdvflowPair = 2 * kAdvflowVec;
 
 // bf16 and fp16 fill the first four words, fp32 all eight.
 struct AdvflowRaw8 {
@@ -92,12 +95,30 @@ __device__ inline AdvflowRaw8 advflow_pack8(const float* in, AdvflowDtype dtype)
   return raw;
 }
 
+// Two neighbouring lanes' 32 bytes each, when both store eight fp32 in a row: lane by lane, 16 bytes at a time, every
+// access would fill one half of each of its 32-byte sectors. Here both lanes write the even one's, then the odd one's.
+__device__ inline void advflow_store_pair(uint4* address, const AdvflowRaw8& raw) {
+  const unsigned lane = threadIdx.x % 32;
+  const bool odd = lane % 2 != 0;
+  uint32_t own[4], others[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    own[k] = odd ? raw.word[k + 4] : raw.word[k];
+    others[k] = __shfl_xor_sync(3u << (lane - odd), odd ? raw.word[k] : raw.word[k + 4], 1);
+  }
+  const uint4 mine = make_uint4(own[0], own[1], own[2], own[3]);
+  const uint4 theirs = make_uint4(others[0], others[1], others[2], others[3]);
+  uint4* even = odd ? address - 1 : address;  // this lane's half of the even lane's bytes
+  even[0] = odd ? theirs : mine;
+  even[2] = odd ? mine : theirs;
+}
+
 template <bool kVector>
 __device__ void advflow_store8(void* data, AdvflowDtype dtype, int64_t index, int valid, const AdvflowRaw8& raw) {
   if (kVector) {
     uint4* address = reinterpret_cast<uint4*>(static_cast<char*>(data) + index * advflow_element_size(dtype));
-    address[0] = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
-    if (dtype == ADVFLOW_FLOAT32) address[1] = make_uint4(raw.word[4], raw.word[5], raw.word[6], raw.word[7]);
+    if (dtype == ADVFLOW_FLOAT32) return advflow_store_pair(address, raw);
+    *address = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
   } else if (dtype == ADVFLOW_FLOAT32) {
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {

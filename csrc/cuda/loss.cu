@@ -1,16 +1,22 @@
 // What lies between the statistics of a loss and its gradient, on CUDA: one block for the whole batch
-// finishes the statistics, applies the loss's formula to every sample and joins them.
+// finishes the statistics, applies the loss's formula to every sample and joins them. It begins while the kernel that
+// sums the statistics ends, and lets the gradient's begin.
+#include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "cuda/summary.cuh"
 #include "math/losses.h"
 
 namespace {
 
+// More than the samples are joined by: what is long here is a row of partial sums, and there are many.
+constexpr int kThreads = 4 * kAdvflowSummaryThreads;
+
 template <typename Loss>
-__global__ void __launch_bounds__(kAdvflowSummaryThreads)
-    loss_kernel(AdvflowLossInputs in, const float* partials, int splits, float* stats, float* loss, float* coef,
-                float* metrics) {
-  for (int64_t i = threadIdx.x; i < in.report.batch * ADVFLOW_RESIDUAL_STATS; i += kAdvflowSummaryThreads) {
+__global__ void __launch_bounds__(kThreads) loss_kernel(AdvflowLossInputs in, const float* partials, int splits,
+                                                        float* stats, float* loss, float* coef, float* metrics) {
+  advflow_let_next_begin();
+  advflow_await_previous();
+  for (int64_t i = threadIdx.x; i < in.report.batch * ADVFLOW_RESIDUAL_STATS; i += kThreads) {
     stats[i] = advflow_row_mean<ADVFLOW_RESIDUAL_STATS>(partials, i / ADVFLOW_RESIDUAL_STATS,
                                                         int(i % ADVFLOW_RESIDUAL_STATS), splits, in.elements);
   }
@@ -29,9 +35,9 @@ int advflow_loss_cuda(const AdvflowLossInputs* in, const void* partials, void* s
   const int splits = int(advflow_plan_row(in->elements).splits);
   advflow_with_loss(in->loss, [&](auto loss_is) {
     using Loss = decltype(loss_is);
-    ADVFLOW_LAUNCH(loss_kernel<Loss>, dim3(1), dim3(kAdvflowSummaryThreads), static_cast<cudaStream_t>(where), *in,
-                   static_cast<const float*>(partials), splits, static_cast<float*>(stats), static_cast<float*>(loss),
-                   static_cast<float*>(masked_coef), static_cast<float*>(metrics));
+    ADVFLOW_LAUNCH_EARLY(loss_kernel<Loss>, dim3(1), dim3(kThreads), static_cast<cudaStream_t>(where), *in,
+                         static_cast<const float*>(partials), splits, static_cast<float*>(stats),
+                         static_cast<float*>(loss), static_cast<float*>(masked_coef), static_cast<float*>(metrics));
   });
   return advflow_last_error();
 }

@@ -20,6 +20,7 @@
 
 #include <type_traits>
 
+#include "common/launch.cuh"
 #include "common/macros.h"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
@@ -77,6 +78,7 @@ __device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t ro
 template <typename V>
 __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
     residual_stats_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, float* partials) {
+  advflow_let_next_begin();
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
@@ -102,6 +104,7 @@ template <typename V>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
     residual_grad_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, const float* coef, AdvflowColumn upstream,
                          void* grad, float scale) {
+  advflow_await_previous();
   const int64_t row = blockIdx.x / unsigned(plan.tiles);
   const int64_t tile = blockIdx.x % unsigned(plan.tiles);
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
@@ -134,7 +137,7 @@ bool are_supported(const AdvflowResidualInputs& in) {
 }
 
 bool can_vectorize(const AdvflowResidualInputs& in, const void* grad) {
-  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.target) &&
+  return in.elements % kAdvflowPair == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.target) &&
          advflow_is_aligned16(in.noise) && advflow_is_aligned16(in.v_old) && advflow_is_aligned16(in.v_ref) &&
          advflow_is_aligned16(grad);
 }
@@ -206,8 +209,8 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
   const float scale = float(2.0 / double(in->elements));
   with_variant(*in, grad, [&](auto variant) {
     const auto kernel = residual_grad_kernel<decltype(variant)>;
-    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
-                   static_cast<const float*>(coef), *upstream, grad, scale);
+    ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
+                         static_cast<const float*>(coef), *upstream, grad, scale);
   });
   return advflow_last_error();
 }

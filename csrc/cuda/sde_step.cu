@@ -9,6 +9,7 @@
 // halves the registers that loads wait in.
 #include <cuda_runtime.h>
 
+#include "common/launch.cuh"
 #include "common/macros.h"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
@@ -76,6 +77,7 @@ __device__ void step8(const AdvflowSdeStepInputs& in, const Step& step, const Ra
 template <bool kVector, bool kDrawn, bool kNarrow>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
     sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, double* partials) {
+  advflow_let_next_begin();
   if (kNarrow && !is_narrow(in, kDrawn)) __builtin_unreachable();
   // Tiles whose loads are in flight together. A thread then has 96 bytes under way whatever the dtype, and no more
   // registers for it: a word of 16 bits takes half of one.
@@ -140,6 +142,7 @@ __device__ Step step_of(const AdvflowTransitionInputs& in, int64_t row) {
 template <bool kVector>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
     transition_eps_sq_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, double* partials) {
+  advflow_let_next_begin();
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
@@ -190,7 +193,7 @@ bool are_supported(const AdvflowSdeStepInputs& in) {
 }
 
 bool can_vectorize(const AdvflowSdeStepInputs& in, const void* x_next, const void* eps) {
-  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
+  return in.elements % kAdvflowPair == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
          advflow_is_aligned16(in.noise) && advflow_is_aligned16(x_next) && advflow_is_aligned16(eps);
 }
 
@@ -200,7 +203,7 @@ bool are_supported(const AdvflowTransitionInputs& in) {
 }
 
 bool can_vectorize(const AdvflowTransitionInputs& in, const void* eps) {
-  return in.elements % kAdvflowVec == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
+  return in.elements % kAdvflowPair == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
          advflow_is_aligned16(in.x_next) && advflow_is_aligned16(eps);
 }
 

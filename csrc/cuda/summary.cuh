@@ -18,7 +18,8 @@ constexpr int kAdvflowSummaryWarps = kAdvflowSummaryThreads / kAdvflowWarp;
 // Odd, so that the threads of a warp write to different banks.
 constexpr int kAdvflowSummaryStride = ADVFLOW_SUMMARY_PLACES | 1;
 
-// Called by every thread of one block of kAdvflowSummaryThreads, once a kernel; sample_of(row) is an AdvflowSample.
+// Called by every thread of one block, of which the first kAdvflowSummaryThreads work, once a kernel; sample_of(row) is
+// an AdvflowSample.
 template <typename SampleOf>
 __device__ void advflow_summarise(const AdvflowReport& report, SampleOf sample_of, float* loss, float* coef,
                                   float* metrics) {
@@ -27,22 +28,23 @@ __device__ void advflow_summarise(const AdvflowReport& report, SampleOf sample_o
   __shared__ double of_warps[kAdvflowSummaryWarps][ADVFLOW_SUMMARY_PLACES];
   __shared__ double totals[ADVFLOW_SUMMARY_PLACES];
   const int thread = int(threadIdx.x), lane = thread % kAdvflowWarp, first_of_warp = thread - lane;
+  const bool works = thread < kAdvflowSummaryThreads, joins = works && lane < ADVFLOW_SUMMARY_PLACES;
 
   double total = advflow_summary_none(lane, report.largest);
   for (int64_t first = 0; first < report.batch; first += kAdvflowSummaryThreads) {
     const int64_t row = first + thread;
-    if (row < report.batch) advflow_summarise_sample(report, sample_of(row), row, loss, coef, added[thread]);
+    if (works && row < report.batch) advflow_summarise_sample(report, sample_of(row), row, loss, coef, added[thread]);
     __syncthreads();
     const int64_t left = report.batch - first - first_of_warp;
     const int count = left < kAdvflowWarp ? int(left) : kAdvflowWarp;
-    if (lane < ADVFLOW_SUMMARY_PLACES) {
+    if (joins) {
 #pragma unroll 8
       for (int k = 0; k < count; ++k) total = advflow_summary_join(lane, total, added[first_of_warp + k][lane]);
     }
     __syncthreads();
   }
 
-  if (lane < ADVFLOW_SUMMARY_PLACES) of_warps[thread / kAdvflowWarp][lane] = total;
+  if (joins) of_warps[thread / kAdvflowWarp][lane] = total;
   __syncthreads();
   if (thread < ADVFLOW_SUMMARY_PLACES) {
     total = of_warps[0][thread];

@@ -29,6 +29,7 @@
 #define __shared__ static
 #define ADVFLOW_LAUNCH(kernel, grid, block, stream, ...) \
   advflow_shim::launch(grid, block, stream, [&] { kernel(__VA_ARGS__); })
+#define ADVFLOW_LAUNCH_EARLY ADVFLOW_LAUNCH
 
 using std::min;
 
@@ -80,11 +81,16 @@ struct Fiber {
   bool alive = false;
 };
 
-// Two sets of slots: a lane may start the next exchange while a slower one
+// What lanes exchange. Two sets of slots: a lane may start the next exchange while a slower one
 // still reads this one, but it cannot finish it.
-struct Warp {
+struct Exchange {
   Barrier barrier;
   uint64_t slots[2][kWarp];
+};
+
+struct Warp {
+  Exchange whole;
+  Exchange pairs[kWarp / 2];
 };
 
 struct Block {
@@ -206,12 +212,16 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   using namespace advflow_shim;
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
-  if (mask != 0xFFFFFFFFu) fail(cudaErrorLaunchFailure, "only full-warp shuffles are modelled");
   Warp& warp = block.warps[threadIdx.x / kWarp];
-  const unsigned lane = threadIdx.x % kWarp;
-  uint64_t* slots = warp.slots[warp.barrier.generation % 2];
+  const unsigned lane = threadIdx.x % kWarp, pair = lane / 2;
+  const bool whole = mask == 0xFFFFFFFFu;
+  if (!whole && (mask != 3u << (2 * pair) || lane_mask != 1)) {
+    fail(cudaErrorLaunchFailure, "only shuffles of whole warps and of pairs are modelled");
+  }
+  Exchange& exchange = whole ? warp.whole : warp.pairs[pair];
+  uint64_t* slots = exchange.slots[exchange.barrier.generation % 2];
   memcpy(&slots[lane], &value, sizeof(T));
-  wait(warp.barrier, kWarp);
+  wait(exchange.barrier, whole ? kWarp : 2);
   memcpy(&value, &slots[lane ^ unsigned(lane_mask)], sizeof(T));
   return value;
 }
