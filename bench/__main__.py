@@ -15,7 +15,7 @@ import torch
 
 from bench.harness import memory, report, timing
 from bench.harness.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
-from bench.ops.block import has_liger, shape_obstacle
+from bench.ops.block import LIBRARIES, is_installed, shape_obstacle
 from bench.ops.blocks import BLOCKS
 from bench.ops.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
 
@@ -140,8 +140,9 @@ def notes(planned: list[Planned], environment: dict[str, Any]) -> Iterator[str]:
         yield "advflow_ext has no compiled code for this device: 'ours' is the reference here"
     if blocks and not environment["triton_kernels"]:
         yield "Triton's kernels do not run here: 'ours' is the reference in the ops of a block, lora_linear aside"
-    if blocks and not has_liger():
-        yield "liger_kernel is not installed: its rows are left out"
+    for row, module in LIBRARIES.items():
+        if blocks and not is_installed(row):
+            yield f"{module} is not installed: its rows are left out"
 
 
 def headline(environment: dict[str, Any], bandwidth: float) -> str:

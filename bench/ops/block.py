@@ -25,7 +25,8 @@ from bench.ops.losses import AUTOTUNE, generator
 
 HEAD_DIM = 64
 EPS = 1e-6
-LIGER = "liger"
+LIGER, QUACK = "liger", "quack"
+LIBRARIES = {LIGER: "liger_kernel", QUACK: "quack"}  # rows of libraries that need not be there, and their modules
 
 FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
 
@@ -46,8 +47,14 @@ def shape_obstacle(shape: Shape) -> str | None:
     return f"shape {given}: accepted for the ops of a block is batch x tokens x width, the width a multiple of 64."
 
 
-def has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
+def is_installed(row: str) -> bool:
+    """Whether the library of a row of :data:`LIBRARIES` can be imported."""
+    return importlib.util.find_spec(LIBRARIES[row]) is not None
+
+
+def can_run(row: str, device: torch.device) -> bool:
+    """QuACK has no other kernels than CUDA's."""
+    return is_installed(row) and (row != QUACK or device.type == "cuda")
 
 
 class Block:
@@ -106,8 +113,9 @@ class Block:
         functions["compile"] = torch.compile(eager, dynamic=False)
         if device.type == "cuda":
             functions[MAX_AUTOTUNE] = torch.compile(eager, dynamic=False, mode=AUTOTUNE)
-        if not has_liger():
-            functions.pop(LIGER, None)
+        for row in LIBRARIES:
+            if row in functions and not can_run(row, device):
+                functions.pop(row)
         return {
             name: Implementation(functools.partial(self.run, function), OURS if name == OURS else "baseline")
             for name, function in functions.items()

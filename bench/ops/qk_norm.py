@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import advflow_ext as af
 from bench.harness.registry import DTYPES, OURS, Arguments, Case, Shape
-from bench.ops.block import EPS, FORWARD, HEAD_DIM, LIGER, Block, Function, Tensors
+from bench.ops.block import EPS, FORWARD, HEAD_DIM, LIGER, QUACK, Block, Function, Tensors
 
 Norm = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,6 +33,13 @@ def liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm as norm
 
     out: Tensor = norm(x, weight, EPS, 0.0, "llama", False)
+    return out
+
+
+def quack_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    from quack import rmsnorm
+
+    out: Tensor = rmsnorm(x, weight, eps=EPS)
     return out
 
 
@@ -105,6 +112,7 @@ class JointQKNorm(Block):
             "eager": diffusers_joint,
             "library": joint_by(torch_rms_norm),
             LIGER: joint_by(liger_rms_norm),
+            QUACK: joint_by(quack_rms_norm),
         }
 
     def bytes_moved(self, case: Case) -> int:

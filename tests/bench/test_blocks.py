@@ -15,7 +15,7 @@ from bench.__main__ import main
 from bench.harness import timing
 from bench.harness.registry import OURS, Case
 from bench.ops import plans
-from bench.ops.block import FORWARD, HEAD_DIM, LIGER, TRAINED, Block, operands, shape_obstacle
+from bench.ops.block import FORWARD, HEAD_DIM, LIGER, QUACK, TRAINED, Block, operands, shape_obstacle
 from bench.ops.blocks import BLOCKS
 from bench.ops.lora_linear import LoraLinear
 
@@ -123,11 +123,13 @@ def test_text_is_that_of_sd35_and_never_longer_than_the_image() -> None:
         assert block.result_shapes((2, tokens, 1536))[0] == (2, tokens + text, 1536 // HEAD_DIM, HEAD_DIM)
 
 
-def test_liger_has_a_row_where_it_is_installed_and_not_elsewhere() -> None:
+def test_a_library_has_a_row_where_it_is_installed_and_not_elsewhere() -> None:
     for installed in (True, False):
-        with mock.patch("bench.ops.block.has_liger", return_value=installed):
-            assert (LIGER in BLOCKS["joint_qk_norm"].implementations(CPU)) == installed
-            assert LIGER not in BLOCKS["gate_residual"].implementations(CPU)
+        with mock.patch("bench.ops.block.is_installed", return_value=installed):
+            rows = {device: BLOCKS["joint_qk_norm"].implementations(torch.device(device)) for device in ("cpu", "cuda")}
+            assert (LIGER in rows["cpu"]) == (LIGER in rows["cuda"]) == (QUACK in rows["cuda"]) == installed
+            assert QUACK not in rows["cpu"]  # it has CUDA kernels alone
+            assert not {LIGER, QUACK} & BLOCKS["gate_residual"].implementations(CPU).keys()
 
 
 def test_the_gpu_plan_measures_every_op_of_a_block_at_the_size_of_a_training_step() -> None:
