@@ -73,9 +73,10 @@ __device__ void step8(const AdvflowSdeStepInputs& in, const Step& step, const Ra
   advflow_store8<kVector>(eps, ADVFLOW_FLOAT32, index, valid, advflow_pack8(explained, ADVFLOW_FLOAT32));
 }
 
-// partials[row][split]
+// partials[row][split]. Blocks a multiprocessor holds at least, 0 leaves it to the compiler: with a fourth, twice as many
+// loads of 16-bit words are in flight (drawn noise would spill for it).
 template <bool kVector, bool kDrawn, bool kNarrow>
-__global__ void __launch_bounds__(kAdvflowMaxThreads)
+__global__ void __launch_bounds__(kAdvflowMaxThreads, kVector && kNarrow && !kDrawn ? 4 : 0)
     sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, double* partials) {
   advflow_let_next_begin();
   if (kNarrow && !is_narrow(in, kDrawn)) __builtin_unreachable();

@@ -67,15 +67,15 @@ def test_work_is_ordered_on_the_stream_it_was_given(sde_kernels: SdeStepKernels)
 
 def test_offsets_beyond_32_bits(sde_kernels: SdeStepKernels) -> None:
     batch, elements = 3, 2**30  # the last row begins at element 2^31
-    needed = 5 * batch * elements * 2
+    needed = batch * elements * 12  # v, x_next, eps, and a third of each once more
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free device memory")
     v = torch.randn(batch, elements, device="cuda", dtype=torch.bfloat16)
     coef = torch.tensor([[0.9, -0.1, 0.3]], device="cuda").repeat(batch, 1)
     inputs = StepInputs(v, v, coef, seeds=torch.arange(batch, device="cuda"), dtype=torch.bfloat16)
-    x_next, eps = torch.empty_like(v), torch.empty_like(v)
+    x_next, eps = torch.empty_like(v), torch.empty_like(v, dtype=torch.float32)
     workspace = torch.empty(sde_kernels.workspace_bytes(batch, elements), dtype=torch.uint8, device="cuda")
-    outputs = StepOutputs(x_next, eps, torch.empty(batch, device="cuda"))
+    outputs = StepOutputs(x_next, eps, torch.empty(batch, device="cuda", dtype=torch.float64))
     assert sde_kernels.try_step(inputs, workspace, outputs) == 0
     last = sde_kernels.step(inputs.rows(slice(2, 3)))
     assert same_step(StepOutputs(*(out[-1:] for out in outputs)), last)
