@@ -179,14 +179,14 @@ struct AdvflowSdeStepInputs {
 // sde_step: with mean = c_x x + c_v v, x_next = mean + sigma noise rounded to
 // `dtype`; eps = (x_next - mean) / sigma of the rounded x_next, in the
 // accumulate type (fp32, or fp64 when an input or `dtype` is fp64);
-// eps_sq[batch] = mean eps^2 in fp64, summed in it. Where sigma is 0, x_next is the rounded mean, eps and eps_sq are 0,
-// and noise is not read. Noise from seeds is that of math/philox.h: it depends on the row's seed and the element's
-// index in the row alone.
+// deviation_sq[batch] = mean (x_next - mean)^2 in fp64,
+// summed in it. Where sigma is 0, x_next is the rounded mean, eps and deviation_sq are 0, and noise is not read. Noise
+// from seeds is that of math/philox.h: it depends on the row's seed and the element's index in the row alone.
 int64_t advflow_sde_step_workspace_cpu(int64_t batch, int64_t elements);  // bytes
 int64_t advflow_sde_step_workspace_cuda(int64_t batch, int64_t elements);
-int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* deviation_sq,
                          void* where);
-int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* deviation_sq,
                           void* where);
 
 // A stored transition of every row, [batch, elements].
@@ -195,20 +195,22 @@ struct AdvflowTransitionInputs {
   AdvflowTensor x;
   AdvflowTensor x_next;
   const void* coef;      // [batch, 3] = (c_x, c_v, sigma) in the accumulate type
-  AdvflowColumn weight;  // of eps, in the accumulate type; null: 1
+  AdvflowColumn weight;  // of the deviation, in the accumulate type; null: 1 / sigma, which makes it eps
   int64_t batch;
   int64_t elements;
-  AdvflowDtype dtype;  // of eps as it is written
+  AdvflowDtype dtype;  // of what is written
 };
 
-// The eps of sde_step for an x_next that was stored, and its eps_sq, both bit for bit those of the step that made it.
-// transition_eps: weight * eps, rounded once to `dtype`; exact zeros where sigma or the row's weight is 0, whatever the
-// latents hold. transition_eps_sq: [batch] in fp64; 0 where sigma is 0.
-int64_t advflow_transition_eps_sq_workspace_cpu(int64_t batch, int64_t elements);  // bytes
-int64_t advflow_transition_eps_sq_workspace_cuda(int64_t batch, int64_t elements);
-int advflow_transition_eps_sq_cpu(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where);
-int advflow_transition_eps_sq_cuda(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where);
-int advflow_transition_eps_cpu(const AdvflowTransitionInputs* in, void* eps, void* where);
-int advflow_transition_eps_cuda(const AdvflowTransitionInputs* in, void* eps, void* where);
+// The deviation x_next - mean of an x_next that was stored. transition_deviation: weight times it, rounded once to
+// `dtype`; exact zeros where sigma or the row's weight is 0, whatever the latents hold. transition_deviation_sq:
+// [batch] in fp64; 0 where sigma is 0. eps and deviation_sq are bit for bit those of the step that made x_next.
+int64_t advflow_transition_deviation_sq_workspace_cpu(int64_t batch, int64_t elements);  // bytes
+int64_t advflow_transition_deviation_sq_workspace_cuda(int64_t batch, int64_t elements);
+int advflow_transition_deviation_sq_cpu(const AdvflowTransitionInputs* in, void* workspace, void* deviation_sq,
+                                        void* where);
+int advflow_transition_deviation_sq_cuda(const AdvflowTransitionInputs* in, void* workspace, void* deviation_sq,
+                                         void* where);
+int advflow_transition_deviation_cpu(const AdvflowTransitionInputs* in, void* out, void* where);
+int advflow_transition_deviation_cuda(const AdvflowTransitionInputs* in, void* out, void* where);
 
 }  // extern "C"

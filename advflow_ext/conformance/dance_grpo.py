@@ -23,6 +23,7 @@ def dance_grpo(inputs: Inputs) -> Iterator[Row]:
     at = Rollout("DanceGRPO", inputs, "dance_sde", 0.3, shifted_once(16), STEPS % 9)
     yield at.next_x()
     yield at.log_prob()
+    yield at.stored_log_prob()
     yield at.mean_log_ratio(af.flow_grpo_loss, at.log_ratio(inputs.v))
     yield at.loss(af.flow_grpo_loss, lambda v: clipped(at.log_ratio(v).exp(), inputs.A, 1e-4), clip=1e-4)
     std = inputs.rewards.std(1, keepdim=True) + 1e-8

@@ -50,6 +50,7 @@ def flow_cps(inputs: Inputs) -> Iterator[Row]:
 
     yield at.kl_of_a_change(8, "shift 3 twice")
     yield at.next_x()
+    yield at.stored_log_prob(variance=False)
     yield at.mean_log_ratio(
         af.flow_grpo_loss, log_ratio, "its log-probabilities lack 1 / (2 sigma^2); flow_cps_loss gives it"
     )

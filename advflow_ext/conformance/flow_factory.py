@@ -28,6 +28,7 @@ def flow_factory(inputs: Inputs) -> Iterator[Row]:
         return clipped(at.log_ratio(v).exp(), inputs.A, 1e-4) + 0.01 * at.squared_drift(v, inputs.v_ref).mean()
 
     yield at.kl_of_a_change(8, "shift 3 once")
+    yield at.stored_log_prob()
     yield at.loss(
         af.flow_grpo_loss, loss, clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.01, kl_convention="two_sigma_squared"
     )

@@ -60,6 +60,7 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
     yield at.sigma_at_one("sigma at s = 1", at.std[:1])
     yield at.next_x()
     yield at.log_prob()
+    yield at.stored_log_prob()
     yield at.mean_log_ratio(af.flow_grpo_loss, at.log_ratio(inputs.v))
     yield at.clipped_count(af.flow_grpo_loss, at.log_ratio(inputs.v), 1e-4)
     yield at.kl_ref(
@@ -74,6 +75,7 @@ def flow_grpo(inputs: Inputs) -> Iterator[Row]:
         kl = fast.squared_drift(v, inputs.v_ref) / (2 * fast.std**2)
         return clipped(fast.log_ratio(v, log_prob_without_variance).exp(), inputs.A, 1e-5) + 0.04 * kl.mean()
 
+    yield fast.stored_log_prob(variance=False, quantity="log-probability of a stored transition, CPS")
     yield fast.loss(
         af.flow_cps_loss, fast_loss, quantity="loss with its CPS sampler",
         clip=1e-5, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="exact",

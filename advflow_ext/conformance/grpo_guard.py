@@ -71,6 +71,7 @@ def grpo_guard(inputs: Inputs) -> Iterator[Row]:
     same, mixed = torch.full_like(STEPS, 3), STEPS % 9
     at = Rollout(name, inputs, "flow_sde", 0.7, sigmas, same)
     log_ratio = guard_ratio(at.log_ratio(inputs.v), at.squared_drift(inputs.v, inputs.v_old), at.std).log()
+    yield at.stored_means()
     yield at.mean_log_ratio(op, log_ratio)
     yield at.clipped_count(op, log_ratio, GUARD_CLIP, "clipped transitions, batches of one")
     yield at.loss(

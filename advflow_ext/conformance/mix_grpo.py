@@ -28,6 +28,7 @@ def mix_grpo(inputs: Inputs) -> Iterator[Row]:
     at = Rollout("MixGRPO", inputs, "flow_sde", 0.7, shifted_once(25), inside, stochastic_steps=window)
     yield at.next_x()
     yield at.log_prob()
+    yield at.stored_log_prob()
     yield at.loss(af.flow_grpo_loss, lambda v: clipped(at.log_ratio(v).exp(), inputs.A, 1e-4), clip=1e-4)
 
     outside = af.sde_step(inputs.v_old, inputs.x, at.table, 5, noise=inputs.step_noise).x_next

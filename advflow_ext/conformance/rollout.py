@@ -151,6 +151,34 @@ class Rollout:
             "log-probability", call, self.drawn.log_prob, log_prob(self.x_next, self.step(self.given.v_old))
         )
 
+    def stored_log_prob(self, variance: bool = True, quantity: str = "log-probability of a stored transition") -> Row:
+        """With its gradient, which those who call it with the policy's v take."""
+        density = log_prob if variance else log_prob_without_variance
+        leaf = self.given.v.clone().requires_grad_()
+
+        def with_its_gradient(values: Tensor) -> tuple[Tensor, Tensor]:
+            (grad,) = torch.autograd.grad((self.given.A * values).sum(), leaf)
+            return values.detach(), grad
+
+        ours = af.transition_log_prob(leaf, self.given.x, self.x_next, self.table, self.index, variance=variance)
+        theirs = density(self.x_next, self.step(leaf))
+        call = f"transition_log_prob(v, x, x_next, {self.table_text}, index{'' if variance else ', variance=False'})"
+        return Row(self.trainer, quantity, call, with_its_gradient(ours), with_its_gradient(theirs))
+
+    def stored_noise(self) -> Row:
+        ours = af.transition_noise(self.given.v_old, self.given.x, self.x_next, self.table, self.index)
+        call = f"transition_noise(v_old, x, x_next, {self.table_text}, index)"
+        std = self.std.view(-1, *[1] * len(SHAPE))
+        return self.row("noise of a stored transition", call, ours, (self.x_next - self.mean_old) / std)
+
+    def stored_means(self) -> Row:
+        """Its means are linear in v, and say which v it was."""
+        ours = af.from_means(self.mean_old, self.given.x, self.x_next, self.table, self.index)
+        call = f"from_means(means, x, x_next, {self.table_text}, index)"
+        std = self.std.view(-1, *[1] * len(SHAPE))
+        theirs = self.given.v_old, (self.x_next - self.mean_old) / std
+        return Row(self.trainer, "rollout's velocity and noise, of its means", call, ours, theirs)
+
     def sigma_at_one(self, quantity: str, theirs: Tensor) -> Row:
         return self.row(quantity, f"{self.table_text}.sigma[0]", self.table.sigma[:1], theirs)
 

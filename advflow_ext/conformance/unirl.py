@@ -60,6 +60,7 @@ def unirl_flow_dppo(inputs: Inputs) -> Iterator[Row]:
 
     options: dict[str, Any] = {"threshold": 1e-6, "v_ref": inputs.v_ref, "kl_weight": 0.01}
     yield at.sigma_at_one("sigma at s = 1, sampler and KL", at.std[:1])
+    yield at.stored_log_prob()
     yield at.kl_old(kl(at, inputs.v, inputs.v_old))
     yield at.masked(~kept(A, at.log_ratio(inputs.v), kl(at, inputs.v, inputs.v_old), 1e-6), threshold=1e-6)
     yield at.kl_ref(af.flow_dppo_loss, kl(at, inputs.v, inputs.v_ref))

@@ -42,6 +42,9 @@ def verl_omni(inputs: Inputs) -> Iterator[Row]:
         return torch.where(keep, -A * log_ratio.exp(), 0).mean()
 
     yield at.log_prob()
+    yield at.stored_log_prob()
+    yield at.stored_noise()
+    yield at.stored_means()
     yield at.loss(
         af.flow_grpo_loss, loss, quantity="flow_grpo loss",
         clip=1e-4, v_ref=inputs.v_ref, kl_weight=0.04, kl_convention="dt",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ def require_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if value not in accepted:
         listed = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name} is {value!r}; accepted are {listed}.")
+
+
+def spelled(value: object, spellings: Mapping[str, str]) -> Any:
+    """``value``, by the name it has here where a trainer has another."""
+    return spellings.get(value, value) if isinstance(value, str) else value
 
 
 def require_flag(name: str, value: object) -> None:
@@ -168,4 +173,4 @@ def warn_on_cpu(message: str, curvature: Tensor, nonconvex: Tensor) -> None:
         return
     below = curvature[nonconvex & curvature.isfinite()]
     if below.numel():
-        warn_nonconvex(message, below.numel(), float(below.min()), stacklevel=4)  # the caller of the loss
+        warn_nonconvex(message, below.numel(), float(below.min()), stacklevel=5)  # the caller of the loss

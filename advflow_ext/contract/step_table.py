@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,13 +14,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from advflow_ext.contract.checks import require_choice
 from advflow_ext.contract.numbers import require_number
+from advflow_ext.contract.step_checks import (
+    checked_sigmas,
+    checked_steps,
+    checked_window,
+    device_of_unread,
+    in_order,
+    one_up_to_rounding,
+    per_step,
+    require_level,
+    require_no_sigma_1,
+    require_range,
+    zero_up_to_rounding,
+)
 
 SAMPLERS = ("flow_sde", "dance_sde", "cps", "ode", "flash_sde")
 CONVENTIONS = ("next_sigma", "clamp_0.99")
 
-# Schedulers hold 1 and 0 only up to this: float32 makes 0.99999988 or 1.0000001 of 1, and diffusers' UniPC takes 1e-6
-# off, which float32 makes 1.013e-6.
-_ROUNDING = 1e-6 + 2**-24
 _LARGEST = 1e150  # noise level that can be squared; what is above is refused by its c_x
 
 
@@ -80,9 +90,11 @@ class StepTable:
         stochastic_steps: Sequence[int] | None = None,
     ) -> None:
         with _real_tensors():
-            values = _checked_sigmas(sigmas)
-            ends = (values[1], float(values[-1]))
-            self._set_steps(values[:-1], values[1:], sampler, noise_level, *ends, convention, stochastic_steps)
+            values = checked_sigmas(sigmas)
+            s, s_end, second = values[:-1], values[1:], values[1].expand(len(values) - 1)
+            level = per_step(None, {"noise_level": noise_level}, len(s))["noise_level"]
+            last = float(values[-1])
+            self._set_steps(s, s_end, sampler, level, second, last, convention, stochastic_steps, read=True)
         self.sigmas = values
 
     @classmethod
@@ -101,7 +113,7 @@ class StepTable:
         """A table of steps that need not follow one another, such as one for each sample with its own noise level.
 
         ``StepTable(sigmas, ...)`` is ``StepTable.from_steps(sigmas[:-1], sigmas[1:], sigma_1=sigmas[1],
-        sigma_min=sigmas[-1], ...)``. The values are read here, which waits for the device they are on.
+        sigma_min=sigmas[-1], ...)``.
 
         Arguments:
             s, s_end: ``[T]`` numbers, where each step begins and ends: 0 <= s_end < s <= 1, either up to 1e-6. With one
@@ -111,14 +123,29 @@ class StepTable:
                 takes for s at s = 1, and where Flash-SDE's std ends. None where no stochastic step needs it.
             sigma_min: the last sigma of that schedule, for Flash-SDE.
 
+        Of s, s_end, noise_level and sigma_1 a number or a 0-dimensional tensor, as a scheduler holds it, stands for all
+        steps, and a tensor may have dimensions of size 1 behind, ``[T, 1, 1, 1]``. Where one is on another device than
+        the CPU the table is made there and nothing is waited for: a step that would be refused has NaN for every
+        coefficient instead, the attributes are on that device, and there is no ``index_of``.
+
         The others, attributes and errors as in :class:`StepTable`, without the attribute ``sigmas``.
         """
         table = cls.__new__(cls)
         with _real_tensors():
-            start, end = _checked_steps(s, s_end)
             require_number("sigma_min", sigma_min, low=0.0)
-            second = None if sigma_1 is None else _per_step("sigma_1", sigma_1, len(start), below=1.0)
-            table._set_steps(start, end, sampler, noise_level, second, float(sigma_min), convention, stochastic_steps)
+            device = device_of_unread(s, s_end, noise_level, sigma_1)
+            second = {} if sigma_1 is None else {"sigma_1": sigma_1}
+            steps = per_step(device, {"s": s, "s_end": s_end, "noise_level": noise_level, **second})
+            if device is None:
+                steps["s"], steps["s_end"] = checked_steps(steps["s"], steps["s_end"])
+                if sigma_1 is not None:
+                    require_range("sigma_1", steps["sigma_1"], below=1.0)
+            else:
+                steps["s"], steps["s_end"] = one_up_to_rounding(steps["s"]), zero_up_to_rounding(steps["s_end"])
+            table._set_steps(
+                steps["s"], steps["s_end"], sampler, steps["noise_level"], steps.get("sigma_1"), float(sigma_min),
+                convention, stochastic_steps, read=device is None,
+            )  # fmt: skip
         return table
 
     def _set_steps(
@@ -126,81 +153,76 @@ class StepTable:
         s: Tensor,
         s_end: Tensor,
         sampler: str,
-        noise_level: float | Sequence[float] | Tensor,
+        level: Tensor,
         sigma_1: Tensor | None,
         sigma_min: float,
         convention: str,
         stochastic_steps: Sequence[int] | None,
+        read: bool,
     ) -> None:
         require_choice("sampler", sampler, SAMPLERS)
         require_choice("convention", convention, CONVENTIONS)
         self.sampler, self.steps, self.s, self.s_end = sampler, len(s), s, s_end
-        level = _checked_level(sampler, noise_level, self.steps)
-        self.noise_level = level if level.unique().numel() > 1 else float(level[0])
-        window = _checked_window(stochastic_steps, self.steps)
+        window = checked_window(stochastic_steps, self.steps).to(s.device, non_blocking=True)
+        if read:
+            require_level(sampler, level)
+            if sigma_1 is None:
+                require_no_sigma_1(sampler, convention, window & (level > 0), s)
+        self.noise_level = float(level[0]) if read and level.unique().numel() == 1 else level
         if sigma_1 is None:
-            _require_no_sigma_1(sampler, convention, window & (level > 0), s)
-            sigma_1 = torch.zeros_like(s)
+            sigma_1 = torch.full_like(s, torch.nan)
 
-        level = level.clamp(max=_LARGEST)
-        self._starts: tuple[float, ...] = tuple(s.tolist())
         self.dt = s_end - s
-        h = -self.dt
-        if sampler == "cps":
-            theta = [value * math.pi / 2 for value in level.tolist()]
-            noise_kept = s_end * _doubles([math.cos(angle) for angle in theta])
-            c_x, c_v = 1 - s_end + noise_kept, -s * (1 - s_end) + (1 - s) * noise_kept
-            sigma = s_end * _doubles([math.sin(angle) for angle in theta])
-        elif sampler == "ode":
-            c_x, c_v, sigma = torch.ones_like(s), -h, torch.zeros_like(s)
-        else:
-            if sampler == "flash_sde":
-                level = level * (sigma_min + (sigma_1 - sigma_min) * s)
-            if sampler != "flow_sde":
-                denominator = s
-            elif convention == "clamp_0.99":
-                denominator = 1 - s.clamp(max=0.99)
-            else:
-                denominator = 1 - torch.where(s == 1, sigma_1, s)
-            w = _doubles([value**2 for value in level.tolist()]) * denominator.reciprocal()
-            c_x, c_v, sigma = 1 - w * h / 2, -h * (1 + w * (1 - s) / 2), (w * s * h).sqrt()
-
-        random = window & (sigma > 0)
+        c_x, c_v, sigma = coefficients(sampler, convention, s, s_end, level, sigma_1, sigma_min, read)
+        random = window & ~(sigma <= 0)
         self.c_x = torch.where(random, c_x, 1)
-        self.c_v = torch.where(random, c_v, -h)
+        self.c_v = torch.where(random, c_v, self.dt)
         self.sigma = torch.where(random, sigma, 0)
         self.kappa = self.c_v / self.sigma
-        self.stochastic_steps: tuple[int, ...] = tuple(random.nonzero().flatten().tolist())
-        self._require_carried_noise(convention)
+        carried = self.c_x
+        if sampler == "flow_sde" and convention == "clamp_0.99":
+            carried = torch.where((s == 1) & random, 1 - level.clamp(max=_LARGEST) ** 2 / 2, carried)
+        # sqrt(2) as a level makes its c_x 0 but for rounding.
+        uncarried = carried < -1e-9
+        if read:
+            self._require_carried_noise(convention, level, carried, uncarried)
+            self._starts: tuple[float, ...] | None = tuple(s.tolist())
+            self._stochastic_steps: tuple[int, ...] | None = tuple((self.sigma > 0).nonzero().flatten().tolist())
+        else:
+            self._starts = self._stochastic_steps = None
+            usable = in_order(s, s_end) & (level >= 0) & (level <= (1 if sampler == "cps" else _LARGEST)) & ~uncarried
+            for name in StepRows._fields:
+                setattr(self, name, torch.where(usable, getattr(self, name), torch.nan))
 
         columns = torch.stack([self.c_x, self.c_v, self.sigma, self.kappa, self.dt], 1)
         # The outer rows answer for every step that is not in the table: nothing computed from them can pass for a
         # number.
         outside = torch.full_like(columns[:1], torch.nan)
         self._rows = torch.cat([outside, columns, outside])
-        cpu = self._rows.device
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {
-            (cpu, dtype): self._rows.to(dtype) for dtype in (torch.float32, torch.float64)
+            (self._rows.device, dtype): self._rows.to(dtype) for dtype in (torch.float32, torch.float64)
         }
 
-    def _require_carried_noise(self, convention: str) -> None:
-        given = torch.as_tensor(self.noise_level, dtype=torch.float64, device="cpu").expand(self.steps)
-        level, flow = given.clamp(max=_LARGEST), self.sampler == "flow_sde"
-        carried = self.c_x
-        if flow and convention == "clamp_0.99":
-            carried = torch.where((self.s == 1) & (self.sigma > 0), 1 - level**2 / 2, carried)
-        # sqrt(2) as a level makes its c_x 0 but for rounding.
-        if not (wrong := carried < -1e-9).any():
+    @property
+    def stochastic_steps(self) -> tuple[int, ...]:
+        """The steps with sigma > 0. Of a table made on another device than the CPU this waits for it."""
+        if self._stochastic_steps is None:
+            with _real_tensors():
+                self._stochastic_steps = tuple((self.sigma > 0).nonzero().flatten().tolist())
+        return self._stochastic_steps
+
+    def _require_carried_noise(self, convention: str, level: Tensor, carried: Tensor, wrong: Tensor) -> None:
+        if not wrong.any():
             return
         steps = wrong.nonzero().flatten()
         step = int(steps[0])
         s, s_end, sigma, c_x = (float(x[step]) for x in (self.s, self.s_end, self.sigma, self.c_x))
-        limit = float((level / (1 - carried).sqrt())[wrong].min())
-        near_1 = flow and convention == "next_sigma" and 0.99 < s < 1
+        limit = float((level.clamp(max=_LARGEST) / (1 - carried).sqrt())[wrong].min())
+        near_1 = self.sampler == "flow_sde" and convention == "next_sigma" and 0.99 < s < 1
         clamp = near_1 and len(steps) == 1 and level[step] ** 2 * (s - s_end) < 0.02  # 0.01 for 1 - s is enough
         remedy = "convention 'clamp_0.99', " if clamp else ""
         raise ValueError(
-            f"noise_level is {float(given[step])!r}, which gives step {step}, from s = {s!r} to {s_end!r}, a sigma of "
+            f"noise_level is {float(level[step])!r}, which gives step {step}, from s = {s!r} to {s_end!r}, a sigma of "
             f"{sigma:.6g} and a c_x of {c_x:.6g}, below 0: more noise than x can carry; accepted are a noise_level of "
             f"at most {limit:.6g}, {remedy}and stochastic_steps without "
             f"{listed_steps(steps.tolist())}."
@@ -222,6 +244,8 @@ class StepTable:
             kind = timesteps.dtype if isinstance(timesteps, Tensor) else f"a {type(timesteps).__name__}"
             raise ValueError(f"timesteps is {kind}; accepted is a tensor of real numbers.")
         require_number("scale", scale, low=0.0, exclusive=True)
+        if self._starts is None:
+            raise ValueError("table was made on a device and not read; accepted is one made of numbers for index_of.")
         if len(set(self._starts)) < self.steps:
             raise ValueError("table has several steps that begin at one s; accepted is one without for index_of.")
         given = timesteps.detach().double() / scale
@@ -286,110 +310,39 @@ def _real_tensors() -> Iterator[None]:
         yield
 
 
-def _doubles(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+def coefficients(
+    sampler: str,
+    convention: str,
+    s: Tensor,
+    s_end: Tensor,
+    level: Tensor,
+    sigma_1: Tensor,
+    sigma_min: float,
+    read: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_x, c_v, sigma) of every step, all ``[T]``."""
 
+    def of_each(one: Callable[[float], float], together: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
+        """One by one where they can be read: a vector register's cosine would depend on how many there are."""
+        if not read:
+            return together(numbers)
+        return torch.tensor([one(number) for number in numbers.tolist()], dtype=torch.float64, device="cpu")
 
-def _numbers(name: str, value: object, accepted: str) -> Tensor:
-    try:
-        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name} is {value!r}; accepted are {accepted}.") from error
-    if isinstance(numbers, FakeTensor):
-        raise ValueError(f"{name} is {value!r}, which holds no numbers; accepted are {accepted}.")
-    return numbers
-
-
-def _checked_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
-    values = _numbers("sigmas", sigmas, "[T + 1] numbers")
-    if values.dim() != 1 or len(values) < 2:
-        raise ValueError(f"sigmas has shape {list(values.shape)}; accepted are [T + 1] numbers, T of at least 1.")
-    given = values.tolist()
-    values[:1], values[-1:] = _one_up_to_rounding(values[:1]), _zero_up_to_rounding(values[-1:])
-    if not (values.diff() < 0).all() or not 0 <= values[-1] < values[0] <= 1:
-        shown = ", ".join(repr(float(f"{value:.9g}")) for value in given[:16])
-        more = f", ... of {len(given)}" if len(given) > 16 else ""
-        raise ValueError(
-            f"sigmas is [{shown}{more}]; accepted are numbers within [0, 1], strictly decreasing{_first_fault(values)}."
-        )
-    return values
-
-
-def _first_fault(values: Tensor) -> str:
-    wrong = (values.diff() >= 0).nonzero().flatten().tolist()
-    return f" (sigmas[{wrong[0] + 1}] is not below sigmas[{wrong[0]}])" if wrong else ""
-
-
-def _checked_steps(s: Sequence[float] | Tensor, s_end: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-    start, end = (_numbers(name, value, "[T] numbers") for name, value in (("s", s), ("s_end", s_end)))
-    if start.dim() != 1 or not len(start):
-        raise ValueError(f"s has shape {list(start.shape)}; accepted are [T] numbers, T of at least 1.")
-    if end.shape != start.shape:
-        raise ValueError(f"s_end has shape {list(end.shape)}; accepted is that of s, {list(start.shape)}.")
-    given = start, end
-    start, end = _one_up_to_rounding(start), _zero_up_to_rounding(end)
-    if (wrong := ~((end >= 0) & (end < start) & (start <= 1))).any():
-        step = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"s[{step}] is {float(given[0][step])!r} and s_end[{step}] is {float(given[1][step])!r}; accepted are "
-            "0 <= s_end < s <= 1."
-        )
-    return start, end
-
-
-def _one_up_to_rounding(s: Tensor) -> Tensor:
-    return torch.where((s - 1).abs() <= _ROUNDING, 1, s)
-
-
-def _zero_up_to_rounding(s: Tensor) -> Tensor:
-    return torch.where(s.abs() <= _ROUNDING, 0, s)
-
-
-def _per_step(name: str, value: float | Sequence[float] | Tensor, steps: int, *, below: float = math.inf) -> Tensor:
-    if not hasattr(value, "__len__"):
-        require_number(name, value, low=0.0)
-    numbers = _numbers(name, value, f"a number and [{steps}] numbers")
-    if numbers.shape not in ((), (steps,)):
-        raise ValueError(f"{name} has shape {list(numbers.shape)}; accepted are a number and [{steps}] numbers.")
-    numbers = numbers.expand(steps).clone()
-    if (wrong := ~((numbers >= 0) & (numbers < below))).any():
-        step = int(wrong.nonzero()[0])
-        bound = "finite numbers of at least 0" if below == math.inf else f"numbers of at least 0 and below {below:g}"
-        raise ValueError(f"{name}[{step}] is {float(numbers[step])!r}; accepted are {bound}.")
-    return numbers
-
-
-def _checked_level(sampler: str, noise_level: float | Sequence[float] | Tensor, steps: int) -> Tensor:
-    level = _per_step("noise_level", noise_level, steps)
-    if sampler == "cps" and (wrong := level > 1).any():
-        first = float(level[wrong][0])
-        raise ValueError(f"noise_level is {first!r}; accepted for sampler 'cps' is a number within [0, 1].")
-    return level
-
-
-def _require_no_sigma_1(sampler: str, convention: str, stochastic: Tensor, s: Tensor) -> None:
+    level, h = level.clamp(max=_LARGEST), s - s_end
+    if sampler == "ode":
+        return torch.ones_like(s), -h, torch.zeros_like(s)
+    if sampler == "cps":
+        theta = level * math.pi / 2
+        noise_kept = s_end * of_each(math.cos, torch.cos, theta)
+        c_v = -s * (1 - s_end) + (1 - s) * noise_kept
+        return 1 - s_end + noise_kept, c_v, s_end * of_each(math.sin, torch.sin, theta)
     if sampler == "flash_sde":
-        needed = stochastic
-    elif sampler == "flow_sde" and convention == "next_sigma":
-        needed = stochastic & (s == 1)
+        level = level * (sigma_min + (sigma_1 - sigma_min) * s)
+    if sampler != "flow_sde":
+        denominator = s
+    elif convention == "clamp_0.99":
+        denominator = 1 - s.clamp(max=0.99)
     else:
-        return
-    if needed.any():
-        step = int(needed.nonzero()[0])
-        raise ValueError(
-            f"sigma_1 is None; accepted for sampler {sampler!r} and step {step}, which starts at s = "
-            f"{float(s[step]):.9g}, is the second sigma of its schedule."
-        )
-
-
-def _checked_window(stochastic_steps: Sequence[int] | None, steps: int) -> Tensor:
-    if stochastic_steps is None:
-        return torch.ones(steps, dtype=torch.bool, device="cpu")
-    window = torch.zeros(steps, dtype=torch.bool, device="cpu")
-    if not isinstance(stochastic_steps, Sequence):
-        raise ValueError(f"stochastic_steps is {stochastic_steps!r}; accepted are the steps 0 to {steps - 1}, or None.")
-    for step in stochastic_steps:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < steps:
-            raise ValueError(f"stochastic_steps has {step!r}; accepted are the steps 0 to {steps - 1}, or None.")
-        window[step] = True
-    return window
+        denominator = 1 - torch.where(s == 1, sigma_1, s)
+    w = of_each(lambda number: number**2, torch.square, level) * denominator.reciprocal()
+    return 1 - w * h / 2, -h * (1 + w * (1 - s) / 2), (w * s * h).sqrt()

@@ -36,14 +36,14 @@ def _register_fakes() -> None:
         x_next, eps = (x.new_empty(x.shape, dtype=kind) for kind in (stored, accumulate))
         return x_next, eps, v.new_empty((v.shape[0],), dtype=torch.float64)
 
-    @torch.library.register_fake("advflow::transition_eps_sq")  # type: ignore[untyped-decorator]
-    def transition_eps_sq_shape(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
-        accumulate = check_latents("transition_eps_sq", {"v": v, "x": x, "x_next": x_next}, {})
+    @torch.library.register_fake("advflow::transition_deviation_sq")  # type: ignore[untyped-decorator]
+    def transition_deviation_sq_shape(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
+        accumulate = check_latents("transition_deviation_sq", {"v": v, "x": x, "x_next": x_next}, {})
         check_scalars(coef, None, v, accumulate)
         return v.new_empty((v.shape[0],), dtype=torch.float64)
 
-    @torch.library.register_fake("advflow::transition_eps")  # type: ignore[untyped-decorator]
-    def transition_eps_shape(
+    @torch.library.register_fake("advflow::transition_deviation")  # type: ignore[untyped-decorator]
+    def transition_deviation_shape(
         v: Tensor,
         x: Tensor,
         x_next: Tensor,
@@ -51,9 +51,9 @@ def _register_fakes() -> None:
         weight: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        accumulate = check_latents("transition_eps", {"v": v, "x": x, "x_next": x_next}, {})
+        accumulate = check_latents("transition_deviation", {"v": v, "x": x, "x_next": x_next}, {})
         written = dtype or accumulate
-        accumulate = _accumulate_with("transition_eps", written, accumulate, v)
+        accumulate = _accumulate_with("transition_deviation", written, accumulate, v)
         check_scalars(coef, None, v, accumulate)
         check_column("weight", weight, v, accumulate)
         return x.new_empty(x.shape, dtype=written)
@@ -75,12 +75,12 @@ if _native.module is not None:
 def sde_step_op(
     v: Tensor, x: Tensor, coef: Tensor, noise: Tensor | None, seed: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x_next`` in ``dtype``, ``eps`` in the accumulate dtype and ``eps_sq`` ``[N]`` in float64, without gradient.
+    """``x_next`` in ``dtype``, ``eps`` in the accumulate dtype, ``deviation_sq`` ``[N]`` in float64, without gradient.
 
     ``coef`` ``[N, 3]`` is (c_x, c_v, sigma) in the accumulate dtype: float32, or float64 as soon as a tensor or
     ``dtype`` is float64. With mean = c_x x + c_v v, x_next = mean + sigma noise rounded to ``dtype`` (default ``x``'s),
-    eps = (x_next - mean) / sigma of the rounded x_next, eps_sq = <eps^2>, summed in float64. Where sigma is 0, x_next
-    is the mean, eps and eps_sq are 0, and noise is not read.
+    eps = (x_next - mean) / sigma of the rounded x_next, deviation_sq = <(x_next - mean)^2>, summed in float64. Where
+    sigma is 0, x_next is the mean, eps and deviation_sq are 0, and noise is not read.
 
     Exactly one of ``noise`` (``x``'s shape) and ``seed`` (int64 ``[N]``) is given. A seed's noise is that of
     csrc/math/philox.h: it depends on the seed and on the element's index alone, CPU and CUDA draw the same integers,
@@ -93,21 +93,21 @@ def sde_step_op(
     return outputs
 
 
-def transition_eps_sq_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
-    """``eps_sq`` of :func:`sde_step_op` for a stored ``x_next``: the same bits, without gradient."""
+def transition_deviation_sq_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
+    """``deviation_sq`` of :func:`sde_step_op` for a stored ``x_next``: the same bits, without gradient."""
     given = (tensor.detach() for tensor in (v, x, x_next, coef))
-    eps_sq: Tensor = torch.ops.advflow.transition_eps_sq.default(*given)
-    return eps_sq
+    deviation_sq: Tensor = torch.ops.advflow.transition_deviation_sq.default(*given)
+    return deviation_sq
 
 
-def transition_eps_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
+def transition_deviation_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
     """``eps`` of :func:`sde_step_op` for a stored ``x_next``: the same bits, without gradient."""
-    eps: Tensor = torch.ops.advflow.transition_eps.default(*(tensor.detach() for tensor in (v, x, x_next, coef)))
+    eps: Tensor = torch.ops.advflow.transition_deviation.default(*(tensor.detach() for tensor in (v, x, x_next, coef)))
     return eps
 
 
 class TransitionDensity(torch.autograd.Function):
-    """A number a transition ``[N]`` given from outside, whose gradient to ``v`` is slope eps / D.
+    """A number a transition ``[N]`` given from outside, whose gradient to ``v`` is slope (x_next - mean) / D.
 
     ``slope`` ``[N]`` is float64, and 0 for a transition that is to have an exactly zero gradient. The upstream gradient
     joins it before the kernel, which rounds once: 1 / D alone underflows float16.
@@ -129,7 +129,7 @@ class TransitionDensity(torch.autograd.Function):
             watched if kept is None else kept for watched, kept in zip(ctx.saved_tensors, ctx.unwatched, strict=True)
         )
         weight = torch.where(slope == 0, 0, slope * upstream / max(math.prod(v.shape[1:]), 1)).to(coef.dtype)
-        grad = torch.ops.advflow.transition_eps.default(v, x, x_next, coef, weight, v.dtype)
+        grad = torch.ops.advflow.transition_deviation.default(v, x, x_next, coef, weight, v.dtype)
         return grad, *[None] * 5
 
 

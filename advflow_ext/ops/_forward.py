@@ -66,5 +66,5 @@ def native_output(
     """Of a loss whose formula the native core has itself."""
     loss, values = forward_loss(name, latents, t, advantages, numbers, choices, reduction)
     metrics = LossMetrics(values, forward_metrics(), unbounded)
-    metrics.warn_now(stacklevel=3)  # the caller of the loss
+    metrics.warn_now(stacklevel=4)  # the caller of the loss
     return LossOutput(loss, metrics)

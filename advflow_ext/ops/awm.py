@@ -8,15 +8,17 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number, per_sample
 from advflow_ext.contract.outputs import LossOutput, Ratio
 from advflow_ext.kernels.residual import residual_loss, residual_stats
 from advflow_ext.ops._forward import forward_output
-from advflow_ext.reference.awm import awm_arguments, awm_log_prob_arguments
+from advflow_ext.reference.awm import AWM_SPELLINGS, awm_arguments, awm_log_prob_arguments
 
 _VU_SQ, _VU_ABS = STATS.index("vu_sq"), STATS.index("vu_abs")
 
 
+@any_batch
 def awm_loss(
     v: Tensor,
     x0: Tensor,
@@ -72,7 +74,7 @@ def awm_loss(
         v_ema: velocity of the slowly following policy that anchors the step, shaped like v, or None for no such term.
         log_prob_old: ``[B]``, :func:`awm_log_prob` of the policy that is the ratio's denominator, at the same x0, noise
             and t; None is on-policy: the ratio is 1 and has a gradient, as in every released configuration.
-        weighting: a row of the table.
+        weighting: a row of the table; the released "Uniform" and "t**2" are taken too.
         power: q of "ghuber", above 0.
         draws: M, B a multiple of it.
         clip: k, above 0, or a pair (below, above) for 1-below and 1+above. The clip is decided on log ratios.
@@ -91,6 +93,7 @@ def awm_loss(
             v_ema=v_ema, v_ref=v_ref, log_prob_old=log_prob_old, weighting=weighting, power=power, draws=draws,
             clip=clip, ema_weight=ema_weight, kl_weight=kl_weight, policy_weight=policy_weight, reduction=reduction,
         )  # fmt: skip
+    weighting = checks.spelled(weighting, AWM_SPELLINGS)
     samples, numbers = awm_arguments(
         v, x0, noise, t, advantages, v_ema, v_ref, log_prob_old, weighting, power, draws, clip, ema_weight, kl_weight,
         policy_weight, reduction,
@@ -125,6 +128,7 @@ def awm_loss(
     )  # fmt: skip
 
 
+@any_batch
 def awm_log_prob(
     v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: Number = 0.25
 ) -> Tensor:
@@ -137,6 +141,7 @@ def awm_log_prob(
     """
     if not _native.serves(v, x0, noise, t):
         return reference.awm_log_prob(v, x0, noise, t, weighting=weighting, power=power)
+    weighting = checks.spelled(weighting, AWM_SPELLINGS)
     t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
     checks.require_native_dtype(t.dtype, v, "awm_log_prob")
     log_prob, omega = _log_prob(residual_stats(v, x0, noise, None, None), t, weighting, exponent)

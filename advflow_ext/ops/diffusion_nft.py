@@ -6,12 +6,14 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.ops._forward import native_output
-from advflow_ext.reference.diffusion_nft import NFT_MODES, diffusion_nft_arguments
+from advflow_ext.reference.diffusion_nft import NFT_MODES, NFT_SPELLINGS, diffusion_nft_arguments
 
 
+@any_batch
 def diffusion_nft_loss(
     v: Tensor,
     x0: Tensor,
@@ -56,7 +58,8 @@ def diffusion_nft_loss(
         adaptive: False drops w+-, which leaves the paper's loss in prediction space at the code's scale. Its gradient
             is that of ``c * advantage_flow_loss(A / c, gamma="beta(beta-A)", beta=beta, lam=0) / beta``.
         mode: the trainer's ``adv_mode``, applied to the clipped advantages: "all"; "positive" and "negative" set the
-            others to 0; "one" makes positive ones 1 and the others 0; "binary" keeps the sign.
+            others to 0; "one" makes positive ones 1 and the others 0; "binary" keeps the sign. Its "positive_only",
+            "negative_only" and "one_only" are taken too.
 
     Dtypes, layouts, precision, non-finite samples, t outside (0, 1] and errors: as in :func:`advantage_flow_loss`. The
     released code rounds v+- to half precision under autocast and takes w+- in float64; here neither is rounded below
@@ -68,6 +71,7 @@ def diffusion_nft_loss(
             v_old=v_old, v_ref=v_ref, beta=beta, adv_clip_max=adv_clip_max, kl_weight=kl_weight,
             policy_weight=policy_weight, adaptive=adaptive, mode=mode, reduction=reduction,
         )  # fmt: skip
+    mode = checks.spelled(mode, NFT_SPELLINGS)
     dtype, _, given = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,

@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import DISTILLATION_METRICS, LossMetrics, LossOutput
 from advflow_ext.contract.step_table import StepTable
@@ -18,6 +19,7 @@ from advflow_ext.reference.distillation import distillation_arguments
 _SQUARE = STATS.index("vu_sq")
 
 
+@any_batch
 def distillation_loss(
     v: Tensor,
     v_teacher: Tensor,

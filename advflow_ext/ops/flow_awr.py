@@ -6,12 +6,14 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.ops._forward import native_output
 from advflow_ext.reference.flow_awr import flow_awr_arguments
 
 
+@any_batch
 def flow_awr_loss(
     v: Tensor,
     x0: Tensor,

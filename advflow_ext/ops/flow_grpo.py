@@ -6,6 +6,7 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
@@ -13,6 +14,7 @@ from advflow_ext.ops._reverse import RATIOS, reverse_output
 from advflow_ext.reference.flow_grpo import KL_CONVENTIONS, flow_grpo_arguments
 
 
+@any_batch
 def flow_grpo_loss(
     v: Tensor,
     v_old: Tensor,

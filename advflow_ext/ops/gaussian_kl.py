@@ -8,6 +8,7 @@ from torch import Tensor
 from advflow_ext import _native, reference
 from advflow_ext._native import STATS
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import values_are_at_hand
 from advflow_ext.contract.step_table import StepTable
 from advflow_ext.kernels.residual import residual_loss, residual_stats
@@ -23,6 +24,7 @@ _SQUARE = STATS.index("vu_sq")
 _LEAST_STD, _LARGEST_STD = 1e-12, 1e12
 
 
+@any_batch
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
     """KL(N(mean1, std1^2) || N(mean2, std2^2)) of every sample, ``[N]``, averaged over its D elements.
 
@@ -52,6 +54,7 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
     return _scaled_distance(mean1, mean2, sigma2, kl_of_spreads(sigma1, sigma2), dtype)
 
 
+@any_batch
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
     """KL between the transitions of two velocities at the same x, ``[N]``: kappa^2 / 2 <(v-v_old)^2> (eq. 15, 22).
 

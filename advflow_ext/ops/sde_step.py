@@ -7,6 +7,7 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.outputs import SdeStep
 from advflow_ext.contract.step_table import StepTable
 from advflow_ext.kernels.sde_step import sde_step_op
@@ -14,6 +15,7 @@ from advflow_ext.reference.sde_step import sde_step_arguments
 from advflow_ext.reference.transition_log_prob import log_density_of_mean_square
 
 
+@any_batch
 @torch.no_grad()
 def sde_step(
     v: Tensor,
@@ -62,5 +64,5 @@ def sde_step(
         seed = torch.randint(
             limits.min, limits.max, v.shape[:1], dtype=torch.int64, device=v.device, generator=generator
         )
-    x_next, eps, eps_sq = sde_step_op(v, x, torch.stack(step[:3], 1), noise, seed, dtype)
-    return SdeStep(x_next, eps, log_density_of_mean_square(eps_sq, step.sigma))
+    x_next, eps, deviation_sq = sde_step_op(v, x, torch.stack(step[:3], 1), noise, seed, dtype)
+    return SdeStep(x_next, eps, log_density_of_mean_square(deviation_sq, step.sigma))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -68,6 +69,7 @@ def advantage_flow_arguments(
     return dtype, numbers, AdvantageFlowNumbers(numbers.read("gamma", gamma), lams, scale)
 
 
+@any_batch
 def advantage_flow_loss(
     v: Tensor,
     x0: Tensor,

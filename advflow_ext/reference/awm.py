@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     ClipRange,
     Number,
@@ -20,6 +21,7 @@ from advflow_ext.contract.outputs import LossOutput, Ratio
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
 AWM_WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber", "adaptive")
+AWM_SPELLINGS = {"Uniform": "uniform", "t**2": "t2"}  # scxue/advantage_weighted_matching's, and Flow-Factory's
 
 
 class AwmNumbers(NamedTuple):
@@ -99,6 +101,7 @@ def _one_advantage_an_image(samples: checks.Samples, draws: int) -> checks.Sampl
     return samples._replace(advantages=torch.where(other, torch.nan, A))
 
 
+@any_batch
 def awm_loss(
     v: Tensor,
     x0: Tensor,
@@ -119,6 +122,7 @@ def awm_loss(
     reduction: str = "mean",
 ) -> LossOutput:
     """Same arguments, result and errors as :func:`advflow_ext.awm_loss`, by PyTorch autograd."""
+    weighting = checks.spelled(weighting, AWM_SPELLINGS)
     samples, numbers = awm_arguments(
         v, x0, noise, t, advantages, v_ema, v_ref, log_prob_old, weighting, power, draws, clip, ema_weight, kl_weight,
         policy_weight, reduction,
@@ -153,10 +157,12 @@ def awm_loss(
     )  # fmt: skip
 
 
+@any_batch
 def awm_log_prob(
     v: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, weighting: str = "ghuber", power: Number = 0.25
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.awm_log_prob`, by PyTorch autograd."""
+    weighting = checks.spelled(weighting, AWM_SPELLINGS)
     t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
     target = (noise.detach().to(t.dtype) - x0.detach().to(t.dtype)).flatten(1)
     error = v.flatten(1).to(t.dtype) - target

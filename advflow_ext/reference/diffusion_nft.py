@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -17,6 +18,7 @@ from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.reference._forward import flatten, forward_output, mean
 
 NFT_MODES = ("all", "positive", "negative", "one", "binary")
+NFT_SPELLINGS = {f"{mode}_only": mode for mode in ("positive", "negative", "one")}  # NVlabs/DiffusionNFT's
 
 
 class NftNumbers(NamedTuple):
@@ -57,6 +59,7 @@ def diffusion_nft_arguments(
     return dtype, numbers, given
 
 
+@any_batch
 def diffusion_nft_loss(
     v: Tensor,
     x0: Tensor,
@@ -79,6 +82,7 @@ def diffusion_nft_loss(
     x_t and the x0-predictions are formed as in the trainer. In float32 that costs digits as t goes to 0 (about
     1e-7 / t relative), which the fused op does not lose.
     """
+    mode = checks.spelled(mode, NFT_SPELLINGS)
     dtype, numbers, (beta, clip, kl_scale, policy_scale) = diffusion_nft_arguments(
         v, x0, noise, t, advantages, v_old, v_ref, beta, adv_clip_max, kl_weight, policy_weight, adaptive, mode,
         reduction,

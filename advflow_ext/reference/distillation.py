@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -35,6 +36,7 @@ def distillation_arguments(
     return numbers.contain(factor), valid
 
 
+@any_batch
 def distillation_loss(
     v: Tensor,
     v_teacher: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -39,6 +40,7 @@ def flow_awr_arguments(
     return dtype, numbers, kl, policy
 
 
+@any_batch
 def flow_awr_loss(
     v: Tensor,
     x0: Tensor,

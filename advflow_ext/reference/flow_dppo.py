@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -54,6 +55,7 @@ def flow_dppo_arguments(
     return given, limit, step
 
 
+@any_batch
 def flow_dppo_loss(
     v: Tensor,
     v_old: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     ClipRange,
     Number,
@@ -52,6 +53,7 @@ def flow_grpo_scalars(given: transitions.TransitionArguments, kl_convention: str
     return scalars
 
 
+@any_batch
 def flow_grpo_loss(
     v: Tensor,
     v_old: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.checks import accumulate_dtype
 from advflow_ext.contract.numbers import (
     require_number,
@@ -56,12 +57,14 @@ def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Ten
     return StepRows(*columns.unbind(1)).kappa
 
 
+@any_batch
 def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float | Tensor | None = None) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl`, by PyTorch autograd."""
     sigma1, sigma2 = gaussian_kl_arguments(mean1, mean2, std1, std2)
     return scaled_distance(mean1, mean2, sigma2, kl_of_spreads(sigma1, sigma2), accumulate_dtype(mean1, mean2))
 
 
+@any_batch
 def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl_from_velocity`, by PyTorch autograd."""
     kappa = velocity_kl_arguments(v, v_old, table, index)

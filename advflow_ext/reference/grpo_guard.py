@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import Number
 from advflow_ext.contract.outputs import LossOutput
 from advflow_ext.contract.step_table import StepTable
@@ -11,6 +12,7 @@ from advflow_ext.reference._reverse import clipped_surrogate, finite_ratio, reve
 from advflow_ext.reference.flow_grpo import flow_grpo_arguments
 
 
+@any_batch
 def grpo_guard_loss(
     v: Tensor,
     v_old: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.numbers import (
     Number,
     Numbers,
@@ -57,6 +58,7 @@ def reward_weighted_arguments(
     return dtype, numbers, given
 
 
+@any_batch
 def reward_weighted_loss(
     v: Tensor,
     x0: Tensor,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.outputs import SdeStep
 from advflow_ext.contract.step_table import StepRows, StepTable
-from advflow_ext.reference.transition_log_prob import log_density
+from advflow_ext.reference.transition_log_prob import deviation_between, log_density, noise_of
 
 
 def sde_step_arguments(
@@ -40,6 +41,7 @@ def sde_step_arguments(
     return table.rows(steps, accumulate), dtype
 
 
+@any_batch
 @torch.no_grad()
 def sde_step(
     v: Tensor,
@@ -63,5 +65,5 @@ def sde_step(
 
     mean = c_x * x.to(accumulate) + c_v * v.to(accumulate)
     x_next = (mean + sigma * noise.to(accumulate)).to(dtype)
-    eps = torch.where(sigma == 0, 0, (x_next.to(accumulate) - mean) / sigma)
-    return SdeStep(x_next, eps, log_density(eps, step.sigma))
+    deviation = deviation_between(v, x, x_next, step)
+    return SdeStep(x_next, noise_of(deviation, step.sigma), log_density(deviation, step.sigma))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advflow_ext.contract import checks, transitions
+from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.step_table import StepRows, StepTable
 from advflow_ext.reference._forward import mean
 
@@ -19,27 +20,31 @@ def transition_arguments(v: Tensor, x: Tensor, x_next: Tensor, table: StepTable,
     return table.rows(steps, dtype)
 
 
+@any_batch
 def transition_log_prob(
     v: Tensor, x: Tensor, x_next: Tensor, table: StepTable, index: int | Tensor, *, variance: bool = True
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_log_prob`, by PyTorch autograd."""
     checks.require_flag("variance", variance)
     step = transition_arguments(v, x, x_next, table, index)
-    eps = noise_between(v, x.detach(), x_next.detach(), step)
+    deviation = deviation_between(v, x.detach(), x_next.detach(), step)
     with torch.no_grad():
-        values = log_density(eps, step.sigma, variance)
+        values = log_density(deviation, step.sigma, variance)
     # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
     usable = torch.isfinite(values) & (step.sigma != 0)
-    eps = torch.where(usable.view(-1, *[1] * (v.dim() - 1)), eps, 0)
-    return torch.where(usable, log_density(eps, step.sigma, variance), values)
+    deviation = torch.where(usable.view(-1, *[1] * (v.dim() - 1)), deviation, 0)
+    return torch.where(usable, log_density(deviation, step.sigma, variance), values)
 
 
+@any_batch
 @torch.no_grad()
 def transition_noise(v_old: Tensor, x: Tensor, x_next: Tensor, table: StepTable, index: int | Tensor) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_noise`."""
-    return noise_between(v_old, x, x_next, transition_arguments(v_old, x, x_next, table, index))
+    step = transition_arguments(v_old, x, x_next, table, index)
+    return noise_of(deviation_between(v_old, x, x_next, step), step.sigma)
 
 
+@any_batch
 @torch.no_grad()
 def from_means(
     means: Tensor, x: Tensor, x_next: Tensor, table: StepTable, index: int | Tensor
@@ -58,21 +63,30 @@ def from_means(
     return v_old.to(dtype), eps.to(dtype)
 
 
-def noise_between(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows) -> Tensor:
-    """eps in the dtype of ``step``, 0 of a deterministic step."""
+def deviation_between(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows) -> Tensor:
+    """x_next - mean in the dtype of ``step``, 0 of a deterministic step.
+
+    In this order what is rounded before v joins cancels in the difference of two log-probabilities.
+    """
     c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in step[:3])
-    silent = sigma == 0
-    drawn = x_next.to(sigma.dtype) - (c_x * x.to(sigma.dtype) + c_v * v.to(sigma.dtype))
-    return torch.where(silent, 0, torch.where(silent, 0, drawn) / torch.where(silent, 1, sigma))
+    deviation = x_next.to(sigma.dtype) - c_x * x.to(sigma.dtype) - c_v * v.to(sigma.dtype)
+    return torch.where(sigma == 0, 0, deviation)
 
 
-def log_density(eps: Tensor, sigma: Tensor, variance: bool = True) -> Tensor:
-    """``[N]`` in float64 from the noise, averaged over its elements; 0 of a deterministic step."""
-    return log_density_of_mean_square(mean(eps.flatten(1).double().square()), sigma, variance)
+def noise_of(deviation: Tensor, sigma: Tensor) -> Tensor:
+    """The deviation over sigma ``[N]``, 0 of a deterministic step."""
+    return deviation / torch.where(sigma == 0, 1, sigma).view(-1, *[1] * (deviation.dim() - 1))
 
 
-def log_density_of_mean_square(eps_sq: Tensor, sigma: Tensor, variance: bool = True) -> Tensor:
-    """The same of <eps^2>, float64."""
+def log_density(deviation: Tensor, sigma: Tensor, variance: bool = True) -> Tensor:
+    """``[N]`` in float64, averaged over the elements; 0 of a deterministic step."""
+    return log_density_of_mean_square(mean(deviation.flatten(1).double().square()), sigma, variance)
+
+
+def log_density_of_mean_square(deviation_sq: Tensor, sigma: Tensor, variance: bool = True) -> Tensor:
+    """The same of the mean square, float64."""
+    if not variance:
+        return torch.where(sigma == 0, 0, -deviation_sq)
     wide = sigma.double()
-    density = -eps_sq / 2 - wide.log() - math.log(2 * math.pi) / 2 if variance else -eps_sq * wide.square()
+    density = -deviation_sq / (2 * wide.square()) - wide.log() - math.log(2 * math.pi) / 2
     return torch.where(sigma == 0, 0, density)

@@ -143,8 +143,8 @@ class SdeStepKernel(Kernel):
         call = arguments.call
         if _native.module is None:
             raise RuntimeError("advflow_ext has no compiled module")
-        x_next, _, eps_sq = sde_step_op(call["v"], call["x"], call["coef"], call["noise"], None, None)
-        return eps_sq, x_next
+        x_next, _, deviation_sq = sde_step_op(call["v"], call["x"], call["coef"], call["noise"], None, None)
+        return deviation_sq, x_next
 
     def plain(self, arguments: Arguments, dtype: torch.dtype) -> Result:
         call = arguments.call

@@ -1,6 +1,6 @@
 // One sampler step on the CPU: the next latent, the noise that explains it as it
-// is stored, and the mean square of that noise; and the last two of a latent that
-// was stored before.
+// is stored, and the mean square of sigma times that noise; and the last two of a
+// latent that was stored before.
 #include "math/sde_step.h"
 
 #include <cstdint>
@@ -17,7 +17,7 @@ static_assert(kAdvflowTile % kAdvflowNormals == 0 && kAdvflowChunk % kAdvflowTil
 struct Outputs {
   void* x_next;
   void* eps;
-  double* sums;  // [batch * chunks], of eps^2
+  double* sums;  // [batch * chunks], of squared deviations
 };
 
 // Noise of the tile that begins at element `first` of its row, in three loops:
@@ -43,13 +43,13 @@ ADVFLOW_INLINE void draw_tile(int64_t seed, int64_t first, int64_t count, T* noi
 
 // The squares of a tile, whose last lanes may lie past `count` and are overwritten.
 template <typename T>
-ADVFLOW_INLINE void add_squares(T* eps, int64_t count, AdvflowLanes<double>& sums) {
-  for (int64_t i = count; i % kAdvflowLanes != 0; ++i) eps[i] = T(0);
+ADVFLOW_INLINE void add_squares(T* deviation, int64_t count, AdvflowLanes<double>& sums) {
+  for (int64_t i = count; i % kAdvflowLanes != 0; ++i) deviation[i] = T(0);
   AdvflowLanes<double> tile = {};
   for (int64_t i = 0; i < count; i += kAdvflowLanes) {
-    const auto narrow = AdvflowLanes<T>::load(eps + i, kAdvflowLanes);
-    const AdvflowLanes<double> e = {__builtin_convertvector(narrow.x, AdvflowLanes<double>::Vector)};
-    tile += e * e;
+    const auto narrow = AdvflowLanes<T>::load(deviation + i, kAdvflowLanes);
+    const AdvflowLanes<double> d = {__builtin_convertvector(narrow.x, AdvflowLanes<double>::Vector)};
+    tile += d * d;
   }
   sums += tile;
 }
@@ -58,7 +58,7 @@ template <typename T>
 ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row,
                              int64_t begin, int64_t end) {
   alignas(64) T scratch_v[kAdvflowTile], scratch_x[kAdvflowTile], scratch_noise[kAdvflowTile];
-  alignas(64) T mean[kAdvflowTile], next[kAdvflowTile], eps[kAdvflowTile];
+  alignas(64) T mean[kAdvflowTile], next[kAdvflowTile], deviation[kAdvflowTile];
   const T* coef = static_cast<const T*>(in.coef) + row * 3;
   const T c_x = coef[0], c_v = coef[1], sigma = coef[2];
   const T inverse_sigma = T(1) / sigma;
@@ -83,30 +83,30 @@ ADVFLOW_INLINE void step_any(const AdvflowSdeStepInputs& in, const Outputs& out,
     for (int64_t i = 0; i < count; ++i) next[i] = advflow_sde_next(mean[i], sigma, noise[i]);
     advflow_write_tile(next, out.x_next, in.dtype, index, count);
     const T* stored = advflow_read_tile({out.x_next, in.elements, in.dtype}, row, first, count, next);
-    for (int64_t i = 0; i < count; ++i) eps[i] = advflow_sde_eps(stored[i], mean[i], inverse_sigma);
-    std::memcpy(static_cast<T*>(out.eps) + index, eps, size_t(count) * sizeof(T));
-    add_squares(eps, count, sums);
+    for (int64_t i = 0; i < count; ++i) deviation[i] = advflow_sde_deviation(stored[i], x[i], v[i], c_x, c_v);
+    add_squares(deviation, count, sums);
+    T* eps = static_cast<T*>(out.eps) + index;
+    for (int64_t i = 0; i < count; ++i) eps[i] = deviation[i] * inverse_sigma;
   }
   out.sums[chunk] = sums.sum();
 }
 
-// A piece of a row of a stored transition: its weighted eps where `eps_out` is given, and the sum of its squares where
-// `sum` is.
+// A piece of a row of a stored transition: its weighted deviation where `written` is given, and the sum of its squares
+// where `sum` is.
 template <typename T>
-ADVFLOW_INLINE void explain_any(const AdvflowTransitionInputs& in, void* eps_out, double* sum, int64_t row,
+ADVFLOW_INLINE void explain_any(const AdvflowTransitionInputs& in, void* written, double* sum, int64_t row,
                                 int64_t begin, int64_t end) {
   alignas(64) T scratch_v[kAdvflowTile], scratch_x[kAdvflowTile], scratch_next[kAdvflowTile];
-  alignas(64) T mean[kAdvflowTile], eps[kAdvflowTile];
+  alignas(64) T deviation[kAdvflowTile];
   const T* coef = static_cast<const T*>(in.coef) + row * 3;
   const T c_x = coef[0], c_v = coef[1], sigma = coef[2];
-  const T inverse_sigma = T(1) / sigma;
-  const T weight = in.weight.data ? static_cast<const T*>(in.weight.data)[row * in.weight.stride] : T(1);
+  const T weight = in.weight.data ? static_cast<const T*>(in.weight.data)[row * in.weight.stride] : T(1) / sigma;
   AdvflowLanes<double> sums = {};
-  if (sigma == T(0) || (eps_out && weight == T(0))) {
+  if (sigma == T(0) || (written && weight == T(0))) {
     if (sum) *sum = 0.0;
-    if (!eps_out) return;
+    if (!written) return;
     const int64_t size = advflow_item_size(in.dtype);
-    std::memset(static_cast<char*>(eps_out) + (row * in.elements + begin) * size, 0, size_t((end - begin) * size));
+    std::memset(static_cast<char*>(written) + (row * in.elements + begin) * size, 0, size_t((end - begin) * size));
     return;
   }
   for (int64_t first = begin; first < end; first += kAdvflowTile) {
@@ -114,14 +114,11 @@ ADVFLOW_INLINE void explain_any(const AdvflowTransitionInputs& in, void* eps_out
     const T* v = advflow_read_tile(in.v, row, first, count, scratch_v);
     const T* x = advflow_read_tile(in.x, row, first, count, scratch_x);
     const T* stored = advflow_read_tile(in.x_next, row, first, count, scratch_next);
-    for (int64_t i = 0; i < count; ++i) mean[i] = advflow_sde_mean(x[i], v[i], c_x, c_v);
-    for (int64_t i = 0; i < count; ++i) eps[i] = advflow_sde_eps(stored[i], mean[i], inverse_sigma);
-    if (sum) add_squares(eps, count, sums);
-    if (!eps_out) continue;
-    if (in.weight.data) {
-      for (int64_t i = 0; i < count; ++i) eps[i] *= weight;
-    }
-    advflow_write_tile(eps, eps_out, in.dtype, row * in.elements + first, count);
+    for (int64_t i = 0; i < count; ++i) deviation[i] = advflow_sde_deviation(stored[i], x[i], v[i], c_x, c_v);
+    if (sum) add_squares(deviation, count, sums);
+    if (!written) continue;
+    for (int64_t i = 0; i < count; ++i) deviation[i] *= weight;
+    advflow_write_tile(deviation, written, in.dtype, row * in.elements + first, count);
   }
   if (sum) *sum = sums.sum();
 }
@@ -129,17 +126,17 @@ ADVFLOW_INLINE void explain_any(const AdvflowTransitionInputs& in, void* eps_out
 template <typename T>
 struct Kernels {
   void (*step)(const AdvflowSdeStepInputs&, const Outputs&, int64_t chunk, int64_t row, int64_t begin, int64_t end);
-  void (*explain)(const AdvflowTransitionInputs&, void* eps, double* sum, int64_t row, int64_t begin, int64_t end);
+  void (*explain)(const AdvflowTransitionInputs&, void* written, double* sum, int64_t row, int64_t begin, int64_t end);
 };
 
-#define ADVFLOW_KERNEL_FOR(suffix, T, target)                                                                         \
-  target void step_##suffix(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row,           \
-                            int64_t begin, int64_t end) {                                                             \
-    step_any<T>(in, out, chunk, row, begin, end);                                                                     \
-  }                                                                                                                   \
-  target void explain_##suffix(const AdvflowTransitionInputs& in, void* eps, double* sum, int64_t row, int64_t begin, \
-                               int64_t end) {                                                                         \
-    explain_any<T>(in, eps, sum, row, begin, end);                                                                    \
+#define ADVFLOW_KERNEL_FOR(suffix, T, target)                                                               \
+  target void step_##suffix(const AdvflowSdeStepInputs& in, const Outputs& out, int64_t chunk, int64_t row, \
+                            int64_t begin, int64_t end) {                                                   \
+    step_any<T>(in, out, chunk, row, begin, end);                                                           \
+  }                                                                                                         \
+  target void explain_##suffix(const AdvflowTransitionInputs& in, void* written, double* sum, int64_t row,  \
+                               int64_t begin, int64_t end) {                                                \
+    explain_any<T>(in, written, sum, row, begin, end);                                                      \
   }
 
 ADVFLOW_KERNEL_FOR(baseline, float, )
@@ -178,16 +175,16 @@ void run_step(const AdvflowSdeStepInputs& in, const Outputs& out, void* where) {
 }
 
 template <typename T>
-void run_explain(const AdvflowTransitionInputs& in, void* eps, double* sums, void* where) {
+void run_explain(const AdvflowTransitionInputs& in, void* written, double* sums, void* where) {
   const Kernels<T> kernel = kernels(T());
   advflow_for_each_chunk(in.batch, in.elements, where, [&](int64_t chunk, int64_t row, int64_t begin, int64_t end) {
-    kernel.explain(in, eps, sums ? sums + chunk : nullptr, row, begin, end);
+    kernel.explain(in, written, sums ? sums + chunk : nullptr, row, begin, end);
   });
 }
 
-void explain(const AdvflowTransitionInputs& in, void* eps, double* sums, void* where) {
-  if (any_double(in)) return run_explain<double>(in, eps, sums, where);
-  run_explain<float>(in, eps, sums, where);
+void explain(const AdvflowTransitionInputs& in, void* written, double* sums, void* where) {
+  if (any_double(in)) return run_explain<double>(in, written, sums, where);
+  run_explain<float>(in, written, sums, where);
 }
 
 }  // namespace
@@ -196,7 +193,7 @@ int64_t advflow_sde_step_workspace_cpu(int64_t batch, int64_t elements) {
   return batch * advflow_chunks_of(elements) * int64_t(sizeof(double));
 }
 
-int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* deviation_sq,
                          void* where) {
   const Outputs out = {x_next, eps, static_cast<double*>(workspace)};
   if (any_double(*in)) {
@@ -204,22 +201,23 @@ int advflow_sde_step_cpu(const AdvflowSdeStepInputs* in, void* workspace, void* 
   } else {
     run_step<float>(*in, out, where);
   }
-  advflow_finish_means<1>(out.sums, in->batch, in->elements, static_cast<double*>(eps_sq));
+  advflow_finish_means<1>(out.sums, in->batch, in->elements, static_cast<double*>(deviation_sq));
   return ADVFLOW_OK;
 }
 
-int64_t advflow_transition_eps_sq_workspace_cpu(int64_t batch, int64_t elements) {
+int64_t advflow_transition_deviation_sq_workspace_cpu(int64_t batch, int64_t elements) {
   return advflow_sde_step_workspace_cpu(batch, elements);
 }
 
-int advflow_transition_eps_sq_cpu(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where) {
+int advflow_transition_deviation_sq_cpu(const AdvflowTransitionInputs* in, void* workspace, void* deviation_sq,
+                                        void* where) {
   double* sums = static_cast<double*>(workspace);
   explain(*in, nullptr, sums, where);
-  advflow_finish_means<1>(sums, in->batch, in->elements, static_cast<double*>(eps_sq));
+  advflow_finish_means<1>(sums, in->batch, in->elements, static_cast<double*>(deviation_sq));
   return ADVFLOW_OK;
 }
 
-int advflow_transition_eps_cpu(const AdvflowTransitionInputs* in, void* eps, void* where) {
-  explain(*in, eps, nullptr, where);
+int advflow_transition_deviation_cpu(const AdvflowTransitionInputs* in, void* out, void* where) {
+  explain(*in, out, nullptr, where);
   return ADVFLOW_OK;
 }

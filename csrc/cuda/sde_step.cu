@@ -1,6 +1,6 @@
 // One sampler step on CUDA: the next latent, the noise that explains it as it is
-// stored, and the mean square of that noise; and the last two of a latent that was
-// stored before.
+// stored, and the mean square of sigma times that noise; and the last two of a latent
+// that was stored before.
 //
 // Reads v, x and, where it is given, noise or x_next once; writes x_next and eps once.
 // Noise from seeds is made in registers and costs no traffic: a thread's eight
@@ -35,48 +35,45 @@ struct Raw {
   AdvflowRaw8 v, x, noise;
 };
 
-// Elements `i` to `i` + 7 of a row, from what was loaded of them.
+__device__ float rounded(float value, AdvflowDtype dtype) {
+  if (dtype == ADVFLOW_FLOAT32) return value;
+  if (dtype == ADVFLOW_BFLOAT16) return advflow_bf16_to_float(advflow_float_to_bf16(value));
+  return advflow_fp16_to_float(advflow_float_to_fp16(value));
+}
+
+// Elements `i` to `i` + 7 of a row, from what was loaded of them: four at a time, the normals of one counter, so that
+// few numbers wait in registers.
 template <bool kVector, bool kDrawn>
 __device__ void step8(const AdvflowSdeStepInputs& in, const Step& step, const Raw& raw, int64_t row, int64_t i,
                       int valid, void* x_next, void* eps, double& sum) {
   const int64_t index = row * in.elements + i;
   const bool noisy = step.sigma != 0.0f;
-  float v[kAdvflowVec], x[kAdvflowVec], mean[kAdvflowVec], next[kAdvflowVec];
+  float v[kAdvflowVec], x[kAdvflowVec], noise[kAdvflowVec], next[kAdvflowVec], explained[kAdvflowVec] = {};
   advflow_unpack8(raw.v, in.v.dtype, v);
   advflow_unpack8(raw.x, in.x.dtype, x);
+  if (!kDrawn && noisy) advflow_unpack8(raw.noise, in.noise.dtype, noise);
 #pragma unroll
-  for (int k = 0; k < kAdvflowVec; ++k) next[k] = mean[k] = advflow_sde_mean(x[k], v[k], step.c_x, step.c_v);
-  if (noisy) {
-    float noise[kAdvflowVec];
-    if (kDrawn) {
-      advflow_normals(advflow_random_words(step.seed, i / kAdvflowNormals), noise);
-      advflow_normals(advflow_random_words(step.seed, i / kAdvflowNormals + 1), noise + kAdvflowNormals);
-    } else {
-      advflow_unpack8(raw.noise, in.noise.dtype, noise);
+  for (int first = 0; first < kAdvflowVec; first += kAdvflowNormals) {
+    if (kDrawn && noisy) advflow_normals(advflow_random_words(step.seed, (i + first) / kAdvflowNormals), noise + first);
+#pragma unroll
+    for (int k = first; k < first + kAdvflowNormals; ++k) {
+      const float mean = advflow_sde_mean(x[k], v[k], step.c_x, step.c_v);
+      next[k] = rounded(noisy ? advflow_sde_next(mean, step.sigma, noise[k]) : mean, in.dtype);
+      if (!noisy) continue;
+      const float deviation = advflow_sde_deviation(next[k], x[k], v[k], step.c_x, step.c_v);
+      if (kVector || k < valid) sum = advflow_add_square(deviation, sum);
+      explained[k] = deviation * step.inverse_sigma;
     }
-#pragma unroll
-    for (int k = 0; k < kAdvflowVec; ++k) next[k] = advflow_sde_next(mean[k], step.sigma, noise[k]);
   }
-  const AdvflowRaw8 rounded = advflow_pack8(next, in.dtype);
   // Both stored with the default policy: the next forward pass reads x_next.
-  advflow_store8<kVector>(x_next, in.dtype, index, valid, rounded);
-
-  float explained[kAdvflowVec] = {};
-  if (noisy) {
-    advflow_unpack8(rounded, in.dtype, next);
-#pragma unroll
-    for (int k = 0; k < kAdvflowVec; ++k) {
-      explained[k] = advflow_sde_eps(next[k], mean[k], step.inverse_sigma);
-      if (kVector || k < valid) sum = advflow_add_square(explained[k], sum);
-    }
-  }
+  advflow_store8<kVector>(x_next, in.dtype, index, valid, advflow_pack8(next, in.dtype));
   advflow_store8<kVector>(eps, ADVFLOW_FLOAT32, index, valid, advflow_pack8(explained, ADVFLOW_FLOAT32));
 }
 
-// partials[row][split]. Blocks a multiprocessor holds at least, 0 leaves it to the compiler: with a fourth, twice as many
-// loads of 16-bit words are in flight (drawn noise would spill for it).
+// partials[row][split]. Unaligned and given its noise it would take more registers than three blocks have; the others
+// take fewer when they are not asked for anything.
 template <bool kVector, bool kDrawn, bool kNarrow>
-__global__ void __launch_bounds__(kAdvflowMaxThreads, kVector && kNarrow && !kDrawn ? 4 : 0)
+__global__ void __launch_bounds__(kAdvflowMaxThreads, kVector || kDrawn ? 0 : 3)
     sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, double* partials) {
   advflow_let_next_begin();
   if (kNarrow && !is_narrow(in, kDrawn)) __builtin_unreachable();
@@ -119,8 +116,8 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, kVector && kNarrow && !kDr
 
 // A thread's eight elements of a stored transition: in the order of the step's, whose bits these are.
 template <bool kVector>
-__device__ void explain8(const AdvflowTransitionInputs& in, const Step& step, int64_t row, int64_t i, int valid,
-                         float* eps) {
+__device__ void deviation8(const AdvflowTransitionInputs& in, const Step& step, int64_t row, int64_t i, int valid,
+                           float* deviation) {
   const AdvflowRaw8 raw_v = advflow_load8<kVector, true>(in.v, row, i, valid);
   const AdvflowRaw8 raw_x = advflow_load8<kVector, true>(in.x, row, i, valid);
   const AdvflowRaw8 raw_next = advflow_load8<kVector, true>(in.x_next, row, i, valid);
@@ -129,9 +126,7 @@ __device__ void explain8(const AdvflowTransitionInputs& in, const Step& step, in
   advflow_unpack8(raw_x, in.x.dtype, x);
   advflow_unpack8(raw_next, in.x_next.dtype, next);
 #pragma unroll
-  for (int k = 0; k < kAdvflowVec; ++k) {
-    eps[k] = advflow_sde_eps(next[k], advflow_sde_mean(x[k], v[k], step.c_x, step.c_v), step.inverse_sigma);
-  }
+  for (int k = 0; k < kAdvflowVec; ++k) deviation[k] = advflow_sde_deviation(next[k], x[k], v[k], step.c_x, step.c_v);
 }
 
 __device__ Step step_of(const AdvflowTransitionInputs& in, int64_t row) {
@@ -142,7 +137,7 @@ __device__ Step step_of(const AdvflowTransitionInputs& in, int64_t row) {
 // partials[row][split]
 template <bool kVector>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
-    transition_eps_sq_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, double* partials) {
+    transition_deviation_sq_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, double* partials) {
   advflow_let_next_begin();
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
@@ -154,11 +149,11 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
   if (step.sigma != 0.0f) {
     for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
       const int valid = advflow_valid_elements(i, end);
-      float eps[kAdvflowVec];
-      explain8<kVector>(in, step, row, i, valid, eps);
+      float deviation[kAdvflowVec];
+      deviation8<kVector>(in, step, row, i, valid, deviation);
 #pragma unroll
       for (int k = 0; k < kAdvflowVec; ++k) {
-        if (kVector || k < valid) sums[0] = advflow_add_square(eps[k], sums[0]);
+        if (kVector || k < valid) sums[0] = advflow_add_square(deviation[k], sums[0]);
       }
     }
   }
@@ -169,23 +164,24 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
 
 template <bool kVector>
 __global__ void __launch_bounds__(kAdvflowMaxThreads)
-    transition_eps_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, void* out) {
+    transition_deviation_kernel(AdvflowTransitionInputs in, AdvflowRowPlan plan, void* out) {
   const int64_t row = blockIdx.x / unsigned(plan.tiles);
   const int64_t tile = blockIdx.x % unsigned(plan.tiles);
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
   if (i >= in.elements) return;
   const int valid = advflow_valid_elements(i, in.elements);
   const Step step = step_of(in, row);
-  const float weight = in.weight.data ? static_cast<const float*>(in.weight.data)[row * in.weight.stride] : 1.0f;
+  const float weight =
+      in.weight.data ? static_cast<const float*>(in.weight.data)[row * in.weight.stride] : step.inverse_sigma;
 
   // A row without a weight is not even read: its latents may be anything.
-  float eps[kAdvflowVec] = {};
+  float deviation[kAdvflowVec] = {};
   if (step.sigma != 0.0f && weight != 0.0f) {
-    explain8<kVector>(in, step, row, i, valid, eps);
+    deviation8<kVector>(in, step, row, i, valid, deviation);
 #pragma unroll
-    for (int k = 0; k < kAdvflowVec; ++k) eps[k] *= weight;
+    for (int k = 0; k < kAdvflowVec; ++k) deviation[k] *= weight;
   }
-  advflow_store8<kVector>(out, in.dtype, row * in.elements + i, valid, advflow_pack8(eps, in.dtype));
+  advflow_store8<kVector>(out, in.dtype, row * in.elements + i, valid, advflow_pack8(deviation, in.dtype));
 }
 
 bool are_supported(const AdvflowSdeStepInputs& in) {
@@ -203,9 +199,9 @@ bool are_supported(const AdvflowTransitionInputs& in) {
          advflow_is_supported(in.dtype);
 }
 
-bool can_vectorize(const AdvflowTransitionInputs& in, const void* eps) {
+bool can_vectorize(const AdvflowTransitionInputs& in, const void* out) {
   return in.elements % kAdvflowPair == 0 && advflow_is_aligned16(in.v) && advflow_is_aligned16(in.x) &&
-         advflow_is_aligned16(in.x_next) && advflow_is_aligned16(eps);
+         advflow_is_aligned16(in.x_next) && advflow_is_aligned16(out);
 }
 
 }  // namespace
@@ -214,7 +210,7 @@ int64_t advflow_sde_step_workspace_cuda(int64_t batch, int64_t elements) {
   return batch * advflow_plan_row(elements).splits * int64_t(sizeof(double));
 }
 
-int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* eps_sq,
+int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void* x_next, void* eps, void* deviation_sq,
                           void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0) return ADVFLOW_OK;
@@ -234,14 +230,16 @@ int advflow_sde_step_cuda(const AdvflowSdeStepInputs* in, void* workspace, void*
   });
   const int status = advflow_last_error();
   if (status != ADVFLOW_OK) return status;
-  return advflow_launch_row_means<1>(partials, static_cast<double*>(eps_sq), in->batch, plan, in->elements, stream);
+  return advflow_launch_row_means<1>(partials, static_cast<double*>(deviation_sq), in->batch, plan, in->elements,
+                                     stream);
 }
 
-int64_t advflow_transition_eps_sq_workspace_cuda(int64_t batch, int64_t elements) {
+int64_t advflow_transition_deviation_sq_workspace_cuda(int64_t batch, int64_t elements) {
   return advflow_sde_step_workspace_cuda(batch, elements);
 }
 
-int advflow_transition_eps_sq_cuda(const AdvflowTransitionInputs* in, void* workspace, void* eps_sq, void* where) {
+int advflow_transition_deviation_sq_cuda(const AdvflowTransitionInputs* in, void* workspace, void* deviation_sq,
+                                         void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0) return ADVFLOW_OK;
   const AdvflowRowPlan plan = advflow_plan_row(in->elements);
@@ -251,25 +249,26 @@ int advflow_transition_eps_sq_cuda(const AdvflowTransitionInputs* in, void* work
   const cudaStream_t stream = static_cast<cudaStream_t>(where);
   double* partials = static_cast<double*>(workspace);
   advflow_with_bool(can_vectorize(*in, nullptr), [&](auto vector) {
-    const auto kernel = transition_eps_sq_kernel<decltype(vector)::value>;
+    const auto kernel = transition_deviation_sq_kernel<decltype(vector)::value>;
     ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan, partials);
   });
   const int status = advflow_last_error();
   if (status != ADVFLOW_OK) return status;
-  return advflow_launch_row_means<1>(partials, static_cast<double*>(eps_sq), in->batch, plan, in->elements, stream);
+  return advflow_launch_row_means<1>(partials, static_cast<double*>(deviation_sq), in->batch, plan, in->elements,
+                                     stream);
 }
 
-int advflow_transition_eps_cuda(const AdvflowTransitionInputs* in, void* eps, void* where) {
+int advflow_transition_deviation_cuda(const AdvflowTransitionInputs* in, void* out, void* where) {
   if (!are_supported(*in)) return ADVFLOW_UNSUPPORTED_DTYPE;
   if (in->batch == 0 || in->elements == 0) return ADVFLOW_OK;
   const AdvflowRowPlan plan = advflow_plan_row(in->elements);
   const int64_t blocks = in->batch * plan.tiles;
   if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
-  advflow_with_bool(can_vectorize(*in, eps), [&](auto vector) {
-    const auto kernel = transition_eps_kernel<decltype(vector)::value>;
+  advflow_with_bool(can_vectorize(*in, out), [&](auto vector) {
+    const auto kernel = transition_deviation_kernel<decltype(vector)::value>;
     ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in, plan,
-                   eps);
+                   out);
   });
   return advflow_last_error();
 }

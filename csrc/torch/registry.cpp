@@ -34,10 +34,11 @@ TORCH_LIBRARY(advflow, m) {
       "(Tensor loss, Tensor coef, Tensor metrics)");
   m.def(
       "sde_step(Tensor v, Tensor x, Tensor coef, Tensor? noise, Tensor? seed, ScalarType? dtype=None) -> "
-      "(Tensor x_next, Tensor eps, Tensor eps_sq)");
-  m.def("transition_eps_sq(Tensor v, Tensor x, Tensor x_next, Tensor coef) -> Tensor");
+      "(Tensor x_next, Tensor eps, Tensor deviation_sq)");
+  m.def("transition_deviation_sq(Tensor v, Tensor x, Tensor x_next, Tensor coef) -> Tensor");
   m.def(
-      "transition_eps(Tensor v, Tensor x, Tensor x_next, Tensor coef, Tensor? weight=None, ScalarType? dtype=None) -> "
+      "transition_deviation(Tensor v, Tensor x, Tensor x_next, Tensor coef, Tensor? weight=None, ScalarType? "
+      "dtype=None) -> "
       "Tensor");
 }
 
@@ -50,8 +51,8 @@ TORCH_LIBRARY_IMPL(advflow, CPU, m) {
   m.impl("forward_loss", forward_loss_cpu);
   m.impl("reverse_loss", reverse_loss_cpu);
   m.impl("sde_step", sde_step_cpu);
-  m.impl("transition_eps_sq", transition_eps_sq_cpu);
-  m.impl("transition_eps", transition_eps_cpu);
+  m.impl("transition_deviation_sq", transition_deviation_sq_cpu);
+  m.impl("transition_deviation", transition_deviation_cpu);
 }
 
 #ifdef ADVFLOW_WITH_CUDA
@@ -64,16 +65,17 @@ TORCH_LIBRARY_IMPL(advflow, CUDA, m) {
   m.impl("forward_loss", forward_loss_cuda);
   m.impl("reverse_loss", reverse_loss_cuda);
   m.impl("sde_step", sde_step_cuda);
-  m.impl("transition_eps_sq", transition_eps_sq_cuda);
-  m.impl("transition_eps", transition_eps_cuda);
+  m.impl("transition_deviation_sq", transition_deviation_sq_cuda);
+  m.impl("transition_deviation", transition_deviation_cuda);
 }
 #endif
 
 // Every other backend and layout: a sentence instead of PyTorch's list of what
 // is registered. Nested tensors are not among the composite's.
 static void refuse_all(torch::Library& m) {
-  for (const char* op : {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary",
-                         "forward_loss", "reverse_loss", "sde_step", "transition_eps_sq", "transition_eps"}) {
+  for (const char* op :
+       {"residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary", "forward_loss",
+        "reverse_loss", "sde_step", "transition_deviation_sq", "transition_deviation"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&advflow_refuse>());
   }
 }
@@ -93,6 +95,6 @@ TORCH_LIBRARY_IMPL(advflow, Autograd, m) {
   m.impl("loss_summary", torch::autograd::autogradNotImplementedFallback());
   m.impl("transition_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("sde_step", torch::autograd::autogradNotImplementedFallback());
-  m.impl("transition_eps_sq", torch::autograd::autogradNotImplementedFallback());
-  m.impl("transition_eps", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_deviation_sq", torch::autograd::autogradNotImplementedFallback());
+  m.impl("transition_deviation", torch::autograd::autogradNotImplementedFallback());
 }

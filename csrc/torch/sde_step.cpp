@@ -17,16 +17,16 @@ using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 struct Device {
   int64_t (*workspace)(int64_t, int64_t);
   int (*step)(const AdvflowSdeStepInputs*, void*, void*, void*, void*, void*);
-  int (*eps_sq)(const AdvflowTransitionInputs*, void*, void*, void*);
+  int (*deviation_sq)(const AdvflowTransitionInputs*, void*, void*, void*);
   int (*eps)(const AdvflowTransitionInputs*, void*, void*);
   void* (*where)(const at::Tensor&);
 };
 
-const Device cpu = {advflow_sde_step_workspace_cpu, advflow_sde_step_cpu, advflow_transition_eps_sq_cpu,
-                    advflow_transition_eps_cpu, advflow_torch_threads};
+const Device cpu = {advflow_sde_step_workspace_cpu, advflow_sde_step_cpu, advflow_transition_deviation_sq_cpu,
+                    advflow_transition_deviation_cpu, advflow_torch_threads};
 #ifdef ADVFLOW_WITH_CUDA
-const Device cuda = {advflow_sde_step_workspace_cuda, advflow_sde_step_cuda, advflow_transition_eps_sq_cuda,
-                     advflow_transition_eps_cuda, advflow_current_stream};
+const Device cuda = {advflow_sde_step_workspace_cuda, advflow_sde_step_cuda, advflow_transition_deviation_sq_cuda,
+                     advflow_transition_deviation_cuda, advflow_current_stream};
 #endif
 
 void check_seed(const at::Tensor& seed, const AdvflowOperands& operands) {
@@ -56,7 +56,7 @@ Step run(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const
   const at::Tensor eps = at::empty(x.sizes(), operands.accumulate_options());
   const auto sums = operands.accumulate_options().dtype(at::kDouble);
   if (operands.empty()) return {x_next, eps, at::zeros({operands.batch()}, sums)};
-  const at::Tensor eps_sq = at::empty({operands.batch()}, sums);
+  const at::Tensor deviation_sq = at::empty({operands.batch()}, sums);
   AdvflowReader reader;
   AdvflowSdeStepInputs in = {};
   in.v = reader.rows(v);
@@ -70,9 +70,9 @@ Step run(const at::Tensor& v, const at::Tensor& x, const at::Tensor& coef, const
   const at::Tensor workspace = at::empty({device.workspace(in.batch, in.elements)}, x.options().dtype(at::kByte));
   ++advflow_launches;
   advflow_check_status(device.step(&in, workspace.mutable_data_ptr(), x_next.mutable_data_ptr(), eps.mutable_data_ptr(),
-                                   eps_sq.mutable_data_ptr(), device.where(v)),
+                                   deviation_sq.mutable_data_ptr(), device.where(v)),
                        "sde_step");
-  return {x_next, eps, eps_sq};
+  return {x_next, eps, deviation_sq};
 }
 
 AdvflowTransitionInputs read(AdvflowReader& reader, const AdvflowOperands& operands, const at::Tensor& v,
@@ -93,19 +93,20 @@ at::Tensor run_eps_sq(const at::Tensor& v, const at::Tensor& x, const at::Tensor
   operands.check(x, "x");
   operands.check(x_next, "x_next");
   operands.check_coef(coef);
-  operands.check_served("transition_eps_sq");
+  operands.check_served("transition_deviation_sq");
 
   const c10::OptionalDeviceGuard guard(v.device());
   const auto sums = operands.accumulate_options().dtype(at::kDouble);
   if (operands.empty()) return at::zeros({operands.batch()}, sums);
-  const at::Tensor eps_sq = at::empty({operands.batch()}, sums);
+  const at::Tensor deviation_sq = at::empty({operands.batch()}, sums);
   AdvflowReader reader;
   const AdvflowTransitionInputs in = read(reader, operands, v, x, x_next, coef);
   const at::Tensor workspace = at::empty({device.workspace(in.batch, in.elements)}, x.options().dtype(at::kByte));
   ++advflow_launches;
-  advflow_check_status(device.eps_sq(&in, workspace.mutable_data_ptr(), eps_sq.mutable_data_ptr(), device.where(v)),
-                       "transition_eps_sq");
-  return eps_sq;
+  advflow_check_status(
+      device.deviation_sq(&in, workspace.mutable_data_ptr(), deviation_sq.mutable_data_ptr(), device.where(v)),
+      "transition_deviation_sq");
+  return deviation_sq;
 }
 
 at::Tensor run_eps(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next, const at::Tensor& coef,
@@ -119,7 +120,7 @@ at::Tensor run_eps(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x
   operands.accumulate_in(written_code);
   operands.check_coef(coef);
   if (weighted) operands.check_column(*weight, "weight");
-  operands.check_served("transition_eps");
+  operands.check_served("transition_deviation");
 
   const c10::OptionalDeviceGuard guard(v.device());
   const at::Tensor eps = at::empty(x.sizes(), x.options().dtype(written));
@@ -129,7 +130,7 @@ at::Tensor run_eps(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x
   if (weighted) in.weight = reader.column(*weight);
   in.dtype = written_code;
   ++advflow_launches;
-  advflow_check_status(device.eps(&in, eps.mutable_data_ptr(), device.where(v)), "transition_eps");
+  advflow_check_status(device.eps(&in, eps.mutable_data_ptr(), device.where(v)), "transition_deviation");
   return eps;
 }
 
@@ -140,14 +141,14 @@ Step sde_step_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& co
   return run(v, x, coef, noise, seed, dtype, cpu);
 }
 
-at::Tensor transition_eps_sq_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
-                                 const at::Tensor& coef) {
+at::Tensor transition_deviation_sq_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                       const at::Tensor& coef) {
   return run_eps_sq(v, x, x_next, coef, cpu);
 }
 
-at::Tensor transition_eps_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
-                              const at::Tensor& coef, const OptionalTensor& weight,
-                              std::optional<at::ScalarType> dtype) {
+at::Tensor transition_deviation_cpu(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                    const at::Tensor& coef, const OptionalTensor& weight,
+                                    std::optional<at::ScalarType> dtype) {
   return run_eps(v, x, x_next, coef, weight, dtype, cpu);
 }
 
@@ -157,14 +158,14 @@ Step sde_step_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& c
   return run(v, x, coef, noise, seed, dtype, cuda);
 }
 
-at::Tensor transition_eps_sq_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
-                                  const at::Tensor& coef) {
+at::Tensor transition_deviation_sq_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                        const at::Tensor& coef) {
   return run_eps_sq(v, x, x_next, coef, cuda);
 }
 
-at::Tensor transition_eps_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
-                               const at::Tensor& coef, const OptionalTensor& weight,
-                               std::optional<at::ScalarType> dtype) {
+at::Tensor transition_deviation_cuda(const at::Tensor& v, const at::Tensor& x, const at::Tensor& x_next,
+                                     const at::Tensor& coef, const OptionalTensor& weight,
+                                     std::optional<at::ScalarType> dtype) {
   return run_eps(v, x, x_next, coef, weight, dtype, cuda);
 }
 #endif

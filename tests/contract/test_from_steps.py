@@ -93,10 +93,10 @@ def test_sigma_1_is_asked_for_where_it_is_needed():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"s": 0.5}, r"s has shape \[\]; accepted are \[T\] numbers, T of at least 1"),
+        ({"s": torch.rand(2, 2)}, r"s has shape \[2, 2\]; accepted are a number and \[T\] numbers, T of at least 1"),
         ({"s": []}, r"s has shape \[0\]"),
-        ({"s": None}, r"s is None; accepted are \[T\] numbers"),
-        ({"s_end": [0.5]}, r"s_end has shape \[1\]; accepted is that of s, \[2\]"),
+        ({"s": None}, r"s is None; accepted is a finite number of at least 0, or \[T\] of them"),
+        ({"s_end": [0.5]}, r"s_end has shape \[1\]; accepted are a number and \[2\] numbers"),
         ({"s_end": [0.9, 0.5]}, r"s\[1\] is 0.5 and s_end\[1\] is 0.5; accepted are 0 <= s_end < s <= 1"),
         ({"s": [1.1, 0.5]}, r"s\[0\] is 1.1 and s_end\[0\] is 0.9; accepted are"),
         ({"s_end": [0.9, -0.1]}, r"s_end\[1\] is -0.1"),
@@ -106,7 +106,7 @@ def test_sigma_1_is_asked_for_where_it_is_needed():
         ({"noise_level": [math.inf, 0.1]}, r"noise_level\[0\] is inf; accepted are finite numbers"),
         ({"noise_level": [0.7, 50.0]}, r"noise_level is 50.0, which gives step 1, from s = 0.5 to 0.2, a sigma of"),
         ({"noise_level": [0.5, 1.1], "sampler": "cps"}, r"noise_level is 1.1; accepted for sampler 'cps'"),
-        ({"noise_level": "high"}, r"noise_level is 'high'; accepted are a number and \[2\] numbers"),
+        ({"noise_level": "high"}, r"noise_level is 'high'; accepted are a number and \[T\] numbers"),
         ({"sigma_1": [0.9]}, r"sigma_1 has shape \[1\]; accepted are a number and \[2\] numbers"),
         ({"sigma_1": 1.0}, r"sigma_1\[0\] is 1.0; accepted are numbers of at least 0 and below 1"),
         ({"sigma_min": -0.1}, r"sigma_min is -0.1; accepted is a finite number of at least 0"),

@@ -149,7 +149,7 @@ class StepInputs:
 class StepOutputs(NamedTuple):
     x_next: torch.Tensor  # [batch, elements]
     eps: torch.Tensor
-    eps_sq: torch.Tensor  # [batch]
+    deviation_sq: torch.Tensor  # [batch]
 
 
 @dataclass(frozen=True)
@@ -376,9 +376,9 @@ class SdeStepKernels(Kernels):
         super().__init__(library, device)
         self._declare_size("advflow_sde_step_workspace_cuda")
         self._declare("advflow_sde_step_cuda", _CStepInputs, pointers=5)
-        self._declare_size("advflow_transition_eps_sq_workspace_cuda")
-        self._declare("advflow_transition_eps_sq_cuda", _CTransitionInputs, pointers=3)
-        self._declare("advflow_transition_eps_cuda", _CTransitionInputs, pointers=2)
+        self._declare_size("advflow_transition_deviation_sq_workspace_cuda")
+        self._declare("advflow_transition_deviation_sq_cuda", _CTransitionInputs, pointers=3)
+        self._declare("advflow_transition_deviation_cuda", _CTransitionInputs, pointers=2)
 
     def workspace_bytes(self, batch: int, elements: int) -> int:
         return int(self._lib.advflow_sde_step_workspace_cuda(batch, elements))
@@ -400,27 +400,27 @@ class SdeStepKernels(Kernels):
         status = self.try_step(inputs, workspace, outputs)
         assert status == 0, f"sde_step returned {status}"
         assert all(map(guards_intact, (workspace, *outputs))), "sde_step wrote outside its buffers"
-        x_next, eps, eps_sq = outputs
-        return StepOutputs(x_next.view(inputs.v.shape), eps.view(inputs.v.shape), eps_sq)
+        x_next, eps, deviation_sq = outputs
+        return StepOutputs(x_next.view(inputs.v.shape), eps.view(inputs.v.shape), deviation_sq)
 
-    def eps_sq(self, inputs: TransitionInputs) -> torch.Tensor:
+    def deviation_sq(self, inputs: TransitionInputs) -> torch.Tensor:
         batch, elements = inputs.v.shape
-        size = self._lib.advflow_transition_eps_sq_workspace_cuda(batch, elements)
+        size = self._lib.advflow_transition_deviation_sq_workspace_cuda(batch, elements)
         workspace, out = (poisoned(n, torch.float64, self.device) for n in (size // 8, batch))
         pointers = workspace.data_ptr(), out.data_ptr()
-        status = self._lib.advflow_transition_eps_sq_cuda(
+        status = self._lib.advflow_transition_deviation_sq_cuda(
             ctypes.byref(_c_transition_inputs(inputs)), *pointers, self._stream()
         )
-        assert status == 0, f"transition_eps_sq returned {status}"
-        assert guards_intact(workspace) and guards_intact(out), "transition_eps_sq wrote outside its buffers"
+        assert status == 0, f"transition_deviation_sq returned {status}"
+        assert guards_intact(workspace) and guards_intact(out), "transition_deviation_sq wrote outside its buffers"
         return out
 
     def eps(self, inputs: TransitionInputs, offset: int = 0) -> torch.Tensor:
         out = poisoned(inputs.v.numel(), inputs.dtype, self.device, offset)
         raw = _c_transition_inputs(inputs)
-        status = self._lib.advflow_transition_eps_cuda(ctypes.byref(raw), out.data_ptr(), self._stream())
-        assert status == 0, f"transition_eps returned {status}"
-        assert guards_intact(out), "transition_eps wrote outside its output"
+        status = self._lib.advflow_transition_deviation_cuda(ctypes.byref(raw), out.data_ptr(), self._stream())
+        assert status == 0, f"transition_deviation returned {status}"
+        assert guards_intact(out), "transition_deviation wrote outside its output"
         return out.view(inputs.v.shape)
 
 

@@ -15,12 +15,13 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: nothing to comp
 
 FLAGS = f"-O3 -std=c++17 -I{ROOT / 'csrc'}"
 
-NAMES = ["row_means", "residual_stats", "residual_grad", "sde_step", "loss_summary", "loss"]
+STEPS = ("sde_step", "transition_deviation_sq", "transition_deviation")
+NAMES = ["row_means", "residual_stats", "residual_grad", *STEPS, "loss_summary", "loss"]
 # kVector, what the row is compared with (an AdvflowTarget), v_old, v_ref
 RESIDUAL_VARIANT = r"VariantILb([01])EL13AdvflowTarget([012])ELb([01])ELb([01])E"
 X0 = 1
-# kVector, kDrawn, kNarrow
-STEP_VARIANT = r"sde_step_kernelILb([01])ELb([01])ELb([01])E"
+# kVector; of the step kDrawn, kNarrow
+STEP_VARIANT = r"_kernelILb([01])E(?:Lb([01])ELb([01])E)?"
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,26 @@ class Kernel:
     vector: bool
     tensors: int  # how many it reads, each in words of 16 bytes
     scalars: int  # the other loads: coefficients, an upstream gradient, a seed, a mix
+    words: int  # of 16 bytes that it writes
     body: str
 
 
 def parse_kernel(symbol: str, body: str) -> Kernel:
     name = next(n for n in NAMES if f"{n}_kernel" in symbol)
     if name in ("row_means", "loss_summary", "loss"):
-        return Kernel(name, False, 0, 0, body)
-    flags = re.search(STEP_VARIANT if name == "sde_step" else RESIDUAL_VARIANT, symbol)
+        return Kernel(name, False, 0, 0, 0, body)
+    flags = re.search(STEP_VARIANT if name in STEPS else RESIDUAL_VARIANT, symbol)
     assert flags is not None, symbol
-    vector, *rest = map(int, flags.groups())
+    vector, *rest = (int(flag or 0) for flag in flags.groups())
     if name == "sde_step":
-        drawn, _ = rest
-        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, body)
+        drawn, narrow = rest
+        # x_next in one word or two, and eps, which is fp32, in two; where nothing else is fp32, for two tiles.
+        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, 2 * (1 + 2) if narrow else 2 + 2, body)
+    if name in STEPS:
+        return Kernel(name, bool(vector), 3, 4, 2 if name == "transition_deviation" else 0, body)
     target, *anchors = rest
-    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if name == "residual_grad" else 1, body)
+    grad = name == "residual_grad"
+    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if grad else 1, 2 if grad else 0, body)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ def test_every_variant_is_compiled(arch: str) -> None:
         "residual_stats": 24,
         "residual_grad": 24,
         "sde_step": 8,
+        "transition_deviation_sq": 2,
+        "transition_deviation": 2,
         "loss_summary": 1,
         "loss": 6,
     }
@@ -97,15 +105,21 @@ def test_vector_kernels_read_each_tensor_in_16_byte_words(built: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "outputs", "scalars"), [(RESIDUAL, "residual_grad", 1, 0), (SDE_STEP, "sde_step", 2, 1)]
+    ("source", "name", "scalars"),
+    [
+        (RESIDUAL, "residual_grad", 0),
+        (SDE_STEP, "sde_step", 1),
+        (SDE_STEP, "transition_deviation_sq", 1),
+        (SDE_STEP, "transition_deviation", 0),
+    ],
 )
-def test_vector_kernels_store_in_16_byte_words(arch: str, source: Path, name: str, outputs: int, scalars: int) -> None:
+def test_vector_kernels_store_in_16_byte_words(arch: str, source: Path, name: str, scalars: int) -> None:
     kernels = [k for k in build(source, arch).kernels if k.vector and k.name == name]
     assert kernels
     for kernel in kernels:
         stores = re.findall(r"st\.global\.(\S+)", kernel.body)
-        assert sum("v4" in store for store in stores) == 2 * outputs
-        assert len(stores) == 2 * outputs + scalars
+        assert sum("v4" in store for store in stores) == kernel.words
+        assert len(stores) == kernel.words + scalars
 
 
 def test_all_loads_are_issued_before_the_first_conversion(built: Build) -> None:

@@ -84,9 +84,9 @@ def right_call(op: str) -> Arguments:
     if op.startswith("sde_step"):
         noise, seed = (None, torch.arange(B)) if op == "sde_step drawn" else (latent(2), None)
         return {"v": latent(), "x": latent(1), "coef": torch.ones(B, 3), "noise": noise, "seed": seed}
-    if op.startswith("transition_eps"):
+    if op.startswith("transition_deviation"):
         given_: Arguments = {"v": latent(), "x": latent(1), "x_next": latent(2), "coef": torch.ones(B, 3)}
-        return given_ if op == "transition_eps_sq" else given_ | {"weight": column()}
+        return given_ if op == "transition_deviation_sq" else given_ | {"weight": column()}
     family = op.split("_")[0]
     arguments: Arguments = {name: latent(seed) for seed, name in enumerate(LATENTS[family])}
     if op == "residual_stats":
@@ -97,7 +97,7 @@ def right_call(op: str) -> Arguments:
 
 
 OPS = ("residual_stats", "residual_grad", "transition_stats", "transition_grad", "loss_summary")
-CALLS = (*OPS, *LOSSES, "sde_step given", "sde_step drawn", "transition_eps_sq", "transition_eps")
+CALLS = (*OPS, *LOSSES, "sde_step given", "sde_step drawn", "transition_deviation_sq", "transition_deviation")
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -244,7 +244,7 @@ def test_a_mix_of_each_row_is_that_row_s():
 
 
 @pytest.mark.parametrize("dtype", LATENT_DTYPES)
-@pytest.mark.parametrize("op", ["residual_grad", "transition_grad", "sde_step given", "transition_eps"])
+@pytest.mark.parametrize("op", ["residual_grad", "transition_grad", "sde_step given", "transition_deviation"])
 def test_one_latent_decides_what_is_accumulated_in(op, dtype):
     """float64 anywhere asks for float64 coefficients; anything else keeps them float32."""
     arguments = right_call(op)

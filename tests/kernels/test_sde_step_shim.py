@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from advflow_ext.kernels.sde_step import sde_step_op, transition_eps_sq_op
+from advflow_ext.kernels.sde_step import sde_step_op, transition_deviation_sq_op
 from advflow_ext.testing import UNIT_ROUNDOFF
 from tests.kernels.kernel_harness import (
     UNSUPPORTED_DTYPE,
@@ -82,7 +82,7 @@ def kernel_noise(kernels: SdeStepKernels, seeds: torch.Tensor, elements: int) ->
     return run(kernels, StepInputs(zeros, zeros, torch.tensor([[1.0, 1.0, 1.0]] * len(seeds)), seeds=seeds)).x_next
 
 
-def check_against_truth(inputs: StepInputs, out: StepOutputs, noise: torch.Tensor) -> None:
+def check_against_truth(inputs: StepInputs, out: StepOutputs, noise: torch.Tensor, device: str) -> None:
     v, x, noise = inputs.v.double(), inputs.x.double(), noise.double()
     c_x, c_v, sigma = inputs.coef.double()[:, :, None].unbind(1)
     mean = c_x * x + c_v * v
@@ -98,8 +98,21 @@ def check_against_truth(inputs: StepInputs, out: StepOutputs, noise: torch.Tenso
     eps = torch.where(noisy, (stored - mean) / sigma, 0)
     fp32 = torch.where(noisy, 2.0**-22 * (size + stored.abs()) / sigma, 0) + 2.0**-22 * eps.abs()
     assert ((out.eps.double() - eps).abs() <= fp32).all()
-    # Summed in float64: nothing but what eps itself is off by.
-    torch.testing.assert_close(out.eps_sq, out.eps.double().square().mean(1), rtol=1e-13, atol=0)
+    assert_is_their_mean_square(inputs, out, device)
+
+
+def deviations(inputs: StepInputs, out: StepOutputs) -> torch.Tensor:
+    """x_next - mean as the kernel rounds it where nothing is fused, 0 of a deterministic step."""
+    c_x, c_v, sigma = inputs.coef[:, :, None].unbind(1)
+    deviation = out.x_next.float() - c_x * inputs.x.float() - c_v * inputs.v.float()
+    return torch.where(sigma == 0, 0, deviation)
+
+
+def assert_is_their_mean_square(inputs: StepInputs, out: StepOutputs, device: str) -> None:
+    """Summed in float64, without rounding them in turn; on a GPU multiplications and additions are fused."""
+    expected = deviations(inputs, out).double().square().mean(1)
+    fused = device == "cuda"
+    torch.testing.assert_close(out.deviation_sq, expected, rtol=1e-3 if fused else 1e-13, atol=1e-12 if fused else 0)
 
 
 @property_test
@@ -109,7 +122,7 @@ def test_matches_fp64(sde_kernels: SdeStepKernels, inputs: StepInputs, offset: i
     if inputs.seeds is not None:
         noise = kernel_noise(sde_kernels, inputs.seeds, inputs.v.shape[1])
     assert noise is not None
-    check_against_truth(inputs, run(sde_kernels, inputs, offset), noise)
+    check_against_truth(inputs, run(sde_kernels, inputs, offset), noise, sde_kernels.device)
 
 
 @property_test
@@ -138,11 +151,13 @@ def test_draws_what_the_cpu_kernel_draws(sde_kernels: SdeStepKernels, seeds: lis
 @given(inputs=cases())
 def test_agrees_with_the_cpu_kernel(sde_kernels: SdeStepKernels, inputs: StepInputs) -> None:
     out = run(sde_kernels, inputs)
-    x_next, eps, eps_sq = sde_step_op(inputs.v, inputs.x, inputs.coef, inputs.noise, inputs.seeds, inputs.dtype)
+    x_next, eps, deviation_sq = sde_step_op(inputs.v, inputs.x, inputs.coef, inputs.noise, inputs.seeds, inputs.dtype)
     if sde_kernels.device == "cpu":
         assert same_bits(out.x_next, x_next) and same_bits(out.eps, eps)
     torch.testing.assert_close(out.x_next, x_next, rtol=2 * UNIT_ROUNDOFF[inputs.dtype], atol=1e-6)
-    torch.testing.assert_close(out.eps_sq, eps_sq, rtol=1e-3 if sde_kernels.device == "cuda" else 1e-6, atol=0)
+    torch.testing.assert_close(
+        out.deviation_sq, deviation_sq, rtol=1e-3 if sde_kernels.device == "cuda" else 1e-6, atol=0
+    )
 
 
 @property_test
@@ -202,7 +217,7 @@ def test_a_deterministic_row_never_reads_its_noise(
     noise = torch.cat([torch.full_like(inputs.noise[:1], poison), inputs.noise[1:]])
     out = run(sde_kernels, replace(inputs, noise=noise))
     assert same_step(out, run(sde_kernels, inputs))
-    assert same_bits(out.eps[0], torch.zeros_like(out.eps[0])) and not out.eps_sq[0]
+    assert same_bits(out.eps[0], torch.zeros_like(out.eps[0])) and not out.deviation_sq[0]
     drawn = run(sde_kernels, replace(inputs, noise=None, seeds=torch.arange(len(noise))))
     assert same_bits(out.x_next[0], drawn.x_next[0]) and same_bits(drawn.eps[0], out.eps[0])
 
@@ -224,7 +239,7 @@ def test_more_rows_than_a_grid_dimension(sde_kernels: SdeStepKernels, elements: 
     generator = torch.Generator().manual_seed(1)
     v, x, noise = (torch.randn(batch, elements, generator=generator) for _ in range(3))
     inputs = StepInputs(v, x, torch.rand(batch, 3, generator=generator) + 0.1, noise)
-    check_against_truth(inputs, run(sde_kernels, inputs), noise)
+    check_against_truth(inputs, run(sde_kernels, inputs), noise, sde_kernels.device)
 
 
 def test_a_long_row_keeps_its_digits(sde_kernels: SdeStepKernels) -> None:
@@ -232,9 +247,7 @@ def test_a_long_row_keeps_its_digits(sde_kernels: SdeStepKernels) -> None:
     generator = torch.Generator().manual_seed(2)
     v, x, noise = (torch.randn(1, elements, generator=generator) for _ in range(3))
     inputs = StepInputs(v, x, torch.tensor([[0.9, -0.1, 0.5]]), noise)
-    out = run(sde_kernels, inputs)
-    expected = out.eps.double().square().mean()
-    assert (out.eps_sq[0] - expected).abs() <= 1e-13 * expected
+    assert_is_their_mean_square(inputs, run(sde_kernels, inputs), sde_kernels.device)
 
 
 @pytest.mark.parametrize("name", ["v", "x", "noise", "dtype"])
@@ -250,7 +263,7 @@ def test_fp64_is_refused_before_anything_is_written(sde_kernels: SdeStepKernels,
 def test_an_empty_batch_is_no_launch(sde_kernels: SdeStepKernels) -> None:
     empty = torch.zeros(0, 16)
     out = run(sde_kernels, StepInputs(empty, empty, torch.zeros(0, 3), empty))
-    assert out.x_next.shape == (0, 16) and out.eps_sq.shape == (0,)
+    assert out.x_next.shape == (0, 16) and out.deviation_sq.shape == (0,)
 
 
 @given(batch=st.integers(1, 10**6), elements=st.integers(1, 2**40))
@@ -275,23 +288,28 @@ def stored(inputs: StepInputs, out: StepOutputs, **options: Any) -> TransitionIn
 def test_a_stored_step_has_the_bits_of_the_step(sde_kernels: SdeStepKernels, inputs: StepInputs, offset: int) -> None:
     out = run(sde_kernels, inputs)
     given_ = stored(inputs, out).on(sde_kernels.device, offset)
-    assert same_bits(sde_kernels.eps_sq(given_).cpu(), out.eps_sq)
+    assert same_bits(sde_kernels.deviation_sq(given_).cpu(), out.deviation_sq)
     assert same_bits(sde_kernels.eps(given_, offset).cpu(), out.eps)
     if sde_kernels.device == "cpu":
-        on_cpu = transition_eps_sq_op(inputs.v, inputs.x, out.x_next, inputs.coef)
-        torch.testing.assert_close(out.eps_sq, on_cpu, rtol=1e-13, atol=0)
+        on_cpu = transition_deviation_sq_op(inputs.v, inputs.x, out.x_next, inputs.coef)
+        torch.testing.assert_close(out.deviation_sq, on_cpu, rtol=1e-13, atol=0)
 
 
 @property_test
 @given(inputs=cases(), dtype=st.sampled_from(DTYPES), offset=st.sampled_from([0, 1, 8]), data=st.data())
-def test_a_weighted_eps_is_rounded_once(
+def test_a_weighted_deviation_is_rounded_once(
     sde_kernels: SdeStepKernels, inputs: StepInputs, dtype: torch.dtype, offset: int, data: st.DataObject
 ) -> None:
     out = run(sde_kernels, inputs)
     batch = len(inputs.v)
     weight = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, -2.5, 1e-3]), min_size=batch, max_size=batch)))
     found = sde_kernels.eps(stored(inputs, out, weight=weight, dtype=dtype).on(sde_kernels.device, offset), offset)
-    assert torch.equal(found.cpu(), (out.eps * weight[:, None]).to(dtype))
+    # Without a dtype to round to, the weight shows the deviation itself, fused or not.
+    given_ = stored(inputs, out, weight=torch.ones(batch)).on(sde_kernels.device, offset)
+    deviation = sde_kernels.eps(given_, offset).cpu()
+    assert torch.equal(found.cpu(), (deviation * weight[:, None]).to(dtype))
+    if sde_kernels.device == "cpu":
+        assert torch.equal(deviation, deviations(inputs, out))
 
 
 @pytest.mark.parametrize("elements", [16, 5])
@@ -300,7 +318,7 @@ def test_a_row_without_weight_or_noise_is_not_read(sde_kernels: SdeStepKernels, 
     coef = torch.tensor([[1.0, -0.1, 0.5], [1.0, -0.1, 0.0]])
     given_ = TransitionInputs(bad, bad, bad, coef, torch.tensor([0.0, 1.0])).on(sde_kernels.device)
     assert not sde_kernels.eps(given_).any()
-    assert sde_kernels.eps_sq(given_)[1] == 0 and sde_kernels.eps_sq(given_)[0].isnan()
+    assert sde_kernels.deviation_sq(given_)[1] == 0 and sde_kernels.deviation_sq(given_)[0].isnan()
 
 
 @pytest.mark.parametrize("name", ["v", "x", "x_next", "dtype"])
@@ -308,5 +326,5 @@ def test_fp64_transitions_are_refused(sde_kernels: SdeStepKernels, name: str) ->
     zeros = torch.zeros(2, 16, device=sde_kernels.device)
     wide: dict[str, Any] = {name: torch.float64 if name == "dtype" else zeros.double()}
     given_ = replace(TransitionInputs(zeros, zeros, zeros, torch.ones(2, 3, device=sde_kernels.device)), **wide)
-    with pytest.raises(AssertionError, match=f"transition_eps returned {UNSUPPORTED_DTYPE}"):
+    with pytest.raises(AssertionError, match=f"transition_deviation returned {UNSUPPORTED_DTYPE}"):
         sde_kernels.eps(given_)

@@ -28,11 +28,13 @@ LATENTS: dict[str, tuple[str, ...]] = {
     "sde_step": ("v", "x", "noise"),
     "transition_log_prob": ("v", "x", "x_next"),
     "transition_noise": ("v_old", "x", "x_next"),
+    "from_means": ("means", "x", "x_next"),
     "gaussian_kl": ("mean1", "mean2"),
     "gaussian_kl_from_velocity": ("v", "v_old"),
 }
 NAMES = tuple(LATENTS)
-OF_STEPS = ("sde_step", "transition_log_prob", "transition_noise")
+OF_STEPS = ("sde_step", "transition_log_prob", "transition_noise", "from_means")
+RESULTS = {"sde_step": ("x_next", "eps", "log_prob"), "from_means": ("v_old", "eps")}  # of the ops with several
 
 # Limits that random batches stay clear of, on either side.
 OPTIONS: dict[str, Inputs] = {
@@ -91,7 +93,7 @@ class Drawing:
 
 
 def leaves(name: str) -> tuple[str, ...]:
-    if name in ("sde_step", "transition_noise"):
+    if name in ("sde_step", "transition_noise", "from_means"):
         return ()
     return ("mean1", "mean2") if name == "gaussian_kl" else ("v",)
 
@@ -99,9 +101,8 @@ def leaves(name: str) -> tuple[str, ...]:
 def run(name: str, inputs: Inputs, space: Any = af, op: Callable[..., Any] | None = None) -> Outputs:
     """One call and, where there is one, its backward; losses a sample, so that a row can be seen alone."""
     op = op or getattr(space, name)
-    if name == "sde_step":
-        step = op(**inputs)
-        return {"x_next": step.x_next, "eps": step.eps, "log_prob": step.log_prob}
+    if name in RESULTS:
+        return dict(zip(RESULTS[name], op(**inputs), strict=True))
     if not leaves(name):
         return {"values": op(**inputs)}
     outputs: Outputs = {}

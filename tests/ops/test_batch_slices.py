@@ -114,7 +114,7 @@ def copies(call: Callable[[], Any], elements: int) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", READ_IN_PLACE)
-@pytest.mark.parametrize("name", every_op.NAMES)
+@pytest.mark.parametrize("name", [name for name in every_op.NAMES if name != "from_means"])  # it is PyTorch in float64
 def test_no_latent_is_copied(name, layout, dtype):
     inputs = inputs_of(name, layout, dtype)
     dense = every_op.mapped(inputs, lambda x: x.contiguous())

@@ -155,7 +155,7 @@ def test_compiles_with_inductor(name, device):
         torch.testing.assert_close(outputs[key], expected[key])
 
 
-@every_op
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "from_means"])  # PyTorch, 8 bytes an element
 def test_offsets_beyond_32_bits(name, device):
     """On a GPU the last row begins at element 2^31."""
     elements = 2**30 if device == "cuda" else 4099

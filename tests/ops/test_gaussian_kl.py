@@ -477,7 +477,7 @@ def test_empty_batch_and_empty_samples(space, shape, device):
             (torch.randn(2, 2), torch.randn(2, 2), torch.tensor(math.inf)),
             r"std1\[0\] is inf; accepted are numbers above",
         ),
-        ((torch.randn(2, 2), torch.randn(2, 2), torch.ones(2, 1)), r"std1 is torch.float32 \[2, 1\] on cpu; accepted"),
+        ((torch.randn(2, 2), torch.randn(2, 2), torch.ones(1, 2)), r"std1 is torch.float32 \[1, 2\] on cpu; accepted"),
     ],
 )
 def test_misuse_is_said_in_a_sentence(space, arguments, sentence):

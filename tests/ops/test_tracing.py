@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import advflow_ext as af
-from tests.ops.every_op import NAMES, OPTIONS, Drawing, Inputs, leaves, run, same_bits
+from tests.ops.every_op import NAMES, OPTIONS, RESULTS, Drawing, Inputs, leaves, run, same_bits
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
@@ -30,8 +30,8 @@ def function_of(name: str, space: Any, inputs: Inputs) -> tuple[Callable[..., tu
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = {**inputs, **dict(zip(keys, tensors, strict=True))}
-        if name == "sde_step":
-            return tuple(space.sde_step(**given))
+        if name in RESULTS:
+            return tuple(getattr(space, name)(**given))
         out = getattr(space, name)(**given, **OPTIONS.get(name, {}))
         return (out.loss, out.metrics.values) if name.endswith("_loss") else (out,)
 
