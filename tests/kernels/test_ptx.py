@@ -43,13 +43,13 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
     vector, *rest = (int(flag or 0) for flag in flags.groups())
     if name == "sde_step":
         drawn, narrow = rest
-        # x_next in one word or two, and eps, which is fp32, in two; where nothing else is fp32, for two tiles.
-        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, 2 * (1 + 2) if narrow else 2 + 2, body)
+        # x_next in one word or, in pairs of lanes, two, and eps, which is fp32, in two; for two tiles where nothing else is.
+        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, 2 * (1 + 2) if narrow else 3 + 2, body)
     if name in STEPS:
-        return Kernel(name, bool(vector), 3, 4, 2 if name == "transition_deviation" else 0, body)
+        return Kernel(name, bool(vector), 3, 4, 3 if name == "transition_deviation" else 0, body)
     target, *anchors = rest
     grad = name == "residual_grad"
-    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if grad else 1, 2 if grad else 0, body)
+    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if grad else 1, 3 if grad else 0, body)
 
 
 @dataclass(frozen=True)
