@@ -28,8 +28,8 @@ def transition_log_prob(
     Of the same transition it has the bits of ``sde_step(...).log_prob``, whatever else is in either batch, so that the
     log-ratio of an unchanged policy is 0 itself. d is computed in float32, in that order, and its squares are added in
     float64: of 65536 elements a difference of two log-probabilities is then off by 3e-10, at worst 1e-9, where float32
-    ones leave 1e-7, a tenth of the smallest clips. The losses of this package, which take v_old and eps, are two digits better
-    still.
+    ones leave 1e-7, a tenth of the smallest clips. The losses of this package, which take v_old and eps, are two digits
+    better still.
 
     Arguments:
         v: policy velocity ``[N, ...]`` of any rank from 2, the only tensor that receives a gradient.
