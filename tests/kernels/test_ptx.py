@@ -43,7 +43,7 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
     vector, *rest = (int(flag or 0) for flag in flags.groups())
     if name == "sde_step":
         drawn, narrow = rest
-        # x_next in one word or, in pairs of lanes, two, and eps, which is fp32, in two; for two tiles where nothing else is.
+        # x_next in one word or, in pairs of lanes, two, and eps, fp32, in two; for two tiles where nothing else is.
         return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, 2 * (1 + 2) if narrow else 3 + 2, body)
     if name in STEPS:
         return Kernel(name, bool(vector), 3, 4, 3 if name == "transition_deviation" else 0, body)
