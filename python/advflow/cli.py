@@ -156,10 +156,15 @@ def _train(arguments: Namespace) -> None:
     config = to_config(parser, arguments)
     _quiet_libraries()
     keep_freed_memory()
+    from advflow.core.ranks import join_ranks
     from advflow.report import write_report
     from advflow.run.train import train
 
-    summary = train(config, resume)
+    ranks = join_ranks(config.device)
+    summary = train(config, resume, ranks)
+    ranks.close()
+    if not ranks.first:
+        return
     report = write_report(Path(config.out))
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
