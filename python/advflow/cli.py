@@ -36,6 +36,7 @@ examples:
   advflow train --algorithm flow_dppo                 another algorithm, with its own settings
   advflow train --config sd35_medium --out runs/sd35  Stable Diffusion 3.5 Medium, the paper's settings
   advflow train --out runs/tiny --resume              go on where a run stopped
+  torchrun --nproc_per_node 8 -m advflow train ...    the same on eight GPUs
   advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
   advflow report --run runs/tiny                      write report.html again
