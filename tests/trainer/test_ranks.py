@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from advflow.cli import main
+from advflow.cli import _parse, main
 from advflow.core.ranks import Ranks, _buckets, join_ranks
 from advflow.run.checkpoint import checkpoints
 from advflow.run.log import EVALS, METRICS, read_rows
@@ -80,11 +80,10 @@ class Threads(Ranks):
 
 
 def config_of(words: Sequence[str]) -> Any:
-    parser = train_parser()
-    arguments = parser.parse_args(list(words))
+    arguments = _parse(["train", *words]).train
     for name in ("resume", "config"):
-        arguments.pop(name, None)
-    return to_config(parser, arguments)
+        arguments.pop(name)
+    return to_config(train_parser(), arguments)
 
 
 def train_together(size: int, words: Sequence[str]) -> list[tuple[list[dict[str, float]], Any, list[torch.Tensor]]]:
