@@ -36,6 +36,7 @@ examples:
   advflow train --algorithm flow_dppo                 another algorithm, with its own settings
   advflow train --config sd35_medium --out runs/sd35  Stable Diffusion 3.5 Medium, the paper's settings
   advflow train --out runs/tiny --resume              go on where a run stopped
+  torchrun --nproc_per_node 8 -m advflow train ...    the same on eight GPUs
   advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
   advflow report --run runs/tiny                      write report.html again
@@ -156,10 +157,15 @@ def _train(arguments: Namespace) -> None:
     config = to_config(parser, arguments)
     _quiet_libraries()
     keep_freed_memory()
+    from advflow.core.ranks import join_ranks
     from advflow.report import write_report
     from advflow.run.train import train
 
-    summary = train(config, resume)
+    ranks = join_ranks(config.device)
+    summary = train(config, resume, ranks)
+    ranks.close()
+    if not ranks.first:
+        return
     report = write_report(Path(config.out))
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():

@@ -25,6 +25,8 @@ IMAGES = Experience(
     torch.zeros(12),
     PromptEmbeddings(torch.zeros(12, 1, 1), torch.zeros(12, 1)),
     4,
+    slice(0, 12),
+    12,
 )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from advflow.cli import main
-from advflow.data.prompts import PromptSource, check_prompts, load_eval_prompts, load_training_prompts, read_prompts
+from advflow.data.prompt_files import read_prompts
+from advflow.data.prompts import PromptSource, check_prompts, load_eval_prompts, load_training_prompts
 from advflow.rewards import Prompt, Scores, UnknownPrompt, load_reward
 from advflow.settings.data import DataConfig
 from advflow.world.captions import held_out_captions, training_captions
@@ -26,6 +27,12 @@ class Any:
 
 
 ANY = load_reward(f"{__name__}:Any").check
+
+
+GENEVAL = (
+    b'{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
+    b'{"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"}\n'
+)
 
 
 def _texts(content: bytes, folder: Path) -> list[str]:
@@ -72,7 +79,26 @@ def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
         (b"a cat\na\0dog\n", "{field} is '{file}', which has a NUL byte in line 2; accepted: UTF-8 text"),
         (b"", "{field} is '{file}', which holds no prompt"),
         (b"\xef\xbb\xbf\n \n\xe2\x80\xa8\n", "{field} is '{file}', which holds no prompt"),
-        (b'a cat\n{"tag": "counting", "prompt": "two cats"}\n', "{field} is '{file}', whose line 2 is JSON; accepted:"),
+        (
+            b'a cat\n{"tag": "counting", "prompt": "two cats"}\n',
+            "{field} is '{file}', whose line 2 is JSON; accepted are",
+        ),
+        (GENEVAL + b"a cow\n", "{field} is '{file}', whose line 3 is a cow; accepted is a JSON object such as"),
+        (GENEVAL + b'{"prompt": "a cow"\n', '{field} is \'{file}\', whose line 3 is {{"prompt": "a cow"; accepted is'),
+        (GENEVAL + b'["a cow"]\n', "{field} is '{file}', whose line 3 is [\"a cow\"]; accepted is a JSON object"),
+        (
+            GENEVAL + b'{"tag": "counting", "include": []}',
+            "{field} is '{file}', whose line 3 has no text: it holds 'tag', 'include'; accepted is one under ",
+        ),
+        (GENEVAL + b'{"prompt": " "}', "{field} is '{file}', whose line 3 has no text: it holds 'prompt'; accepted"),
+        (
+            GENEVAL + b'{"prompt": ["a"]}',
+            "{field} is '{file}', whose line 3 has [\"a\"] under 'prompt'; accepted is text",
+        ),
+        (
+            GENEVAL + b'{"prompt": "a", "tag": 3}',
+            "{field} is '{file}', whose line 3 has 3 under 'tag'; accepted is text",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_named(field: str, content: bytes, sentence: str, tmp_path: Path) -> None:
@@ -86,8 +112,8 @@ def test_a_file_that_is_none_is_named(field: str, content: bytes, sentence: str,
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        (".", "data.prompts is '.', a folder; accepted: \"embedded\" or a text file with one prompt a line"),
-        ("nowhere.txt", "data.prompts is 'nowhere.txt', where there is no file; accepted: \"embedded\" or a text file"),
+        (".", "data.prompts is '.', a folder; accepted: \"embedded\", a text file with one prompt a line or a .jsonl"),
+        ("nowhere.txt", "data.prompts is 'nowhere.txt', where there is no file; accepted: \"embedded\", a text file"),
         ("embeded", "data.prompts is 'embeded', where there is no file; did you mean 'embedded'? accepted: "),
     ],
 )
@@ -101,7 +127,11 @@ def test_repeats_and_overlap_are_counted_and_said(tmp_path: Path) -> None:
     training, held_out = tmp_path / "train.txt", tmp_path / "test.txt"
     training.write_text("a cat\na dog\n\na cat\na cow\na cat\n")
     held_out.write_text("a hen\na cow\na pig\na hen\na dog\n")
-    assert read_prompts(str(training), "data.prompts") == {"a cat": [1, 4, 6], "a dog": [2], "a cow": [5]}
+    assert read_prompts(str(training), "data.prompts") == {
+        Prompt("a cat"): [1, 4, 6],
+        Prompt("a dog"): [2],
+        Prompt("a cow"): [5],
+    }
     assert check_prompts(DataConfig(str(training), str(held_out)), ANY) == [
         f"data.prompts: 2 lines repeat an earlier one of {training}; its 3 prompts count once each",
         f"data.eval_prompts: 1 line repeats an earlier one of {held_out}; its 4 prompts count once each",
@@ -110,6 +140,22 @@ def test_repeats_and_overlap_are_counted_and_said(tmp_path: Path) -> None:
     training.write_text(training_captions()[0].text + "\n" + held_out_captions()[0].text + "\n")
     assert len(check_prompts(DataConfig(str(training)), ANY)) == 1
     assert check_prompts(DataConfig(), load_reward("embedded").check) == []
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
+def test_json_lines_have_a_category_and_metadata(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    other = '{"caption": " two benches ", "category": "counting", "include": [{"class": "bench", "count": 3}]}'
+    file.write_bytes(b"\xef\xbb\xbf" + GENEVAL.replace(b"\n", b"\r\n") + b"\n" + GENEVAL + other.encode())
+    bench = {"class": "bench", "count": 1}
+    first = Prompt("a photo of a bench", "single_object", {"tag": "single_object", "include": [bench]})
+    second = Prompt("two benches", "counting", {"tag": "counting", "include": [bench | {"count": 2}]})
+    # The same text in the same category, of which a reward is told something else, is another prompt.
+    third = Prompt("two benches", "counting", {"category": "counting", "include": [bench | {"count": 3}]})
+    assert read_prompts(str(file), "data.prompts") == {first: [1, 4], second: [2, 5], third: [6]}
+    assert load_training_prompts(str(file)).prompts == [first, second, third]
+    assert load_eval_prompts(str(file), 1) == [first, second]
+    assert check_prompts(DataConfig(str(file)), ANY)[0].startswith("data.prompts: 2 lines repeat an earlier one")
 
 
 class Recording(Any):

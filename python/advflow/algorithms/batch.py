@@ -26,10 +26,11 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Experience:
-    """Images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
+    """This process's images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
     policies were told.
 
-    `transitions` is there for methods of the reverse process alone.
+    They are `rows` of the iteration's `images`; a group may lie in two processes. `transitions` is there for methods of
+    the reverse process alone.
     """
 
     x0: torch.Tensor
@@ -37,6 +38,8 @@ class Experience:
     advantages: torch.Tensor
     conditioning: Conditioning
     images_per_prompt: int
+    rows: slice
+    images: int
     transitions: Transitions | None = None
 
 

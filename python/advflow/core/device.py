@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one, else cpu. Raises ValueError where there is none."""
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one, else cpu. Raises ValueError where there is none.
+
+    Of "auto" and "cuda" process number `local` of a machine that has several takes the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local > 0:
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
     except RuntimeError:

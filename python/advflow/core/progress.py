@@ -12,8 +12,10 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def show_progress(items: range, *, desc: str, unit: str = "it", initial: int = 0) -> Any:
+def show_progress(items: range, *, desc: str, unit: str = "it", initial: int = 0, silent: bool = False) -> Any:
     """Iterates over ``items``, ``initial`` of which were done before; has tqdm's `set_postfix` and `close`."""
+    if silent:
+        return tqdm(items, disable=True)
     if sys.stderr.isatty():
         return tqdm(items, desc=desc, unit=unit, initial=initial, total=initial + len(items))
     return Lines(items, desc, unit, initial)

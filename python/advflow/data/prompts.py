@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from advflow.data.prompt import Prompt, UnknownPrompt
+from advflow.data.prompt_files import read_prompts
 from advflow.settings.data import EMBEDDED, DataConfig
-from advflow.settings.suggest import did_you_mean
-from advflow.settings.text_files import read_text
 from advflow.world.captions import held_out_captions, training_captions
 from advflow.world.scene import Caption
 
@@ -35,9 +32,9 @@ class PromptSource:
 
 
 def load_training_prompts(name: str) -> PromptSource:
-    """The embedded world's training prompts, every category as likely as the others, or the lines of a file."""
+    """The embedded world's training prompts, every category as likely as the others, or those of a file."""
     if name != EMBEDDED:
-        prompts = [Prompt(text) for text in read_prompts(name, "data.prompts")]
+        prompts = list(read_prompts(name, "data.prompts"))
         return PromptSource(prompts, torch.ones(len(prompts)))
     prompts = _of_captions(training_captions())
     sizes = Counter(prompt.category for prompt in prompts)
@@ -45,12 +42,12 @@ def load_training_prompts(name: str) -> PromptSource:
 
 
 def load_eval_prompts(name: str, per_category: int) -> list[Prompt]:
-    """The first `per_category` of each category of the embedded world's held-out prompts, or of the lines of a file."""
+    """The first `per_category` of each category of the embedded world's held-out prompts, or of those of a file."""
     if name == EMBEDDED:
         return _of_captions(held_out_captions(per_category))
     seen: Counter[str] = Counter()
     chosen = []
-    for prompt in (Prompt(text) for text in read_prompts(name, "data.eval_prompts")):
+    for prompt in read_prompts(name, "data.eval_prompts"):
         seen[prompt.category] += 1
         if seen[prompt.category] <= per_category:
             chosen.append(prompt)
@@ -59,35 +56,6 @@ def load_eval_prompts(name: str, per_category: int) -> list[Prompt]:
 
 def _of_captions(captions: list[Caption]) -> list[Prompt]:
     return [Prompt(caption.text, caption.category) for caption in captions]
-
-
-def read_prompts(path: str, field: str) -> dict[str, list[int]]:
-    """The different prompts of a text file in their order, each with the lines that hold it, counted from 1.
-
-    A line ends at a newline, with or without a carriage return before it, and nowhere else: other separators of Unicode
-    are text. Spaces and tabs around a prompt are dropped, and so are lines of whitespace alone. Raises ValueError
-    naming `field`, the file and the line for what is not UTF-8 text, not one prompt a line, or holds no prompt.
-    """
-    accepted = f'"{EMBEDDED}" or a text file with one prompt a line'
-    if not Path(path).exists() and (near := did_you_mean(path, [EMBEDDED])):
-        raise ValueError(f"{field} is {path!r}, where there is no file{near} accepted: {accepted}")
-    found: dict[str, list[int]] = {}
-    for number, line in enumerate(read_text(Path(path), field, accepted).split("\n"), start=1):
-        if line.strip():
-            found.setdefault(line.strip(" \t"), []).append(number)
-            if _is_json(line):
-                raise ValueError(f"{field} is {path!r}, whose line {number} is JSON; accepted: {accepted}")
-    if not found:
-        raise ValueError(f"{field} is {path!r}, which holds no prompt")
-    return found
-
-
-def _is_json(line: str) -> bool:
-    """Whether a line is a JSON object, as in the prompt files that carry metadata."""
-    try:
-        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
 
 
 def check_prompts(data: DataConfig, check: Callable[[Prompt], None]) -> list[str]:
@@ -124,4 +92,4 @@ def _with_lines(name: str, field: str, captions: list[Caption]) -> dict[Prompt, 
     """The prompts of a setting and the lines that hold each; line 0 for `captions`, the embedded world's."""
     if name == EMBEDDED:
         return {prompt: [0] for prompt in _of_captions(captions)}
-    return {Prompt(text): lines for text, lines in read_prompts(name, field).items()}
+    return read_prompts(name, field)

@@ -21,7 +21,7 @@ from advflow.settings.processes import DrawConfig, require_grid
 
 @dataclass(frozen=True)
 class Draw:
-    """One (t, noise) pair for every image of a rollout: t [N] in (0, 1], noise [N, ...]."""
+    """One (t, noise) pair for every image of this process: t [N] in (0, 1], noise [N, ...]."""
 
     t: torch.Tensor
     noise: torch.Tensor
@@ -39,11 +39,12 @@ class Draws:
     def draw(self, iteration: int, index: int, experience: Experience) -> Draw:
         config, device = self._config, experience.x0.device
         repeat = experience.images_per_prompt if config.noise == "shared_in_group" else 1
-        count = len(experience.x0) // repeat
+        count = experience.images // repeat
         number = iteration * config.per_image + index
         t = self._times(iteration, index, count, generator(self._seed, "time", number))
         noise = self._latents.noise(count, generator(self._seed, "noise", number), device)
-        return Draw(t.to(device).repeat_interleave(repeat), noise.repeat_interleave(repeat, dim=0))
+        rows = experience.rows
+        return Draw(t.to(device).repeat_interleave(repeat)[rows], noise.repeat_interleave(repeat, dim=0)[rows])
 
     def _times(self, iteration: int, index: int, count: int, rng: torch.Generator) -> torch.Tensor:
         config = self._config
@@ -94,7 +95,7 @@ class ForwardProcess:
         return {}
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
-        """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes."""
         share = self._draws.per_image // self._optim.steps_per_iteration
         for step in range(self._optim.steps_per_iteration):
             yield self._losses(iteration, experience, range(step * share, (step + 1) * share))
@@ -106,7 +107,7 @@ class ForwardProcess:
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
                 batch = self._batch(experience, draw, rows)
-                weight = (rows.stop - rows.start) / (count * len(pairs))
+                weight = (rows.stop - rows.start) / (experience.images * len(pairs))
                 yield WeightedLoss(self._algorithm.loss(batch), weight)
 
     def _batch(self, experience: Experience, draw: Draw, rows: slice) -> ForwardBatch:

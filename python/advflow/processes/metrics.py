@@ -5,9 +5,29 @@ from __future__ import annotations
 import torch
 
 import advflow_ext as af
+from advflow.core.ranks import Ranks
 from advflow_ext.contract.outputs import Join
 
 WeightedMetrics = tuple[af.LossMetrics, float]
+
+
+def of_all_ranks(updates: list[list[WeightedMetrics]], ranks: Ranks) -> list[list[WeightedMetrics]]:
+    """Every process's metrics, by update: each may have had other micro-batches, or none."""
+    if ranks.size == 1:
+        return updates
+    told = [[(*_plain(metrics), weight) for metrics, weight in parts] for parts in updates]
+    joined: list[list[WeightedMetrics]] = [[] for _ in updates]
+    for of_rank in ranks.everyone(told):
+        for parts, update in zip(joined, of_rank, strict=True):
+            parts += [
+                (af.LossMetrics(torch.tensor(values), tuple(names), unbounded), weight)
+                for values, names, unbounded, weight in update
+            ]
+    return joined
+
+
+def _plain(metrics: af.LossMetrics) -> tuple[list[float], tuple[str, ...], str]:
+    return metrics.values.tolist(), metrics.names, metrics.unbounded
 
 
 def join_metrics(parts: list[WeightedMetrics]) -> dict[str, float]:

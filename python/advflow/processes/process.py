@@ -30,7 +30,7 @@ class Process(Protocol):
         """Latents [B, ...] of some images, the first being the iteration's `first_image`, and the steps to them."""
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
-        """For each optimiser step the losses of its micro-batches, whose weights sum to 1."""
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes."""
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         """What the metrics of an iteration's first update, by micro-batch, say about the forward pass itself."""

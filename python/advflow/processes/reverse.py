@@ -135,27 +135,27 @@ class ReverseProcess(StochasticSampler):
         self._warned = False
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
-        """For each optimiser step the losses of its micro-batches, whose weights sum to 1.
+        """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes.
 
-        Each epoch splits the images anew into `optim.steps_per_iteration` equal parts.
+        Each epoch splits the images anew into `optim.steps_per_iteration` equal parts, of which a process has its own.
         """
         assert experience.transitions is not None
-        steps = self._trained(iteration, experience.transitions)
-        count = len(experience.x0)
+        steps = self._trained(iteration, experience, experience.transitions)
         for epoch in range(self._config.epochs):
             number = iteration * self._config.epochs + epoch
-            order = torch.randperm(count, generator=generator(self._seed, "split", number))
+            order = torch.randperm(experience.images, generator=generator(self._seed, "split", number))
             for images in order.chunk(self._optim.steps_per_iteration):
                 yield self._losses(experience, steps, images.to(experience.x0.device))
 
-    def _trained(self, iteration: int, all_steps: Transitions) -> Transitions:
+    def _trained(self, iteration: int, experience: Experience, all_steps: Transitions) -> Transitions:
         """A random `trained_share` of each image's steps."""
         count, steps = all_steps.index.shape
         kept = max(1, int(steps * self._config.trained_share))
         if kept == steps:
             return all_steps
         rng = generator(self._seed, "trained_steps", iteration)
-        chosen = torch.rand(count, steps, generator=rng).argsort(1)[:, :kept].to(all_steps.index.device)
+        order = torch.rand(experience.images, steps, generator=rng).argsort(1)[experience.rows]
+        chosen = order[:, :kept].to(all_steps.index.device)
         rows = torch.arange(count, device=chosen.device)[:, None]
         return Transitions(
             all_steps.x[rows, chosen],
@@ -166,13 +166,16 @@ class ReverseProcess(StochasticSampler):
         )
 
     def _losses(self, experience: Experience, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
-        each = steps.index.shape[1]
+        """Of `images`, numbered over all processes."""
+        each, count = steps.index.shape[1], len(images)
+        images = images - experience.rows.start
+        images = images[(images >= 0) & (images < len(experience.x0))]
         image = images.repeat_interleave(each)
         step = torch.arange(each, device=images.device).repeat(len(images))
         for start in range(0, len(image), self._optim.micro_batch):
             rows = slice(start, start + self._optim.micro_batch)
             batch = self._batch(experience, steps, image[rows], step[rows])
-            yield WeightedLoss(self._algorithm.loss(batch), len(batch.index) / len(image))
+            yield WeightedLoss(self._algorithm.loss(batch), len(batch.index) / (count * each))
 
     def _batch(
         self, experience: Experience, steps: Transitions, image: torch.Tensor, step: torch.Tensor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from advflow.core.randomness import generator
+from advflow.core.ranks import Ranks
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards import Reward
@@ -43,34 +44,40 @@ def evaluate(
     device: torch.device,
     keep: list[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Samples one image for each prompt and scores it, `batch` at a time.
 
     Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
-    evaluation by raising.
+    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole.
     """
+    ranks = ranks or Ranks()
     noise = latents.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
     keep = list(range(len(prompts))) if keep is None else keep
-    images: dict[int, torch.Tensor] = {}
-    rewards, scores = [], []
-    for start in range(0, len(prompts), batch):
+    kept: list[int] = []
+    images, rewards, scores = [], [], []
+    own = ranks.share(len(prompts))
+    for start in range(own.start, own.stop, batch):
         between_batches()
-        rows = range(start, min(start + batch, len(prompts)))
+        rows = range(start, min(start + batch, own.stop))
         part = slice(rows.start, rows.stop)
         x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
         drawn = latents.decode(x0).cpu()
         result = reward(drawn, prompts[part])
         rewards.append(result.reward)
         scores.append(result.score)
-        images |= {row: image for row, image in zip(rows, drawn, strict=True) if row in keep}
-    score = torch.cat(scores)
+        wanted = [row for row in rows if row in keep]
+        kept += wanted
+        images.append(drawn[[row - start for row in wanted]])
+    score, reward_of = ranks.gather(torch.cat(scores)), ranks.gather(torch.cat(rewards))
     names = [prompt.category for prompt in prompts]
     categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
     scored = [value for value in categories.values() if math.isfinite(value)]
     overall = sum(scored) / len(scored) if scored else math.nan
     unscored = int((~score.isfinite()).sum())
-    kept = torch.stack([images[row] for row in keep])
-    return Evaluation(overall, finite_mean(torch.cat(rewards)), categories, kept, unscored)
+    of_rows = [row for rows in ranks.everyone(kept) for row in rows]
+    in_order = ranks.gather(torch.cat(images))[[of_rows.index(row) for row in keep]]
+    return Evaluation(overall, finite_mean(reward_of), categories, in_order, unscored)
 
 
 def finite_mean(values: torch.Tensor) -> float:

@@ -95,6 +95,31 @@ class RunLog:
             handle.write(to_json(row) + "\n")
 
 
+class NoLog(RunLog):
+    """Of a process that is not the one that writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def kernels(self, kernels: FusedKernels | None) -> str:
+        return ""
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        pass
+
+    def evaluated(self, iteration: int) -> bool:
+        return False
+
+    def evaluation(self, iteration: int, images_seen: int, seconds: float, result: Evaluation, grid: list[int]) -> None:
+        pass
+
+    def sample_prompts(self, prompts: list[str]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def to_json(value: dict[str, Any], indent: int | None = None) -> str:
     """`value` as JSON, which knows neither NaN nor infinities: they become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

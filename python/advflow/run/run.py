@@ -16,7 +16,7 @@ from advflow.core.progress import show_progress
 from advflow.core.provenance import commit, record_start, versions
 from advflow.run.checkpoint import save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
-from advflow.run.log import EVALS, RunLog, best_iteration, read_rows, to_json
+from advflow.run.log import EVALS, NoLog, RunLog, best_iteration, read_rows, to_json
 from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,13 +30,16 @@ _FRUITLESS_AT_MOST = 3  # iterations in a row without one image to learn from
 
 
 class Run:
-    """The iterations of `trainer` from number `first` on. Every state that is evaluated has been saved before."""
+    """The iterations of `trainer` from number `first` on. Every state that is evaluated has been saved before.
+
+    Of several processes the first writes, and what any of them is asked to do, all do.
+    """
 
     def __init__(self, trainer: Trainer, first: int, stop: StopRequest) -> None:
         self._trainer, self._config, self._stop = trainer, trainer.config, stop
-        self._folder = Path(self._config.out)
+        self._folder, self._ranks = Path(self._config.out), trainer.ranks
         self._done = self._saved = first
-        self._log = RunLog(self._folder, self._done)
+        self._log = RunLog(self._folder, self._done) if self._ranks.first else NoLog()
         self._grid = _grid_indices(trainer.eval_prompts)
         self._log.sample_prompts([trainer.eval_prompts[index].text for index in self._grid])
         earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
@@ -56,9 +59,10 @@ class Run:
         finally:
             self._log.close()
         path = self._folder / SUMMARY
-        if anything_left or not path.is_file():
+        if self._ranks.first and (anything_left or not path.is_file()):
             summary = summarise(self._config, self._folder, time.monotonic() - self._started, self._trainer.device)
             write_atomically(path, to_json(summary, indent=2) + "\n")
+        self._ranks.wait()
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return stored
 
@@ -66,22 +70,23 @@ class Run:
         """Whether anything was left to do."""
         first, last = self._done, self._config.iterations
         left = first < last
-        if left:
-            record_start(self._folder, first)
-        print(self._log.kernels(self._trainer.policies.kernels), file=sys.stderr)
+        if self._ranks.first:
+            if left:
+                record_start(self._folder, first)
+            print(self._log.kernels(self._trainer.policies.kernels), file=sys.stderr)
         held_out = "-"
         self._stop.iteration = first + 1
-        if self._is_evaluated(first) and not self._log.evaluated(first):
+        if self._is_evaluated(first) and not self._ranks.any(self._log.evaluated(first)):
             held_out, left = self._evaluate(), True
-        progress = show_progress(range(first, last), initial=first, desc="train")
+        progress = show_progress(range(first, last), initial=first, desc="train", silent=not self._ranks.first)
         for iteration in progress:
             self._stop.iteration = iteration + 1
             row = self._iterate(iteration)
             if self._is_evaluated(self._done):
                 held_out = self._evaluate()
             progress.set_postfix(reward=f"{row['reward']:.3f}", held_out=held_out)
-            if self._done < last:
-                self._stop.check()
+            if self._done < last and self._ranks.any(self._stop.asked):
+                raise Interrupted
         return left
 
     def _iterate(self, iteration: int) -> dict[str, float]:
@@ -93,7 +98,8 @@ class Run:
             raise
         self._log.metrics({"iteration": iteration} | row)
         self._done = iteration + 1
-        if self._is_evaluated(self._done) or self._done % self._config.checkpoint_every == 0 or self._stop.asked:
+        due = self._is_evaluated(self._done) or self._done % self._config.checkpoint_every == 0
+        if due or self._ranks.any(self._stop.asked):
             self._save()
         self._require_usable_images(row)
         return row
@@ -102,7 +108,7 @@ class Run:
         return done % self._config.evaluation.every == 0 or done == self._config.iterations
 
     def _save(self) -> None:
-        if self._saved < self._done:
+        if self._ranks.first and self._saved < self._done:
             best = best_iteration(self._folder)
             save_checkpoint(self._folder / CHECKPOINTS, self._done, self._trainer.parts, best)
             self._saved = self._done

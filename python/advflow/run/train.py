@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from advflow.algorithms import check_settings
+from advflow.core.ranks import Ranks
 from advflow.run.checkpoint import load_newest
 from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
 from advflow.run.interrupt import StopRequest
@@ -14,26 +15,30 @@ from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 
 
-def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
-    """Runs `advflow train`; returns the summary it also writes to summary.json.
+def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Runs `advflow train`, as one of `ranks`; returns the summary it also writes to summary.json.
 
     Nothing is written before settings, prompts, reward, model and checkpoint have proved usable. Raises ValueError
     where they are not, and SystemExit where a signal has ended the run early.
     """
-    folder, stop = Path(config.out), StopRequest()
+    folder, stop, ranks = Path(config.out), StopRequest(), ranks or Ranks()
     check_settings(config.algorithm, config.method, config.rollout.images_per_prompt)
     check_folder(config, resume)
-    new = not folder.exists()
+    new = ranks.any(not folder.exists())
     with FolderLock(folder) as lock:
-        if not new:
+        if ranks.first and not new:
             lock.take()
-        trainer = Trainer(config, stop.check)
+        # One process alone can stop between two batches; several must agree on when, which they do between iterations.
+        trainer = Trainer(config, stop.check) if ranks.size == 1 else Trainer(config, ranks=ranks)
         first = _restore(trainer, folder) if resume else 0
-        if new:
-            make_folder(config)
-            lock.take()
-            check_folder(config, resume=False)  # another process may have been faster, and done already
-        write_config(config)
+        ranks.wait()
+        if ranks.first:
+            if new:
+                make_folder(config)
+                lock.take()
+                check_folder(config, resume=False)  # another process may have been faster, and done already
+            write_config(config)
+        ranks.wait()
         return Run(trainer, first, stop).finish()
 
 

@@ -14,12 +14,13 @@ from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
+from advflow.core.ranks import Ranks
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.models.encoding import PromptEncoder
 from advflow.models.family import make_family
 from advflow.policies import follow, make_policies, velocity_of
 from advflow.processes.forward import Draws, ForwardProcess
-from advflow.processes.metrics import WeightedMetrics, join_metrics
+from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
@@ -34,13 +35,17 @@ from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SA
 class Trainer:
     """One run: everything that lives as long as it does.
 
-    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation.
+    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation. Of the
+    images of an iteration `ranks` have a share each; all else, weights and advantages too, every process has whole.
     """
 
-    def __init__(self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None) -> None:
-        self.config, self._between_batches = config, between_batches
+    def __init__(
+        self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self._between_batches, self.ranks = config, between_batches, ranks or Ranks()
         # First what takes no model to check, so that a mistake is seen within seconds.
-        self.device = pick_device(config.device)
+        self._check_shares()
+        self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require(config.rollout.prompts)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
@@ -50,6 +55,11 @@ class Trainer:
         for remark in check_prompts(data, self.reward.check):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+        if len(self.eval_prompts) < self.ranks.size:
+            raise ValueError(
+                f"there are {len(self.eval_prompts)} held-out prompts and {self.ranks.size} processes; accepted is one "
+                "prompt or more for each"
+            )
         model = family.load(config.model, self.device)
         self.latents = model.latents
         self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
@@ -72,6 +82,21 @@ class Trainer:
             "optimizer": OptimizerState(self.optimizer, self.policies.learner),
             "reference": self.reference_control,
         }
+
+    def _check_shares(self) -> None:
+        """Refuses more processes than images, and groups in two processes where a loss compares within groups."""
+        config, size = self.config, self.ranks.size
+        if config.rollout.images < size:
+            raise ValueError(
+                f"rollout.prompts x rollout.images_per_prompt is {config.rollout.images}; with {size} processes "
+                f"accepted are {size} images or more"
+            )
+        best = config.algorithm == "reward_weighted" and config.method.method == "best"
+        if best and config.rollout.prompts % size:
+            raise ValueError(
+                f'rollout.prompts is {config.rollout.prompts}; with reward_weighted.method "best", which compares the '
+                f"images of a prompt, and {size} processes accepted is a multiple of {size}"
+            )
 
     def _make_process(self) -> None:
         """The algorithm in its process, and what adapts its settings; each is handed its own section."""
@@ -123,17 +148,18 @@ class Trainer:
             self.device,
             keep,
             self._between_batches,
+            self.ranks,
         )
 
     def roll_out(self, iteration: int) -> tuple[Experience, dict[str, float]]:
-        """Samples groups of images from the rollout policy and scores them."""
-        config = self.config.rollout
-        group = config.images_per_prompt
+        """Samples this process's share of the iteration's images from the rollout policy and scores them."""
+        config, ranks = self.config.rollout, self.ranks
+        group, rows = config.images_per_prompt, ranks.share(config.images)
         chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
-        prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)]
-        conditioning = self.encode(chosen)[torch.arange(len(chosen)).repeat_interleave(group)]
-        noise = self.latents.noise(len(prompts), generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(noise, conditioning, iteration)
+        prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)][rows]
+        conditioning = self._conditioning(chosen, rows)
+        noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
+        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], conditioning, iteration, rows.start)
         images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
         scores = self.reward(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
@@ -142,12 +168,13 @@ class Trainer:
         if transitions is not None:
             transitions.x[broken.to(x0.device)] = 0.0
         unscored = ~scores.reward.isfinite() & ~broken
-        rewards = scores.reward.masked_fill(broken | unscored, torch.nan)
+        broken, unscored, reward, score = map(ranks.gather, (broken, unscored, scores.reward, scores.score))
+        rewards = reward.masked_fill(broken | unscored, torch.nan)
         advantages = self._advantages(rewards)
         groups = rewards.view(-1, group)
         row = {
             "reward": finite_mean(rewards),
-            "score": finite_mean(scores.score),
+            "score": finite_mean(score),
             "broken_images": int(broken.sum()),
             "unscored_images": int(unscored.sum()),
             "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
@@ -156,22 +183,28 @@ class Trainer:
         }
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
-        rewards, advantages = rewards.to(self.device), advantages.to(self.device)
-        return Experience(x0, rewards, advantages, conditioning, group, transitions), row
+        rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
+        return Experience(x0, rewards, advantages, conditioning, group, rows, config.images, transitions), row
+
+    def _conditioning(self, chosen: list[int], rows: slice) -> Conditioning:
+        """What the policies are told of the images `rows`, of prompts `chosen`; other prompts are not encoded."""
+        group = self.config.rollout.images_per_prompt
+        first, last = rows.start // group, -(-rows.stop // group)
+        return self.encode(chosen[first:last])[torch.arange(rows.start, rows.stop) // group - first]
 
     @torch.no_grad()
     def _sample(
-        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int
+        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int
     ) -> tuple[torch.Tensor, Transitions | None]:
-        """Latents of one iteration's images; with the steps that made them where the algorithm learns from those."""
+        """Latents of images, the first being the iteration's `first`; with the steps that made them where the algorithm
+        learns from those."""
         config, process = self.config.rollout, self.process
         velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
-        noise = process.starting_noise(noise)
         latents, transitions = [], []
         for start in range(0, len(noise), config.batch):
             self._between_batches()
             rows = slice(start, start + config.batch)
-            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, start)
+            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, first + start)
             latents.append(x0)
             if steps is not None:
                 transitions.append(steps)
@@ -192,11 +225,13 @@ class Trainer:
             for loss in losses:
                 (loss.out.loss * loss.weight).backward()
                 updates[-1].append((loss.out.metrics, loss.weight))
+            self.ranks.sum_gradients(self.policies.learner)
             norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, self.config.optim.max_grad_norm).item()
             if math.isfinite(norm):
                 self._step(iteration, len(updates) - 1)
                 norms.append(norm)
             self.optimizer.zero_grad(set_to_none=True)
+        updates = of_all_ranks(updates, self.ranks)
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
