@@ -86,7 +86,7 @@ $(DOCS)/.installed: pyproject.toml
 	touch $@
 
 bench: setup ## this machine's plan of the bench
-	$(BIN)/python -m bench
+	$(BIN)/python -m advflow_ext.bench
 
 gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and without a network
 	PYTHON="$(PYTHON)" bench/gpu.sh

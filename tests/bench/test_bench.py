@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from advflow_ext import _native
-from bench.__main__ import main
-from bench.harness import memory, report, timing
-from bench.harness.registry import COPY, OURS, Case, Check, cases, limits, parse_shapes
-from bench.ops import plans
-from bench.ops.blocks import BLOCKS
-from bench.ops.losses import LOSSES
-from bench.ops.plans import OPS, chosen
+from advflow_ext.bench.__main__ import main
+from advflow_ext.bench.harness import memory, report, timing
+from advflow_ext.bench.harness.registry import COPY, OURS, Case, Check, cases, limits, parse_shapes
+from advflow_ext.bench.ops import plans
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.losses import LOSSES
+from advflow_ext.bench.ops.plans import OPS, chosen
 
 CASE = Case("advantage_flow_loss", (2, 4, 8, 8), "fp32", with_ref=True)
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
+from advflow_ext.bench.__main__ import main
+from advflow_ext.bench.harness import timing
+from advflow_ext.bench.harness.registry import OURS, Case
+from advflow_ext.bench.ops import plans
+from advflow_ext.bench.ops.block import FORWARD, HEAD_DIM, LIGER, TRAINED, Block, operands, shape_obstacle
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.lora_linear import LoraLinear
 from advflow_ext.kernels import triton_ops
-from bench.__main__ import main
-from bench.harness import timing
-from bench.harness.registry import OURS, Case
-from bench.ops import plans
-from bench.ops.block import FORWARD, HEAD_DIM, LIGER, TRAINED, Block, operands, shape_obstacle
-from bench.ops.blocks import BLOCKS
-from bench.ops.lora_linear import LoraLinear
 
 SHAPE = (2, 3, 128)
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_text_is_that_of_sd35_and_never_longer_than_the_image() -> None:
 
 def test_liger_has_a_row_where_it_is_installed_and_not_elsewhere() -> None:
     for installed in (True, False):
-        with mock.patch("bench.ops.block.has_liger", return_value=installed):
+        with mock.patch("advflow_ext.bench.ops.block.has_liger", return_value=installed):
             assert (LIGER in BLOCKS["joint_qk_norm"].implementations(CPU)) == installed
             assert LIGER not in BLOCKS["gate_residual"].implementations(CPU)
 

@@ -1,9 +1,10 @@
-"""``python -m bench``: correctness first, then time, bytes and memory of every implementation of every op."""
+"""``python -m advflow_ext.bench``: correctness first, then time, bytes and memory of each implementation of each op."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +14,18 @@ from typing import Any
 
 import torch
 
-from bench.harness import memory, report, timing
-from bench.harness.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
-from bench.ops.block import has_liger, shape_obstacle
-from bench.ops.blocks import BLOCKS
-from bench.ops.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
+from advflow_ext.bench.harness import memory, report, timing
+from advflow_ext.bench.harness.registry import COPY, OURS, cases, choice_list, latent_bytes, parse_shapes
+from advflow_ext.bench.ops.block import has_liger, shape_obstacle
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.plans import OPS, Planned, chosen, cpu_plan, gpu_plan
+
+WANTED_ENVIRONMENT = {
+    # Waiting threads that spin lose a time slice in each parallel region as soon as anything else wants the core (seen:
+    # 3 ms of eager PyTorch became 150 ms), which would flatter whoever has fewest regions.
+    "OMP_WAIT_POLICY": "passive",
+    "KINETO_LOG_LEVEL": "6",  # or the profiler, asked for memory, says on stderr when it starts and stops
+}
 
 
 def progress(text: str) -> None:
@@ -98,7 +106,7 @@ def shape_list(text: str) -> list[tuple[int, ...]]:
 
 def parser() -> argparse.ArgumentParser:
     everything = list(OPS)
-    p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m advflow_ext.bench", description=__doc__)
     p.add_argument("--ops", type=choice_list(everything), help=f"comma-separated, of {', '.join(everything)}")
     p.add_argument(
         "--shapes",
@@ -203,4 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not WANTED_ENVIRONMENT.keys() <= os.environ.keys():
+        # Importing the package has loaded torch, which has read the environment: so once more, from the start.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], WANTED_ENVIRONMENT | os.environ)
     sys.exit(main())

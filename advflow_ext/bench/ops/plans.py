@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.harness.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
-from bench.ops.block import FORWARD, FROZEN, TRAINED
-from bench.ops.blocks import BLOCKS
-from bench.ops.kernels import KERNELS, SdeStep
-from bench.ops.losses import LOSSES, TRAINING
+from advflow_ext.bench.harness.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
+from advflow_ext.bench.ops.block import FORWARD, FROZEN, TRAINED
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.kernels import KERNELS, SdeStep
+from advflow_ext.bench.ops.losses import LOSSES, TRAINING
 
 OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS, **BLOCKS}
 

@@ -11,18 +11,7 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance.advantage_flow import advantage_flow_loss
-from advflow_ext.conformance.awm import awm_loss
-from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
-from advflow_ext.conformance.flow_awr import flow_awr_loss
-from advflow_ext.conformance.flow_cps import flow_cps_loss
-from advflow_ext.conformance.flow_grpo import flow_grpo_loss
-from advflow_ext.conformance.grpo_guard import grpo_guard_loss
-from advflow_ext.conformance.orw_cfm import orw_cfm_loss
-from advflow_ext.conformance.rollout import log_prob, log_prob_without_variance, shifted_twice
-from advflow_ext.conformance.rows import column
-from advflow_ext.conformance.unirl import flow_dppo_loss
-from bench.harness.registry import (
+from advflow_ext.bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -36,7 +25,18 @@ from bench.harness.registry import (
     compare,
     latent_bytes,
 )
-from bench.ops.scheduler import Scheduler
+from advflow_ext.bench.ops.scheduler import Scheduler
+from advflow_ext.conformance.advantage_flow import advantage_flow_loss
+from advflow_ext.conformance.awm import awm_loss
+from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
+from advflow_ext.conformance.flow_awr import flow_awr_loss
+from advflow_ext.conformance.flow_cps import flow_cps_loss
+from advflow_ext.conformance.flow_grpo import flow_grpo_loss
+from advflow_ext.conformance.grpo_guard import grpo_guard_loss
+from advflow_ext.conformance.orw_cfm import orw_cfm_loss
+from advflow_ext.conformance.rollout import log_prob, log_prob_without_variance, shifted_twice
+from advflow_ext.conformance.rows import column
+from advflow_ext.conformance.unirl import flow_dppo_loss
 
 TRAINING: Shape = (8, 16, 64, 64)
 AUTOTUNE = "max-autotune-no-cudagraphs"
