@@ -85,7 +85,7 @@ gpu_part() {
     reserved=130
   fi
   limit=$((total - SECONDS - 25 - reserved))
-  step bench "$limit" "$python" -m advflow_ext.bench --device cuda --limit $((limit - 45)) --json "$out/bench.json" || status=1
+  step bench "$limit" "$python" -m advflow_ext.bench --device cuda --sweep --limit $((limit - 45)) --json "$out/bench.json" --plot "$out/bench.html" || status=1
   step render 25 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   if ((reserved)); then
     # Without the compiled variants, which alone take minutes to compile.
@@ -105,7 +105,7 @@ cpu_part() {
   step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
   step info 30 "$python" -m advflow_ext.info || status=1
   step tests 900 "$python" -m pytest tests --ignore=tests/trainer -m "not gpu and not slow and not sanitizer" -q || status=1
-  step bench 300 "$python" -m advflow_ext.bench --device cpu --quick --json "$out/bench.json" || status=1
+  step bench 300 "$python" -m advflow_ext.bench --device cpu --quick --json "$out/bench.json" --plot "$out/bench.html" || status=1
   step render 60 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   echo "logs: $out"
   echo "No GPU was found: this was the CPU part alone, and nothing on a GPU was checked."

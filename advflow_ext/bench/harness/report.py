@@ -21,6 +21,7 @@ import torch
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.bench.harness.registry import OURS
+from advflow_ext.conformance.rows import SOURCES
 from advflow_ext.kernels import triton_ops
 
 Row = dict[str, Any]
@@ -132,7 +133,10 @@ def table(result: dict[str, Any], copy_bandwidth: float) -> str:
     clock = clock_of(rows)
     graphs = clock == "graph_times"
     header = f"{'':20} {'correct':>9} {'median':>9} {'q20..q80 (ms)':>17} {'GB/s':>7} {'of copy':>7} {'memory':>7}"
-    lines = [result["case"]["name"], header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
+    title = result["case"]["name"]
+    if result["source"] is not None:
+        title += f", public: {SOURCES[result['source']]}"
+    lines = [title, header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
     for row in rows:
         check = row["check"]
         if row.get("error"):

@@ -55,6 +55,7 @@ class Block:
 
     shapes: list[Shape] = [(4, 1024, 1536)]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = None
 
     def __init__(self, mode: str) -> None:
         self.mode = mode

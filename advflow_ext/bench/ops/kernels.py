@@ -49,6 +49,7 @@ class Kernel:
 
     shapes: list[Shape] = [TRAINING]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = None
     moved = 0  # tensors of the latents' shape, read and written
 
     def bytes_moved(self, case: Case) -> int:
@@ -167,6 +168,7 @@ class SdeStep:
 
     shapes: list[Shape] = [TRAINING]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = "flow_grpo"
 
     def arguments(self, case: Case, device: torch.device, seed: int) -> Arguments:
         v, x = latents(case, device, seed, 2)
