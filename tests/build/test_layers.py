@@ -18,7 +18,7 @@ FLOORS = (  # of advflow_ext
     ("reference", "kernels"),
     ("ops", "nn", "testing"),
     ("policies", "patches"),
-    ("conformance", "info"),
+    ("conformance", "info", "integrations"),
 )
 
 
