@@ -18,10 +18,10 @@ FLOORS = (  # of advflow_ext
     ("reference", "kernels"),
     ("ops", "nn", "testing"),
     ("policies", "patches"),
-    ("conformance", "info"),
+    ("conformance", "info", "integrations"),
     ("bench",),
 )
-USERS = ("conformance", "info", "bench")  # of the package, as everybody is
+USERS = FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
 
 
 TRAINER_FLOORS = (
