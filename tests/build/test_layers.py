@@ -20,8 +20,9 @@ FLOORS = (  # of advflow_ext
     ("policies", "patches"),
     ("conformance", "info", "integrations"),
     ("bench",),
+    ("doctor",),
 )
-USERS = FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
+USERS = FLOORS[-3] + FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
 
 
 TRAINER_FLOORS = (
