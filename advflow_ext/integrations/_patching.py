@@ -24,7 +24,7 @@ class Replacement(NamedTuple):
 
     owner: ModuleType | type
     name: str
-    function: FunctionType
+    function: Function
 
 
 class _Kept(NamedTuple):
@@ -155,8 +155,9 @@ class Patch:
                 )
 
 
-def _copy(function: FunctionType) -> FunctionType:
+def _copy(function: Function) -> Function:
     """Held by nobody yet, so that a replacement found anywhere was put there."""
+    assert isinstance(function, FunctionType)
     copy = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
