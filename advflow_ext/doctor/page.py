@@ -74,7 +74,7 @@ def trainers_found(trainers: Sequence[Trainer]) -> Iterator[Line]:
     kinds = {"patched": "good", "known": "good", "refused": "worth", "absent": "plain", "unknown": "worth"}
     for trainer in trainers:
         text = STATES[trainer.state]
-        if trainer.state == "unknown":
+        if trainer.state in ("absent", "unknown"):
             text += f": {trainer.sentence}"
         yield kinds[trainer.state], trainer.name, text
     if not trainers:

@@ -21,7 +21,7 @@ SECONDS = 60  # a trainer's own imports take most of it
 class Trainer:
     name: str
     state: str  # of the keys of STATES
-    sentence: str = ""  # of install(), where it refused
+    sentence: str = ""  # why, where install() did not work
 
 
 STATES = {
@@ -82,8 +82,8 @@ def attempt(name: str, install: object, uninstall: object) -> Trainer:
     assert callable(install) and callable(uninstall)
     try:
         install()
-    except ImportError:
-        return Trainer(name, "absent")
+    except ImportError as error:
+        return Trainer(name, "absent", str(error.__cause__ or error))
     except Exception as error:
         return Trainer(name, "refused", str(error))
     uninstall()

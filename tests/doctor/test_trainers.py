@@ -38,6 +38,7 @@ def test_a_trainer_is_whatever_module_integrations_has(stand_ins, capsys):
     assert {name: each.state for name, each in found.items()} == {"one": "known", "two": "absent", "three": "refused"}
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err == "patched\none is as it was\n"
+    assert found["two"].sentence == "two is not to be patched: two cannot be imported"
     (sentence,) = of_the_trainers({"versions": {"diffusers": None}}, list(found.values()))
     assert sentence == (
         "advflow_ext.integrations.three.install() refuses what is here: "
@@ -80,3 +81,14 @@ def test_a_trainer_that_does_not_end_is_not_waited_for(monkeypatch):
     (found,) = attempt.found()  # importing the package takes longer
     assert found.state == "unknown"
     assert attempt.process is not None and attempt.process.returncode is not None
+
+
+def test_a_checkout_of_another_version_is_found_from_inside_of_it(tmp_path, monkeypatch):
+    package = tmp_path / "flow_grpo" / "diffusers_patch"
+    package.mkdir(parents=True)
+    (package / "sd3_sde_with_logprob.py").write_text("def sde_step_with_logprob(scheduler, v):\n    return v\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainers, "names", lambda: ["flow_grpo", "unirl"])
+    refused, absent = trainers.Attempt().found()
+    assert refused.state == "refused" and "sde_step_with_logprob is (scheduler, v); accepted is " in refused.sentence
+    assert absent == trainers.Trainer("unirl", "absent", "No module named 'unirl'")
