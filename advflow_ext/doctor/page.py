@@ -108,6 +108,6 @@ def row(kind: str, name: str, text: str, coloured: bool, width: int = 0) -> list
     """``width`` columns are the name's; a text that is too long goes on below its beginning."""
     mark, colour = MARKS[kind]
     shown = f"\033[{colour}m{mark}\033[0m" if coloured and colour else mark
-    lines = textwrap.wrap(text, COLUMNS - MARGIN - width) or [""]
+    lines = textwrap.wrap(text, COLUMNS - MARGIN - width, break_on_hyphens=False) or [""]
     below = " " * (MARGIN + width)
     return [f"  {shown} {name:<{width}}{lines[0]}".rstrip(), *(f"{below}{line}" for line in lines[1:])]

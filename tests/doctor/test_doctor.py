@@ -6,6 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +69,11 @@ def test_as_a_program_it_ends_with_0_and_imports_nothing_slow():
     assert [each["name"] for each in found["trainers"]] == trainers.names()
     assert all(trial["right"] and trial["error"] <= trial["allowed"] for trial in found["self_test"])
     assert {(trial["device"], trial["dtype"]) for trial in found["self_test"]} >= {("cpu", "fp32"), ("cpu", "bf16")}
+
+
+def test_the_program_that_is_installed_is_this_one():
+    scripts = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert EntryPoint("advflow-doctor", scripts["advflow-doctor"], "console_scripts").load() is main
 
 
 def test_without_a_compiled_module_it_ends_with_1_and_says_how_to_build_it():

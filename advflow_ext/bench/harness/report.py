@@ -43,7 +43,7 @@ def commit() -> str:
         return named
     root = Path(__file__).resolve().parents[3]
     if not (root / "csrc").is_dir():  # installed, perhaps inside of another repository
-        return str((_native.build_info() or {}).get("commit") or "unknown")
+        return str((_native.build_info() or {}).get("commit") or "unknown")[:12]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
