@@ -85,8 +85,8 @@ $(DOCS)/.installed: pyproject.toml
 	$(DOCS)/bin/pip install --quiet --requirement $(DOCS)/requirements.txt
 	touch $@
 
-bench: setup ## this machine's plan of the bench
-	$(BIN)/python -m bench
+bench: setup ## every op timed beside the public trainers and torch.compile, drawn in build/bench.html
+	$(BIN)/python -m advflow_ext.bench --plot build/bench.html
 
 gpu-check: ## build, test and measure on a GPU, with PYTHON=... as it is and without a network
 	PYTHON="$(PYTHON)" bench/gpu.sh

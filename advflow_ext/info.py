@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -10,23 +11,36 @@ import advflow_ext
 from advflow_ext import _native
 
 
+def facts() -> dict[str, Any]:
+    """``built`` is None where nothing of it is usable, and ``problem`` says why."""
+    return {
+        "advflow_ext": advflow_ext.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "package": str(_native.PACKAGE),
+        "module": None if _native.module is None else str(_native.module.__file__),
+        "built": _native.build_info(),
+        "problem": _native.problem,
+        "usable": {"cpu": "native kernels" if "cpu" in _native.DEVICES else "PyTorch reference", "cuda": _cuda()},
+    }
+
+
 def report() -> str:
+    known = facts()
     lines = [
-        f"advflow_ext {advflow_ext.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"imported from {_native.PACKAGE}",
-        *([] if _native.module is None else [f"compiled module {_native.module.__file__}"]),
+        f"advflow_ext {known['advflow_ext']}, torch {known['torch']}, Python {known['python']}",
+        f"imported from {known['package']}",
+        *([] if known["module"] is None else [f"compiled module {known['module']}"]),
         "",
         "built",
     ]
-    built = _native.build_info()
-    if built is None:
-        lines.append(f"  nothing usable: {_native.problem}")
+    if known["built"] is None:
+        lines.append(f"  nothing usable: {known['problem']}")
     else:
-        width = max(map(len, built))
-        for key, value in built.items():
+        width = max(map(len, known["built"]))
+        for key, value in known["built"].items():
             lines.append(f"  {key:<{width}}  {' '.join(value) if isinstance(value, list) else value}")
-    lines += ["", "usable here", f"  cpu   {'native kernels' if 'cpu' in _native.DEVICES else 'PyTorch reference'}"]
-    lines.append(f"  cuda  {_cuda()}")
+    lines += ["", "usable here", *(f"  {device:<4}  {kernels}" for device, kernels in known["usable"].items())]
     return "\n".join(lines)
 
 

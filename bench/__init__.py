@@ -1,4 +1,4 @@
-"""Speed and memory of advflow_ext's ops against what PyTorch offers: ``python -m bench``."""
+"""What takes a model, a trainer or its runs to measure; the ops alone: ``python -m advflow_ext.bench``."""
 
 import os
 

@@ -52,10 +52,10 @@ collect() {
 jobs=() names=()
 
 gpu_part() {
-  out="${OUT:-bench/results/$("$python" -c 'import torch; from bench.harness.report import slug; print(slug(torch.cuda.get_device_name()))')}"
+  out="${OUT:-bench/results/$("$python" -c 'import torch; from advflow_ext.bench.harness.report import slug; print(slug(torch.cuda.get_device_name()))')}"
   mkdir -p "$out"
   step build 140 env ADVFLOW_CUDA=1 "$python" setup.py build_ext --inplace || status=1
-  step environment 30 "$python" -m bench.harness.report "$out/environment.json" || status=1
+  step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
   step info 30 "$python" -m advflow_ext.info || status=1
 
   # Tests and sanitizers share the device; what is timed has it alone.
@@ -85,8 +85,8 @@ gpu_part() {
     reserved=130
   fi
   limit=$((total - SECONDS - 25 - reserved))
-  step bench "$limit" "$python" -m bench --device cuda --limit $((limit - 45)) --json "$out/bench.json" || status=1
-  step render 25 "$python" -m bench.harness.render "$out/bench.json" --out "$out" || status=1
+  step bench "$limit" "$python" -m advflow_ext.bench --device cuda --sweep --limit $((limit - 45)) --json "$out/bench.json" --plot "$out/bench.html" || status=1
+  step render 25 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   if ((reserved)); then
     # Without the compiled variants, which alone take minutes to compile.
     step step $((total - SECONDS)) env PYTHONPATH="$PWD/python:$PYTHONPATH" "$python" -m bench.step --device cuda \
@@ -102,11 +102,11 @@ cpu_part() {
   mkdir -p "$out"
   "$python" -c 'import sys; from advflow_ext import _native; sys.exit(_native.module is None)' 2>/dev/null ||
     step build 900 "$python" setup.py build_ext --inplace || status=1
-  step environment 30 "$python" -m bench.harness.report "$out/environment.json" || status=1
+  step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
   step info 30 "$python" -m advflow_ext.info || status=1
   step tests 900 "$python" -m pytest tests --ignore=tests/trainer -m "not gpu and not slow and not sanitizer" -q || status=1
-  step bench 300 "$python" -m bench --device cpu --quick --json "$out/bench.json" || status=1
-  step render 60 "$python" -m bench.harness.render "$out/bench.json" --out "$out" || status=1
+  step bench 300 "$python" -m advflow_ext.bench --device cpu --quick --json "$out/bench.json" --plot "$out/bench.html" || status=1
+  step render 60 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   echo "logs: $out"
   echo "No GPU was found: this was the CPU part alone, and nothing on a GPU was checked."
 }

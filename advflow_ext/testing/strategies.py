@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from advflow_ext.reference import awm_log_prob
+from advflow_ext.testing.layouts import LAYOUTS, arrange
 
-LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "channels_last", "steps")
 HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 # One element, odd sizes, the lane (16), tile (512) and chunk (4096) of the CPU kernels and their neighbours.
@@ -41,25 +41,6 @@ class Batch:
         options = {name: convert(value) for name, value in self.options.items()}
         v, x0, noise, t, advantages = (convert(value) for value in self.arguments())
         return Batch(v.requires_grad_(), x0, noise, t, advantages, options)
-
-
-def arrange(tensor: Tensor, layout: str) -> Tensor:
-    """The same shape in another memory layout; "expanded" repeats the first sample, the others keep the values."""
-    if layout == "transposed":
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "sliced":
-        return torch.stack([tensor, tensor], -1).flatten(-2)[..., ::2]
-    if layout == "offset":  # off the 16-byte alignment that wide loads want
-        buffer = tensor.new_empty(tensor.numel() + 1)
-        buffer[1:] = tensor.flatten()
-        return buffer[1:].view(tensor.shape)
-    if layout == "expanded" and tensor.shape[0]:
-        return tensor[:1].expand_as(tensor)
-    if layout == "steps":  # one step of a trainer's [B, T, ...]
-        return torch.stack([tensor, tensor], 1)[:, 1]
-    if layout == "channels_last" and tensor.dim() == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor
 
 
 def shapes() -> st.SearchStrategy[tuple[int, ...]]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from advflow_ext.contract.step_table import StepTable
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 
 
 def shifted(steps: int, shift: float = 3.0) -> Tensor:

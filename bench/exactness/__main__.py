@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
+from advflow_ext.bench.harness import report
 from advflow_ext.conformance.rollout import flow_sde, log_prob, shifted_once, shifted_twice
-from bench.harness import report
 
 SHAPE = (16, 64, 64)  # a 512-pixel image of Stable Diffusion 3.5
 NOISE_LEVEL = 0.7

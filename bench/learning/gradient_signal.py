@@ -28,7 +28,7 @@ from advflow.settings.config import TrainConfig
 from advflow.settings.sources import resolve_configs, to_config, train_parser
 from torch import Tensor
 
-from bench.harness import report
+from advflow_ext.bench.harness import report
 
 # Parts of the transformer that the prompt's tokens or its pooled embedding pass through.
 TEXT = ("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added", "time_text_embed")

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import advflow_ext
-from bench.harness import report
-from bench.harness.registry import choice_list
+from advflow_ext.bench.harness import report
+from advflow_ext.bench.harness.registry import choice_list
 from bench.roofline.account import OTHER, Account, Event, Kind, trace
 from bench.roofline.cuda_choices import CudaChoices
 from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of

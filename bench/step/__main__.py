@@ -36,10 +36,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from advflow_ext.bench.harness import memory, report, timing
+from advflow_ext.bench.harness.registry import choice_list
+from advflow_ext.bench.harness.report import Row
 from advflow_ext.kernels import triton_ops
-from bench.harness import memory, report, timing
-from bench.harness.registry import choice_list
-from bench.harness.report import Row
 from bench.roofline.cuda_choices import CudaChoices
 from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 from bench.step.tables import PHASES, aligned, headline, markdown, tables, warned

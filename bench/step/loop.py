@@ -37,7 +37,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from bench.harness import report
+from advflow_ext.bench.harness import report
 from bench.roofline.sd3_model import SIZES, count
 
 PHASES = ("seconds_rollout", "seconds_train")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.harness.render import facts
-from bench.harness.report import Row
+from advflow_ext.bench.harness.render import facts
+from advflow_ext.bench.harness.report import Row
 from bench.step.profile import PROFILE_SITES
 
 PHASES = ("rollout", "training")

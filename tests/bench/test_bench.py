@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from advflow_ext import _native
-from bench.__main__ import main
-from bench.harness import memory, report, timing
-from bench.harness.registry import COPY, OURS, Case, Check, cases, limits, parse_shapes
-from bench.ops import plans
-from bench.ops.blocks import BLOCKS
-from bench.ops.losses import LOSSES
-from bench.ops.plans import OPS, chosen
+from advflow_ext.bench.__main__ import main, parser, plan
+from advflow_ext.bench.harness import chart, memory, report, timing
+from advflow_ext.bench.harness.registry import COPY, OURS, Case, Check, cases, limits, parse_shapes
+from advflow_ext.bench.ops import plans
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.losses import LOSSES
+from advflow_ext.bench.ops.plans import OPS, chosen
+from advflow_ext.conformance.rows import SOURCES
 
 CASE = Case("advantage_flow_loss", (2, 4, 8, 8), "fp32", with_ref=True)
 CPU = torch.device("cpu")
@@ -71,10 +72,11 @@ LATENT_OPS = [name for name in OPS if name not in BLOCKS]  # theirs are in test_
 TENSORS = {  # of the latents' shape: read for the loss and again for the gradient, and the gradient written
     **dict.fromkeys(["advantage_flow_loss", "diffusion_nft_loss", "awm_loss", "flow_awr_loss"], 2 * 4 + 1),
     **dict.fromkeys(["reward_weighted_loss", *(loss.name for loss in LOSSES if loss.reads_back)], 2 * 3 + 1),
-    "sde_step": 2 + 2,
+    **dict.fromkeys(["transition_log_prob", "awm_log_prob"], 2 * 3 + 1),
+    "sde_step": 2 + 1,
     "residual_stats": 5,
     "residual_grad": 5 + 1,
-    "sde_step_kernel": 3 + 2,
+    "sde_step_kernel": 3 + 1,
 }
 
 
@@ -82,8 +84,8 @@ TENSORS = {  # of the latents' shape: read for the loss and again for the gradie
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
 def test_byte_count(name: str, dtype: str, size: int) -> None:
     ref = OPS[name].refs[0]
-    widened = 512 * (4 - size) if name.startswith("sde_step") else 0  # eps is float32
-    assert OPS[name].bytes_moved(Case(name, (2, 4, 8, 8), dtype, ref)) == TENSORS[name] * 512 * size + widened
+    eps = 512 * 4 if name.startswith("sde_step") else 0  # the noise of a step is float32
+    assert OPS[name].bytes_moved(Case(name, (2, 4, 8, 8), dtype, ref)) == TENSORS[name] * 512 * size + eps
     if ref is False:
         with_ref = Case(name, (2, 4, 8, 8), dtype, with_ref=True)
         assert OPS[name].bytes_moved(with_ref) == (TENSORS[name] + 2) * 512 * size
@@ -97,7 +99,7 @@ def test_a_call_reads_the_tensors_that_are_counted(name: str) -> None:
     tensors = [value for value in op.arguments(case, CPU, 0).call.values() if isinstance(value, torch.Tensor)]
     latents = sum(tensor.shape == case.shape for tensor in tensors)
     written = {"sde_step": 2, "sde_step_kernel": 2, "residual_stats": 0}.get(name, 1)
-    passes = 2 if name.endswith("_loss") else 1
+    passes = 2 if name.endswith(("_loss", "_log_prob")) else 1
     assert op.bytes_moved(case) == (passes * latents + written) * 512 * 4
 
 
@@ -178,6 +180,32 @@ def test_plans_cover_what_they_say() -> None:
             assert max(OPS[op].bytes_moved(case) for case in planned if (case.op, case.dtype) == (op, dtype)) >= 2**28
 
 
+def planned(words: str, device: torch.device = CPU) -> list[plans.Planned]:
+    return plan(parser().parse_args(words.split()), device)
+
+
+def test_who_asks_for_nothing_gets_every_op_of_a_trainer_once() -> None:
+    assert [each.case.op for each in planned("")] == list(plans.LATENT_OPS)
+    assert {each.case.dtype for each in planned("")} == {"fp32"}
+    assert all("compile" not in each.without for each in planned(""))
+    assert all(each.without >= {"compile", "plain compile"} for each in planned("--quick"))
+    assert all("compile" not in each.without for each in planned("--quick --only ours,compile"))
+    assert planned("--sweep") == list(plans.cpu_plan())
+
+
+def test_the_ops_of_a_block_are_timed_where_their_kernels_run_and_the_shape_is_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plans.triton_ops, "serves", lambda x: True)
+    assert {each.case.op for each in planned("")} > {"joint_qk_norm", "lora_linear", "gate_residual"}
+    assert {each.case.op for each in planned("--shapes 8x16x64x64")} == set(plans.LATENT_OPS)
+    assert {"joint_qk_norm", "flow_grpo_loss"} <= {each.case.op for each in planned("--shapes 2x8x64")}
+
+
+def test_every_published_form_names_its_commit() -> None:
+    assert {op.source for op in plans.LATENT_OPS.values()} <= SOURCES.keys()
+
+
 def test_a_copy_moves_the_bytes_asked_for() -> None:
     first, second = timing.copies(1000, 2, CPU)
     target, (source,) = first.func.__self__, first.args  # type: ignore[attr-defined]
@@ -201,7 +229,13 @@ def row(name: str, median: float, green: bool = True) -> dict[str, Any]:
 
 def result(*rows: dict[str, Any], dtype: str = "fp32", bytes_moved: int = 10**9) -> dict[str, Any]:
     case = {"op": "op", "shape": [2, 3], "dtype": dtype, "with_ref": None, "name": "case"}
-    return {"case": case, "implementations": list(rows), "bytes_moved": bytes_moved, "gradient_bytes": 64}
+    return {
+        "case": case,
+        "source": "flow_grpo",
+        "implementations": list(rows),
+        "bytes_moved": bytes_moved,
+        "gradient_bytes": 64,
+    }
 
 
 def test_a_speed_up_needs_two_correct_results() -> None:
@@ -214,7 +248,8 @@ def test_a_speed_up_needs_two_correct_results() -> None:
 def test_the_table_hides_speed_beside_a_red_result() -> None:
     red = report.table(result(row("ours", 1.0), row("eager", 3.0, green=False)), 1e10)
     assert "3.00x" not in red and "latents by 1.00e+00" in red
-    assert "3.00x" in report.table(result(row("ours", 1.0), row("eager", 3.0)), 1e10)
+    text = report.table(result(row("ours", 1.0), row("eager", 3.0)), 1e10)
+    assert "3.00x" in text and text.startswith("case, public: yifan123/flow_grpo @")
 
 
 def test_a_failed_baseline_is_shown_not_fatal() -> None:
@@ -231,7 +266,9 @@ def test_a_gpu_names_its_folder() -> None:
 def test_a_whole_run_writes_a_complete_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     out = tmp_path / "run.json"
-    status = main(f"--device cpu --shapes 2x4x8x8 --rounds 2 --ref without --only ours,eager --json {out}".split())
+    drawn = tmp_path / "charts" / "bench.html"
+    words = "--device cpu --ops advantage_flow_loss --shapes 2x4x8x8 --rounds 2 --ref without --only ours,eager"
+    status = main(f"{words} --json {out} --plot {drawn}".split())
     assert status == 0
     document = json.loads(out.read_text())
     assert {"date", "commit", "cpu", "cores", "torch", "native"} <= document["environment"].keys()
@@ -240,6 +277,7 @@ def test_a_whole_run_writes_a_complete_report(tmp_path: Path, monkeypatch: pytes
         assert {each["implementation"] for each in result["implementations"]} == {"ours", "eager"}
         assert document["left_out"] == []
         assert all(each["check"]["green"] and each["times"]["samples"] == 2 for each in result["implementations"])
+    assert drawn.read_text() == chart.html(document)
 
 
 def test_what_there_was_no_time_for_is_named(
@@ -247,8 +285,8 @@ def test_what_there_was_no_time_for_is_named(
 ) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     out = tmp_path / "run.json"
-    words = f"--device cpu --shapes 2x4x8x8 --rounds 2 --only ours,copy --limit 0 --json {out}"
-    assert main(words.split()) == 0
+    words = "--device cpu --plot none --ops advantage_flow_loss --shapes 2x4x8x8 --rounds 2 --only ours,copy"
+    assert main(f"{words} --limit 0 --json {out}".split()) == 0
     document = json.loads(out.read_text())
     assert document["results"] == [] and len(document["left_out"]) == 4
     assert "left out after 0 s: advantage_flow_loss 2x4x8x8 fp32 no v_ref, " in capsys.readouterr().out
@@ -257,12 +295,13 @@ def test_what_there_was_no_time_for_is_named(
 def test_a_copy_stands_beside_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     out = tmp_path / "run.json"
-    main(f"--device cpu --shapes 2x4x8x8 --rounds 2 --ref without --only eager,copy --json {out}".split())
+    words = "--device cpu --plot none --ops advantage_flow_loss --shapes 2x4x8x8 --rounds 2 --ref without"
+    main(f"{words} --only eager,copy --json {out}".split())
     for found in json.loads(out.read_text())["results"]:
         assert [each["implementation"] for each in found["implementations"]] == ["eager", COPY]
 
 
-@pytest.mark.parametrize("bad", ["--only oars", "--ops nothing", "--dtypes fp8", "--shapes 8"])
+@pytest.mark.parametrize("bad", ["--only oars", "--ops nothing", "--dtypes fp8", "--shapes 8", "--plot bench.svg"])
 def test_unknown_names_are_refused(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(bad.split())

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
+from advflow_ext.bench.__main__ import main
+from advflow_ext.bench.harness import timing
+from advflow_ext.bench.harness.registry import OURS, Case
+from advflow_ext.bench.ops import plans
+from advflow_ext.bench.ops.block import FORWARD, HEAD_DIM, LIGER, QUACK, TRAINED, Block, operands, shape_obstacle
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.lora_linear import LoraLinear
 from advflow_ext.kernels import triton_ops
-from bench.__main__ import main
-from bench.harness import timing
-from bench.harness.registry import OURS, Case
-from bench.ops import plans
-from bench.ops.block import FORWARD, HEAD_DIM, LIGER, QUACK, TRAINED, Block, operands, shape_obstacle
-from bench.ops.blocks import BLOCKS
-from bench.ops.lora_linear import LoraLinear
 
 SHAPE = (2, 3, 128)
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_text_is_that_of_sd35_and_never_longer_than_the_image() -> None:
 
 def test_a_library_has_a_row_where_it_is_installed_and_not_elsewhere() -> None:
     for installed in (True, False):
-        with mock.patch("bench.ops.block.is_installed", return_value=installed):
+        with mock.patch("advflow_ext.bench.ops.block.is_installed", return_value=installed):
             rows = {device: BLOCKS["joint_qk_norm"].implementations(torch.device(device)) for device in ("cpu", "cuda")}
             assert (LIGER in rows["cpu"]) == (LIGER in rows["cuda"]) == (QUACK in rows["cuda"]) == installed
             assert QUACK not in rows["cpu"]  # it has CUDA kernels alone
@@ -168,10 +168,10 @@ def test_a_tiny_run(
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     out = tmp_path / "run.json"
-    words = f"--device cpu --ops {OPS} --shapes 1x2x64 --dtypes fp32 --rounds 1 --only ours,eager,copy --json {out}"
+    words = f"--device cpu --plot none --ops {OPS} --shapes 1x2x64 --dtypes fp32 --rounds 1 --only ours,eager,copy"
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1" if interpreted else "0"}):
         assert triton_ops.serves(torch.empty(1)) == interpreted
-        assert main(words.split()) == 0
+        assert main(f"{words} --json {out}".split()) == 0
     said = capsys.readouterr().out
     assert ("'ours' is the reference in the ops of a block" in said) != interpreted
     assert "liger_kernel is not installed" in said or LIGER in BLOCKS["joint_qk_norm"].implementations(CPU)

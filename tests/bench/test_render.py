@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.harness import render
+from advflow_ext.bench.harness import render
 
 Row = dict[str, Any]
 

@@ -18,8 +18,11 @@ FLOORS = (  # of advflow_ext
     ("reference", "kernels"),
     ("ops", "nn", "testing"),
     ("policies", "patches"),
-    ("conformance", "info"),
+    ("conformance", "info", "integrations"),
+    ("bench",),
+    ("doctor",),
 )
+USERS = FLOORS[-3] + FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
 
 
 TRAINER_FLOORS = (
@@ -34,10 +37,8 @@ TRAINER_FLOORS = (
 )
 
 BENCH_FLOORS = (
-    ("harness",),
-    ("ops", "roofline"),
+    ("roofline",),
     ("step", "exactness", "learning"),
-    ("__main__",),
 )
 
 
@@ -80,8 +81,7 @@ def rooms(package: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
 def test_a_room_knows_of_those_below_it_alone(room: str) -> None:
-    # The uppermost are users of the package as everybody is.
-    assert_knows_of_those_below(EXTENSION, FLOORS, room, {""} if room in FLOORS[-1] else set())
+    assert_knows_of_those_below(EXTENSION, FLOORS, room, {""} if room in USERS else set())
 
 
 @pytest.mark.parametrize("room", [room for floor in TRAINER_FLOORS for room in floor])

@@ -64,7 +64,7 @@ def test_every_metric_is_explained() -> None:
 
 
 def test_the_bench_times_each() -> None:
-    from bench.ops.losses import LOSSES as timed
+    from advflow_ext.bench.ops.losses import LOSSES as timed
 
     assert {loss.name for loss in timed} == set(LOSSES)
 

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import advflow_ext as af
-from tests.ops.every_op import OPTIONS, Drawing, Inputs, Outputs, run
+from advflow_ext.doctor.every_op import OPTIONS, Drawing, Inputs, Outputs, run
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

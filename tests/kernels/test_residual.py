@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from advflow_ext import _native
 from advflow_ext._native import STATS
 from advflow_ext.testing import assert_close_to_truth, assert_rounded_once
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 
 stats_op = torch.ops.advflow.residual_stats.default
 grad_op = torch.ops.advflow.residual_grad.default

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from advflow_ext import _native
 from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.testing import UNIT_ROUNDOFF
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 
 raw_op = torch.ops.advflow.sde_step.default
 

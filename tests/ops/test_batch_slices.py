@@ -13,8 +13,9 @@ from torch import Tensor
 
 import advflow_ext as af
 from advflow_ext import _native
+from advflow_ext.doctor import every_op
 from advflow_ext.testing.strategies import HALVES_AND_FLOAT
-from tests.ops import every_op
+from tests.ops.every_op import same_bits
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="nothing compiled")
 
@@ -118,7 +119,7 @@ def copies(call: Callable[[], Any], elements: int) -> list[str]:
 def test_no_latent_is_copied(name, layout, dtype):
     inputs = inputs_of(name, layout, dtype)
     dense = every_op.mapped(inputs, lambda x: x.contiguous())
-    assert every_op.same_bits(every_op.run(name, inputs), every_op.run(name, dense))
+    assert same_bits(every_op.run(name, inputs), every_op.run(name, dense))
     assert copies(lambda: every_op.run(name, inputs), elements=3 * 5 * 8) == []
 
 

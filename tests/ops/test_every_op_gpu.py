@@ -10,22 +10,11 @@ import torch
 
 import advflow_ext as af
 from advflow_ext import _native
+from advflow_ext.doctor.every_op import FORWARD, LATENTS, NAMES, REVERSE, Drawing, mapped, run
+from advflow_ext.doctor.every_op import truth as exact
 from advflow_ext.testing import UNIT_ROUNDOFF, assert_rounded_once
-from advflow_ext.testing.strategies import LAYOUTS
-from tests.ops.every_op import (
-    FORWARD,
-    LATENTS,
-    NAMES,
-    REVERSE,
-    Drawing,
-    mapped,
-    no_waiting,
-    overwrite,
-    recorded,
-    run,
-    same_bits,
-)
-from tests.ops.every_op import truth as exact
+from advflow_ext.testing.layouts import LAYOUTS
+from tests.ops.every_op import no_waiting, overwrite, recorded, same_bits
 
 pytestmark = pytest.mark.skipif(not _native.serves(torch.empty(1)), reason="without kernels there is nothing to see")
 

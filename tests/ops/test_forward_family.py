@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advflow_ext.testing import ACCUMULATED_ERROR, UNIT_ROUNDOFF, assert_close_to_truth, assert_rounded_once
-from advflow_ext.testing.strategies import Batch, arrange, batches
+from advflow_ext.testing.layouts import arrange
+from advflow_ext.testing.strategies import Batch, batches
 from tests.ops.forward_family import (
     ANCHOR,
     BOTH,

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import assert_close_to_truth, assert_rounded_once
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 from advflow_ext.testing.transition_strategies import TABLES, shifted
 from tests.ops.transitions import SPACES, draw_transitions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import advflow_ext as af
-from tests.ops.every_op import FORWARD, REVERSE, Drawing, run
+from advflow_ext.doctor.every_op import FORWARD, REVERSE, Drawing, run
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

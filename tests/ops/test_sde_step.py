@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import UNIT_ROUNDOFF
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 from advflow_ext.testing.transition_strategies import FLASH, SCATTERED, TABLES, TransitionBatch, shifted
 from tests.ops.transitions import SPACES
 

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import advflow_ext as af
-from tests.ops.every_op import NAMES, OPTIONS, RESULTS, Drawing, Inputs, leaves, run, same_bits
+from advflow_ext.doctor.every_op import NAMES, OPTIONS, RESULTS, Drawing, Inputs, leaves, run
+from tests.ops.every_op import same_bits
 
 SPACES = {"native": af, "reference": af.reference}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounter
 import advflow_ext as af
 from advflow_ext import _native
 from advflow_ext.testing import assert_rounded_once
-from advflow_ext.testing.strategies import HALVES_AND_FLOAT, LAYOUTS, arrange, shapes
+from advflow_ext.testing.layouts import LAYOUTS, arrange
+from advflow_ext.testing.strategies import HALVES_AND_FLOAT, shapes
 from advflow_ext.testing.transition_strategies import FLASH, SCATTERED, TABLES, shifted
 from tests.ops.transitions import SPACES
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness.registry import (
+from advflow_ext.bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -21,7 +21,7 @@ from bench.harness.registry import (
     Result,
     Shape,
 )
-from bench.ops.losses import AUTOTUNE, generator
+from advflow_ext.bench.ops.losses import AUTOTUNE, generator
 
 HEAD_DIM = 64
 EPS = 1e-6
@@ -62,6 +62,7 @@ class Block:
 
     shapes: list[Shape] = [(4, 1024, 1536)]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = None
 
     def __init__(self, mode: str) -> None:
         self.mode = mode

@@ -12,10 +12,7 @@ from torch._inductor import list_mode_options
 
 import advflow_ext as af
 from advflow_ext import _native
-from advflow_ext.conformance.rollout import log_prob
-from advflow_ext.conformance.rows import column, mean
-from advflow_ext.kernels.sde_step import sde_step_op
-from bench.harness.registry import (
+from advflow_ext.bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -31,8 +28,11 @@ from bench.harness.registry import (
     latent_bytes,
     limits,
 )
-from bench.ops.losses import AUTOTUNE, TRAINING, generator, step_table
-from bench.ops.scheduler import Scheduler
+from advflow_ext.bench.ops.losses import AUTOTUNE, TRAINING, generator, step_table
+from advflow_ext.bench.ops.scheduler import Scheduler
+from advflow_ext.conformance.rollout import log_prob
+from advflow_ext.conformance.rows import column, mean
+from advflow_ext.kernels.sde_step import sde_step_op
 
 NOISE_LEVEL = 0.7
 # A compiler drops a rounding that is widened again at once; the score would be that of an x that is not returned.
@@ -49,6 +49,7 @@ class Kernel:
 
     shapes: list[Shape] = [TRAINING]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = None
     moved = 0  # tensors of the latents' shape, read and written
 
     def bytes_moved(self, case: Case) -> int:
@@ -166,6 +167,7 @@ class SdeStep:
 
     shapes: list[Shape] = [TRAINING]
     refs: tuple[bool | None, ...] = (None,)
+    source: str | None = "flow_grpo"
 
     def arguments(self, case: Case, device: torch.device, seed: int) -> Arguments:
         v, x = latents(case, device, seed, 2)

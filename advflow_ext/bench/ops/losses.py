@@ -11,18 +11,7 @@ import torch
 from torch import Tensor
 
 import advflow_ext as af
-from advflow_ext.conformance.advantage_flow import advantage_flow_loss
-from advflow_ext.conformance.awm import awm_loss
-from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
-from advflow_ext.conformance.flow_awr import flow_awr_loss
-from advflow_ext.conformance.flow_cps import flow_cps_loss
-from advflow_ext.conformance.flow_grpo import flow_grpo_loss
-from advflow_ext.conformance.grpo_guard import grpo_guard_loss
-from advflow_ext.conformance.orw_cfm import orw_cfm_loss
-from advflow_ext.conformance.rollout import log_prob, log_prob_without_variance, shifted_twice
-from advflow_ext.conformance.rows import column
-from advflow_ext.conformance.unirl import flow_dppo_loss
-from bench.harness.registry import (
+from advflow_ext.bench.harness.registry import (
     DTYPES,
     MAX_AUTOTUNE,
     OURS,
@@ -36,7 +25,18 @@ from bench.harness.registry import (
     compare,
     latent_bytes,
 )
-from bench.ops.scheduler import Scheduler
+from advflow_ext.bench.ops.scheduler import Scheduler
+from advflow_ext.conformance.advantage_flow import advantage_flow_loss
+from advflow_ext.conformance.awm import awm_loss
+from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
+from advflow_ext.conformance.flow_awr import flow_awr_loss
+from advflow_ext.conformance.flow_cps import flow_cps_loss
+from advflow_ext.conformance.flow_grpo import flow_grpo_loss
+from advflow_ext.conformance.grpo_guard import grpo_guard_loss
+from advflow_ext.conformance.orw_cfm import orw_cfm_loss
+from advflow_ext.conformance.rollout import log_prob, log_prob_without_variance, shifted_twice
+from advflow_ext.conformance.rows import column
+from advflow_ext.conformance.unirl import flow_dppo_loss
 
 TRAINING: Shape = (8, 16, 64, 64)
 AUTOTUNE = "max-autotune-no-cudagraphs"
@@ -75,11 +75,24 @@ def with_gradient(loss: Callable[[Arguments], Tensor]) -> Callable[[Arguments], 
     return run
 
 
+def widened_call(arguments: Arguments) -> dict[str, Any]:
+    """The same numbers in float64, v as a leaf."""
+
+    def wide(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().double() if floating else value
+
+    call = {name: wide(value) for name, value in arguments.call.items()}
+    call["v"].requires_grad_()
+    return call
+
+
 @dataclass(frozen=True)
 class Loss:
     """``af.NAME`` with ``options``; the subclasses draw its inputs."""
 
     name: str
+    source: str  # of the published form, one of conformance's SOURCES
     published: Callable[..., Tensor]
     options: dict[str, Any]
     shapes: list[Shape] = field(default_factory=lambda: [TRAINING])
@@ -126,12 +139,7 @@ class Loss:
         return found
 
     def truth(self, arguments: Arguments) -> Truth:
-        def wide(value: Any) -> Any:
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.detach().double() if floating else value
-
-        call = {name: wide(value) for name, value in arguments.call.items()}
-        call["v"].requires_grad_()
+        call = widened_call(arguments)
         losses = getattr(af.reference, self.name)(**call, reduction="none").loss
         (grad,) = torch.autograd.grad(losses.mean(), call["v"])
         losses = losses.detach()
@@ -250,31 +258,36 @@ class ReverseLoss(Loss):
 
 LOSSES: tuple[Loss, ...] = (
     ForwardLoss(
-        "advantage_flow_loss", advantage_flow_loss, {"gamma": 1.1, "lam": 1e-3},
+        "advantage_flow_loss", "AdvantageFlow", advantage_flow_loss, {"gamma": 1.1, "lam": 1e-3},
         shapes=[TRAINING, (9, 16, 64, 64), (8, 1024, 64)], plain=plain_advantage_flow,
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "diffusion_nft_loss", diffusion_nft_loss, {"beta": 1.0, "adv_clip_max": 5.0, "kl_weight": 1e-4},
+        "diffusion_nft_loss", "DiffusionNFT", diffusion_nft_loss, {"beta": 1.0, "adv_clip_max": 5.0, "kl_weight": 1e-4},
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "awm_loss", awm_loss, {"clip": 1.0, "ema_weight": 1.0, "kl_weight": 3e-3}, anchor="v_ema",
+        "awm_loss", "AWM", awm_loss, {"clip": 1.0, "ema_weight": 1.0, "kl_weight": 3e-3}, anchor="v_ema",
         takes=("v", "x0", "noise", "t", "advantages", "v_ema"),
     ),
     ForwardLoss(
-        "flow_awr_loss", flow_awr_loss, {"kl_weight": 1e-4},
+        "flow_awr_loss", "FlowAWR", flow_awr_loss, {"kl_weight": 1e-4},
         takes=("v", "x0", "x_t", "t", "advantages", "v_old"),
     ),
     ForwardLoss(
-        "reward_weighted_loss", orw_cfm_loss, {"tau": 0.5, "kl_weight": 1.0}, anchor=None,
+        "reward_weighted_loss", "ORW-CFM", orw_cfm_loss, {"tau": 0.5, "kl_weight": 1.0}, anchor=None,
         target="rewards", takes=("v", "x0", "noise", "rewards"),
     ),
-    ReverseLoss("flow_grpo_loss", flow_grpo_loss, {"clip": 1e-4}, kl_options={"kl_convention": "dt"}),
-    ReverseLoss("grpo_guard_loss", grpo_guard_loss, {"clip": 2e-6}, one_step=True, keeps_mean=True),
+    ReverseLoss("flow_grpo_loss", "flow_grpo", flow_grpo_loss, {"clip": 1e-4}, kl_options={"kl_convention": "dt"}),
     ReverseLoss(
-        "flow_cps_loss", flow_cps_loss, {"clip": 1e-4}, kl_options={"kl_convention": "two_sigma_squared"},
+        "grpo_guard_loss", "GRPO-Guard (flow_grpo)", grpo_guard_loss, {"clip": 2e-6}, one_step=True, keeps_mean=True
+    ),
+    ReverseLoss(
+        "flow_cps_loss", "FlowCPS", flow_cps_loss, {"clip": 1e-4}, kl_options={"kl_convention": "two_sigma_squared"},
         sampler="cps", noise_level=0.8, step=Scheduler.cps,
     ),
-    ReverseLoss("flow_dppo_loss", flow_dppo_loss, {"threshold": 1e-6}, step=Scheduler.flow_sde, keeps_mean=True),
+    ReverseLoss(
+        "flow_dppo_loss", "UniRL Flow-DPPO", flow_dppo_loss, {"threshold": 1e-6}, step=Scheduler.flow_sde,
+        keeps_mean=True,
+    ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A table and plots of a bench report: ``python -m bench.harness.render RESULT.json --out FOLDER``.
+"""A table and plots of a bench report: ``python -m advflow_ext.bench.harness.render RESULT.json --out FOLDER``.
 
 Writes FOLDER/table.md, and where matplotlib is installed FOLDER/OP.png: time, and achieved bandwidth as a share of the
 copy measured beside it, over the bytes our algorithm must move; one line for each implementation, one row for each
@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.harness.registry import COPY, OURS
-from bench.harness.report import Row, clock_of, speedup
+from advflow_ext.bench.harness.registry import COPY, OURS
+from advflow_ext.bench.harness.report import Row, clock_of, speedup
 
 Result = dict[str, Any]
 
@@ -180,7 +180,7 @@ def draw(document: dict[str, Any], title: str, results: list[Result], path: Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.harness.render", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m advflow_ext.bench.harness.render", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True)
     options = parser.parse_args(argv)
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             "matplotlib is not installed here, so there are no plots; where it is, they come from "
-            f"'python -m bench.harness.render {options.result} --out {options.out}'."
+            f"'python -m advflow_ext.bench.harness.render {options.result} --out {options.out}'."
         )
     return 0
 

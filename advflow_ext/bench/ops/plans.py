@@ -1,17 +1,22 @@
-"""Which cases are measured where nobody asks for others, the most wanted first."""
+"""Which cases are measured where nobody names them: every op once, or many sizes, the most wanted first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.harness.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
-from bench.ops.block import FORWARD, FROZEN, TRAINED
-from bench.ops.blocks import BLOCKS
-from bench.ops.kernels import KERNELS, SdeStep
-from bench.ops.losses import LOSSES, TRAINING
+import torch
 
-OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **KERNELS, **BLOCKS}
+from advflow_ext.bench.harness.registry import MAX_AUTOTUNE, Case, Op, Shape, cases
+from advflow_ext.bench.ops.block import FORWARD, FROZEN, TRAINED, shape_obstacle
+from advflow_ext.bench.ops.blocks import BLOCKS
+from advflow_ext.bench.ops.densities import DENSITIES
+from advflow_ext.bench.ops.kernels import KERNELS, SdeStep
+from advflow_ext.bench.ops.losses import LOSSES, TRAINING
+from advflow_ext.kernels import triton_ops
+
+LATENT_OPS: dict[str, Op] = {**{loss.name: loss for loss in LOSSES}, "sde_step": SdeStep(), **DENSITIES}
+OPS: dict[str, Op] = {**LATENT_OPS, **KERNELS, **BLOCKS}
 
 SWEPT = ("advantage_flow_loss", "flow_grpo_loss", "sde_step")
 LARGE: Shape = (256, 16, 64, 64)
@@ -45,6 +50,23 @@ def of_mode(mode: str) -> dict[str, Op]:
     return {name: block for name, block in BLOCKS.items() if block.mode == mode}
 
 
+def adapters() -> dict[str, Op]:
+    return {name: op for name, op in of_mode(TRAINED).items() if name.startswith("lora_linear")}
+
+
+def user_plan(device: torch.device, shapes: list[Shape] | None) -> Iterator[Planned]:
+    """Every op that a trainer calls once, in the dtype that is trained in there: minutes.
+
+    The ops of a block have kernels of ours on a GPU alone; those of other shapes than the given ones are left out.
+    """
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    blocks = {**of_mode(FROZEN), **adapters()} if triton_ops.serves(torch.empty(1, device=device)) else {}
+    fitting = {name: op for name, op in blocks.items() if not any(map(shape_obstacle, shapes or []))}
+    for case in cases({**LATENT_OPS, **fitting}, shapes, [dtype], (False,)):
+        if shapes or case.shape == OPS[case.op].shapes[0]:
+            yield Planned(case, TUNED)
+
+
 def cpu_plan() -> Iterator[Planned]:
     """One loss in its three shapes: minutes on two cores."""
     for case in cases(chosen(("advantage_flow_loss",)), None, ["fp32", "bf16"], (False, True)):
@@ -57,8 +79,7 @@ def gpu_plan() -> Iterator[Planned]:
     kernels, swept = chosen(tuple(KERNELS)), chosen(SWEPT)
     others = {name: op for name, op in OPS.items() if name not in kernels | swept | BLOCKS}
     forward, frozen, trained = (of_mode(mode) for mode in (FORWARD, FROZEN, TRAINED))
-    adapters = {name: op for name, op in trained.items() if name.startswith("lora_linear")}
-    frozen, trained = frozen | adapters, {name: op for name, op in trained.items() if name not in adapters}
+    frozen, trained = frozen | adapters(), {name: op for name, op in trained.items() if name not in adapters()}
 
     def planned(ops: dict[str, Op], shapes: list[Shape], dtype: str, without: frozenset[str]) -> Iterator[Planned]:
         for case in cases(ops, shapes, [dtype], ref):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
-from bench.harness.registry import DTYPES, OURS, Case, Shape
-from bench.ops.block import FORWARD, Block, Function, Tensors
+from advflow_ext.bench.harness.registry import DTYPES, OURS, Case, Shape
+from advflow_ext.bench.ops.block import FORWARD, Block, Function, Tensors
 
 RANK, LORA_SCALE = 32, 2.0  # as advflow trains SD3.5 Medium
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
-from bench.harness.registry import DTYPES, OURS, Case, Shape
-from bench.ops.block import EPS, FORWARD, LIGER, TRAINED, Block, Function, Tensors
+from advflow_ext.bench.harness.registry import DTYPES, OURS, Case, Shape
+from advflow_ext.bench.ops.block import EPS, FORWARD, LIGER, TRAINED, Block, Function, Tensors
 
 
 def pairs(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:

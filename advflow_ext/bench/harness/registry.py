@@ -92,6 +92,10 @@ class Op(Protocol):
     @property
     def refs(self) -> tuple[bool | None, ...]: ...
 
+    @property
+    def source(self) -> str | None:
+        """Whose formula the public row is, one of conformance's SOURCES."""
+
     def arguments(self, case: Case, device: torch.device, seed: int) -> Arguments: ...
 
     def bytes_moved(self, case: Case) -> int: ...

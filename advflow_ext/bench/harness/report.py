@@ -1,6 +1,6 @@
 """From measurements to a table for people and a JSON for machines.
 
-``python -m bench.harness.report FILE`` writes what is known of the machine alone.
+``python -m advflow_ext.bench.harness.report FILE`` writes what is known of the machine alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 
 import advflow_ext as af
 from advflow_ext import _native
+from advflow_ext.bench.harness.registry import OURS
+from advflow_ext.conformance.rows import SOURCES
 from advflow_ext.kernels import triton_ops
-from bench.harness.registry import OURS
 
 Row = dict[str, Any]
 
@@ -36,10 +37,13 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """What ADVFLOW_COMMIT says was measured, in a copy of a tree; else git's, with ``+changes`` where there are any."""
+    """What ADVFLOW_COMMIT says was measured, in a copy of a tree; else git's, with ``+changes`` where there are any; of
+    what was installed that of the build."""
     if named := os.environ.get("ADVFLOW_COMMIT"):
         return named
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "csrc").is_dir():  # installed, perhaps inside of another repository
+        return str((_native.build_info() or {}).get("commit") or "unknown")[:12]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
@@ -129,7 +133,10 @@ def table(result: dict[str, Any], copy_bandwidth: float) -> str:
     clock = clock_of(rows)
     graphs = clock == "graph_times"
     header = f"{'':20} {'correct':>9} {'median':>9} {'q20..q80 (ms)':>17} {'GB/s':>7} {'of copy':>7} {'memory':>7}"
-    lines = [result["case"]["name"], header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
+    title = result["case"]["name"]
+    if result["source"] is not None:
+        title += f", public: {SOURCES[result['source']]}"
+    lines = [title, header + (f" {'graph ms':>9}" if graphs else "") + f" {'ours is':>8}"]
     for row in rows:
         check = row["check"]
         if row.get("error"):

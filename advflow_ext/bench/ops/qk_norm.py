@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import advflow_ext as af
-from bench.harness.registry import DTYPES, OURS, Arguments, Case, Shape
-from bench.ops.block import EPS, FORWARD, HEAD_DIM, LIGER, QUACK, Block, Function, Tensors
+from advflow_ext.bench.harness.registry import DTYPES, OURS, Arguments, Case, Shape
+from advflow_ext.bench.ops.block import EPS, FORWARD, HEAD_DIM, LIGER, QUACK, Block, Function, Tensors
 
 Norm = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from bench.ops.adaln import AdaLN
-from bench.ops.block import FORWARD, FROZEN, TRAINED, Block
-from bench.ops.lora_linear import LoraLinear
-from bench.ops.qk_norm import JointQKNorm
+from advflow_ext.bench.ops.adaln import AdaLN
+from advflow_ext.bench.ops.block import FORWARD, FROZEN, TRAINED, Block
+from advflow_ext.bench.ops.lora_linear import LoraLinear
+from advflow_ext.bench.ops.qk_norm import JointQKNorm
 
 
 def in_modes(name: str, block: Callable[[str], Block]) -> dict[str, Block]:
