@@ -33,7 +33,7 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        if all(_is_plain(name, value) for name, value in given.items()):
+        if all(_is_plain(name, value) for name, value in given.items() if isinstance(value, (Tensor, tuple))):
             return op(*args, **kwargs)
         first = given.get(names[0])
         batch = _batch_of(first, given) if isinstance(first, Tensor) else None
@@ -47,11 +47,11 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
 
 
 def _is_plain(name: str, value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(name, part) for part in value)
-    if not isinstance(value, Tensor) or name in _LATENTS:
+    if name in _LATENTS:
         return True
-    return value.dim() == 1 or (value.dim() == 0 and name != "t")
+    if isinstance(value, Tensor):
+        return value.dim() == 1 or (value.dim() == 0 and name != "t")
+    return not isinstance(value, tuple) or all(_is_plain(name, part) for part in value)
 
 
 def _batch_of(first: Tensor, given: dict[str, Any]) -> tuple[int, ...] | None:

@@ -39,7 +39,7 @@ def advantage_flow_loss(
     Arguments:
         v: policy velocity ``[B, ...]``, any rank from 2: the only tensor that receives a gradient.
         x0, noise: clean latent and noise, shaped like v (t = 0 is data, t = 1 is noise; x_t is never needed).
-        t: ``[B]`` in (0, 1]. advantages: ``[B]``, see :func:`group_advantages`.
+        t: ``[B]``, or ``[]`` for all, in (0, 1]. advantages: ``[B]``, see :func:`group_advantages`.
         v_old: velocity of the rollout policy, shaped like v.
         v_ref: velocity of the reference policy, shaped like v, or None for no such term.
         gamma: weight of the rollout term: a number, a ``[B]`` tensor, "1-A" (the paper's adaptive variant), or
@@ -50,6 +50,10 @@ def advantage_flow_loss(
         weighting: "prediction" (m = t^2, the paper's prediction-space loss), "velocity" (m = 1), or "adaptive"
             (m = t^2 / w with w = max(t <|v-u|>, 1e-5) treated as a constant: MeanFlowAdvantage's shared scale).
         reduction: "mean" over B, "sum", or "none" for ``[B]``.
+
+    Numbers a sample may have the shapes in which trainers hold them: dimensions of size 1 behind, or ``[B, S]`` beside
+    latents ``[B, S, ...]``, S draws of an image, B*S to this loss. ``[B]`` then stands for all S, and "none" gives
+    ``[B, S]``.
 
     Every number may also be a tensor ``[]`` or ``[B]``, and may change at every step under torch.compile without being
     compiled anew. Out of range it is an error where it can be read, and drops its samples on CUDA and under

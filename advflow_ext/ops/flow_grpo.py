@@ -20,7 +20,7 @@ def flow_grpo_loss(
     v_old: Tensor,
     eps: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     *,
     clip: Number | tuple[Number, Number] = 1e-4,
@@ -46,7 +46,8 @@ def flow_grpo_loss(
         v_old: velocity of the rollout policy at the same x, shaped like v.
         eps: noise of the transition as :func:`sde_step` returns it, shaped like v: (x' - mean) / sigma after any
             rounding of x'.
-        table: the rollout's :class:`StepTable`. index: int64 ``[N]``, each transition's step in it.
+        table: the rollout's :class:`StepTable`. index: each transition's step in it, int64 or
+            int32 ``[N]``, or one for all.
         advantages: ``[N]``, see :func:`group_advantages`; every transition of an image has the image's.
         clip: at least 0, below 1, or a pair (below, above) for 1-below and 1+above. Its unit is the mean-reduced ratio:
             1e-4 is 6.6 nats at D = 65536.
@@ -59,6 +60,10 @@ def flow_grpo_loss(
             "sigma" (TempFlow-GRPO's with policy_weight 2.25) or "inverse_kappa" (1 / |kappa|, Flash-GRPO's before its
             normalisation).
         reduction: "mean" over N, "sum", or "none" for ``[N]``.
+
+    Numbers a transition may have the shapes in which trainers hold them: dimensions of size 1 behind, or ``[B, S]``
+    beside latents ``[B, S, ...]``, S steps of an image, B*S to this loss. ``[B]`` then stands for all S, and "none"
+    gives ``[B, S]``.
 
     clip, kl_weight and policy_weight are numbers or tensors ``[]`` or ``[N]``, which may change at every step under
     torch.compile. Latents may mix float32, float16 and bfloat16 freely and have any strides; sums are float32, and v's

@@ -55,7 +55,7 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
 
 
 @any_batch
-def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: int | Tensor) -> Tensor:
     """KL between the transitions of two velocities at the same x, ``[N]``: kappa^2 / 2 <(v-v_old)^2> (eq. 15, 22).
 
     ``table`` and ``index`` as in :func:`flow_grpo_loss`; the gradient flows to ``v`` only. Exact where means of the

@@ -49,7 +49,7 @@ def _std_per_sample(name: str, std: float | Tensor, mean: Tensor) -> Tensor:
     return std
 
 
-def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+def velocity_kl_arguments(v: Tensor, v_old: Tensor, table: StepTable, index: int | Tensor) -> Tensor:
     """kappa of the transitions in the accumulate dtype."""
     checks.require_latent("v", v)
     checks.require_like_v("v_old", v_old, v)
@@ -65,7 +65,7 @@ def gaussian_kl(mean1: Tensor, mean2: Tensor, std1: float | Tensor, std2: float 
 
 
 @any_batch
-def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: Tensor) -> Tensor:
+def gaussian_kl_from_velocity(v: Tensor, v_old: Tensor, table: StepTable, index: int | Tensor) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.gaussian_kl_from_velocity`, by PyTorch autograd."""
     kappa = velocity_kl_arguments(v, v_old, table, index)
     std = kappa.double().abs().reciprocal()

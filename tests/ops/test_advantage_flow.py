@@ -471,7 +471,7 @@ MISUSE = [
     (wrong(v_old=None), r"v_old is a NoneType"),
     (wrong(v_ref=torch.randn(4, 6, 1)), r"v_ref has shape \[4, 6, 1\]"),
     (wrong(x0=torch.randn(4, 6, device="meta")), r"x0 is on meta; accepted is the device of v, cpu"),
-    (wrong(t=torch.rand(4, 1)), r"t has shape \[4, 1\]; accepted is one value a sample, \[4\]"),
+    (wrong(t=torch.rand(1, 4)), r"t has shape \[1, 4\]; accepted is one value a sample, \[4\]"),
     (wrong(t=0.5), r"t is a float; accepted"),
     (wrong(advantages=torch.rand(3)), r"advantages has shape \[3\]"),
     (wrong(advantages=torch.ones(4, dtype=torch.int32)), r"advantages has dtype torch.int32"),

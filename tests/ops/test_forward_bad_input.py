@@ -123,14 +123,14 @@ MISUSE = [
         ({"adv_clip_max": -5.0}, rf"adv_clip_max is -5.0; {ABOVE_0}"),
         ({"kl_weight": -1e-4}, rf"kl_weight is -0.0001; {AT_LEAST_0}"),
         ({"adaptive": "yes"}, r"adaptive is 'yes'; accepted are True and False"),
-        ({"mode": "positive_only"}, r"mode is 'positive_only'; accepted are 'all', 'positive', 'negative', 'one', "),
+        ({"mode": "positive only"}, r"mode is 'positive only'; accepted are 'all', 'positive', 'negative', 'one', "),
     ),
     *cases(
         "awm_loss",
         ({"v_ema": torch.randn(3, 6)}, r"v_ema has shape \[3, 6\]; accepted is the shape of v, \[4, 6\]"),
-        ({"log_prob_old": torch.randn(4, 1)}, r"log_prob_old has shape \[4, 1\]; accepted is one value a sample"),
+        ({"log_prob_old": torch.randn(1, 4)}, r"log_prob_old has shape \[1, 4\]; accepted is one value a sample"),
         ({"log_prob_old": 0.0}, r"log_prob_old is a float; accepted"),
-        ({"weighting": "Uniform"}, r"weighting is 'Uniform'; accepted are 'uniform', 't', 't2', 'huber', 'ghuber'"),
+        ({"weighting": "UNIFORM"}, r"weighting is 'UNIFORM'; accepted are 'uniform', 't', 't2', 'huber', 'ghuber'"),
         ({"power": 0.0}, rf"power is 0.0; {ABOVE_0}"),
         ({"clip": 0.0}, rf"clip is 0.0; {ABOVE_0}"),
         ({"ema_weight": -1.0}, rf"ema_weight is -1.0; {AT_LEAST_0}"),
@@ -166,7 +166,7 @@ for _name in NAMES:
         ({"v_ref": torch.randn(4, 6, 1)}, r"v_ref has shape \[4, 6, 1\]"),
         ({"x0": torch.randn(4, 6, device="meta")}, r"x0 is on meta; accepted is the device of v, cpu"),
         ({"t": 0.5}, r"t is a float; accepted"),
-        ({"t": torch.rand(4, 1)}, r"t has shape \[4, 1\]; accepted is one value a sample, \[4\]"),
+        ({"t": torch.rand(1, 4)}, r"t has shape \[1, 4\]; accepted is one value a sample, \[4\]"),
         ({"reduction": "avg"}, r"reduction is 'avg'; accepted are 'mean', 'sum', 'none'"),
     )
     if _name != "reward_weighted_loss":
