@@ -25,7 +25,8 @@ def serving() -> Iterator[None]:
             return to_nearest_bfloat16(data)
         return stock(data, source, target, rounding_mode)
 
-    stock_patch, patched = interpreter._patch_lang, []
+    stock_patch = interpreter._patch_lang
+    patched: list[Any] = []
 
     # Stock replaces all of triton.language anew whenever one function of a kernel calls another, which is most of what
     # it does. Once for each function is as good: replaced twice, it is the same.
