@@ -13,10 +13,12 @@ DOCS := .venv-docs
 NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py \
 	tests/kernels/test_loss_summary.py tests/kernels/test_sde_step_op.py tests/nn/test_qk_norm.py tests/patches/test_sd3.py \
 	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
+# Both runs of the tests; a machine of many cores has no memory for one on each.
+FAST := -m "not slow and not gpu and not sanitizer" --numprocesses auto --maxprocesses 8 --dist worksteal
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check wheels clean
+.PHONY: help demo test test-slow test-newest download-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -27,28 +29,35 @@ demo: setup ## post-train the embedded world: minutes on two cores, ends with a 
 # Prerequisites inherit it: what CI builds has no warnings. A module that is there already is not built again.
 test: export ADVFLOW_STRICT = 1
 test: setup lint ## what CI checks: linters, types, and every test that needs no GPU and is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
-		-m "not slow and not gpu and not sanitizer"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FAST)
+
+test-slow: setup ## the tests that `make test` leaves out for their length
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu"
 
 # Python alone: Triton's kernels and what runs in processes of its own are not seen.
 coverage: setup ## what of the Python code the tests of `make test` run, line by line in build/coverage/index.html
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal \
-		-m "not slow and not gpu and not sanitizer" --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FAST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 sanitize: setup ## the operators' tests with the compiled module under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -m sanitizer
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
 test-newest: setup-newest ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers
-	$(NEWEST)/bin/pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NEWEST_TESTS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -q -p no:cacheprovider $(FAST) $(NEWEST_TESTS)
 
 setup-newest: $(NEWEST)/.installed
 
-$(NEWEST)/.installed: requirements-newest.txt python/pyproject.toml $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
+# All but our own packages: nothing in the tree is read or written, so it may run beside anything else.
+download-newest: $(NEWEST)/.downloaded
+
+$(NEWEST)/.downloaded: requirements-newest.txt python/pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt
-	ADVFLOW_CUDA=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation --force-reinstall --no-deps .
-	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt ./python
+	$(PYTHON) -c 'import tomllib; print(*[name for name in tomllib.load(open("python/pyproject.toml", "rb"))["project"]["dependencies"] if not name.startswith("advflow-ext")], sep="\n")' > $(NEWEST)/requirements.txt
+	$(NEWEST)/bin/pip install --quiet --requirement requirements-newest.txt --requirement $(NEWEST)/requirements.txt
+	touch $@
+
+$(NEWEST)/.installed: $(NEWEST)/.downloaded $(NATIVE) $(shell find advflow_ext python/advflow -name '*.py')
+	ADVFLOW_CUDA=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation --force-reinstall --no-deps . ./python
 	touch $@
 
 setup: $(VENV)/.installed ## .venv with everything in it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from bench.roofline.sd3_sites import (
 WORK = Work("tiny", 3, 32, 10)
 RATES = Rates(790.0, 500.0, 4300.0)
 Result = dict[str, Any]
+measured = functools.cache(roofline.measure)  # seconds each
 
 # The embedded transformer: four blocks, attention to the text in all, a second attention to the image in one; the last
 # block drops the text after its attention.
@@ -49,12 +51,12 @@ MLPS = 4 + 3
 
 @pytest.fixture(scope="module")
 def stock() -> Result:
-    return roofline.measure("stock", "bf16", WORK, RATES)
+    return measured("stock", "bf16", WORK, RATES)
 
 
 @pytest.fixture(scope="module")
 def rms_norm() -> Result:
-    return roofline.measure("rms_norm", "bf16", WORK, RATES)
+    return measured("rms_norm", "bf16", WORK, RATES)
 
 
 def launches(result: Result, pass_name: str, site: str) -> int:
@@ -122,7 +124,7 @@ def test_one_fused_norm_changes_its_own_site(stock: Result, rms_norm: Result) ->
 
 
 def test_fp32_adapters_cost_casts_and_memory(stock: Result) -> None:
-    result = roofline.measure("stock", "fp32", WORK, RATES)
+    result = measured("stock", "fp32", WORK, RATES)
     assert saved(result) > saved(stock)
     for pass_name in PASSES:
         assert launches(result, pass_name, LORA) > launches(stock, pass_name, LORA)
@@ -179,7 +181,7 @@ def test_attention_is_one_fused_operator() -> None:
 
 
 def test_our_operators_are_one_launch_each(stock: Result) -> None:
-    result = roofline.measure("ours", "bf16", WORK, RATES)
+    result = measured("ours", "bf16", WORK, RATES)
     attentions = 5  # four blocks, one of them with a second attention
     assert launches(result, TRAIN_FORWARD, QK_NORM) == launches(result, NO_GRAD, QK_NORM) == attentions
     ours = [row for row in result["rows"] if row["op"].startswith("advflow.")]
@@ -206,7 +208,10 @@ def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -
         site("FusedBlock._new.<locals>.fused")
 
 
-def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_writes_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "measure", measured)
     path, picture = tmp_path / "roofline.json", tmp_path / "images" / "roofline.png"
     arguments = ["--model", "tiny", "--batch", "3", "--text-tokens", "10", "--adapters", "bf16", "--json", str(path)]
     assert roofline.main(arguments) == 0

@@ -167,7 +167,19 @@ def assert_complete(document: dict[str, Any], variants: list[str]) -> None:
 def test_a_run_on_the_cpu(two_blocks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variants = ["stock-fp32", "stock", "ours"]
     out = tmp_path / "folder" / "step.md"
-    document = run(tmp_path, "--variants", ",".join(variants), "--rounds", "2", "--out", str(out))
+    document = run(
+        tmp_path,
+        "--variants",
+        ",".join(variants),
+        "--rounds",
+        "2",
+        "--steps",
+        "1",
+        "--timesteps",
+        "1",
+        "--out",
+        str(out),
+    )
     assert_complete(document, variants)
     assert document["environment"]["diffusers"] and document["work"] == {
         "model": "tiny", "batch": 3, "px": 32, "text_tokens": 10,
@@ -242,7 +254,12 @@ def test_a_variant_that_fails_does_not_hide_the_others(
 
     monkeypatch.setattr(step_variants, "_loop_policies", refuse)
     path = tmp_path / "step.json"
-    assert step.main(["--device", "cpu", "--variants", "ours,stock", "--json", str(path)]) == 1
+    assert (
+        step.main(
+            ["--device", "cpu", "--variants", "ours,stock", "--steps", "1", "--timesteps", "1", "--json", str(path)]
+        )
+        == 1
+    )
     ours, stock = json.loads(path.read_text())["results"]
     assert ours["error"] == "RuntimeError: out of luck" and not ours["check"]["green"]
     assert stock["check"]["green"] and stock["images_per_second"]["step"] > 0

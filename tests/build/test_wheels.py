@@ -6,8 +6,12 @@ import importlib.util
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import advflow_ext as af
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,9 +107,9 @@ def test_the_name_says_whom_a_wheel_is_for(wheels):
     assert wheels.kernels_of(name.format(torch="2.11.0", kernels="cpu", python="312"), pair) == "cpu"
     assert wheels.kernels_of(name.format(torch="2.11.0", kernels="cu130", python="312"), pair) == "cpu, cu130"
     others = [("2.11.0", "cpu", "313"), ("2.11.1", "cpu", "312"), ("2x11.0", "cpu", "312"), ("2.11.0", "rocm", "312")]
-    for torch, kernels, python in others:
+    for release, kernels, python in others:
         with pytest.raises(wheels.StepFailed, match=r"is no name for Python 3.12 and torch 2.11.0"):
-            wheels.kernels_of(name.format(torch=torch, kernels=kernels, python=python), pair)
+            wheels.kernels_of(name.format(torch=release, kernels=kernels, python=python), pair)
 
 
 def test_one_pair_that_fails_ends_neither_the_others_nor_in_success(wheels, monkeypatch, tmp_path, capsys):
@@ -146,3 +150,110 @@ def test_a_step_that_fails_shows_its_last_words(wheels, tmp_path, capsys):
     assert "    the reason\n" in capsys.readouterr().out
     log = (tmp_path / "logs" / "3.12-2.11.0.log").read_text()
     assert "fine\n" in log and "the reason\n" in log
+
+
+def commands(wheels, monkeypatch, row, earlier, failing: str = "") -> list[list[str]]:
+    """What building and testing a pair runs, and with it no more than a wheel of the right name."""
+    ran: list[list[str]] = []
+
+    def run(self, what, *command, cwd):
+        words = [str(word).replace(str(cwd), "WORK").replace(str(wheels.DIST), "DIST") for word in command]
+        ran.append(words)
+        if what == failing:
+            raise wheels.StepFailed(f"{what}: exit status 1, see build/wheels/x.log")
+        if what == "the wheel":
+            (cwd / "dist").mkdir()
+            tag = "cp" + row.pair.python.replace(".", "")
+            name = f"advflow_ext-0.1.0+torch{row.pair.torch}.cu130-{tag}-{tag}-linux_x86_64.whl"
+            (cwd / "dist" / name).write_text("a wheel")
+
+    monkeypatch.setattr(wheels.Steps, "run", run)
+    wheels.DIST.mkdir(exist_ok=True)
+    archive = wheels.DIST / "advflow_ext-0.1.0.tar.gz"
+    wheels.build_and_test(row, "python3.12", archive, earlier, "[2/2]")
+    return ran
+
+
+EARLIER = "advflow_ext-0.1.0+torch2.11.0.cu130-cp312-cp312-linux_x86_64.whl"
+
+
+def test_the_wheel_before_is_put_beside_this_torch_and_has_to_refuse(wheels, monkeypatch):
+    row = wheels.Row(wheels.Pair("3.12", "2.12.1"))
+    earlier = wheels.Row(wheels.Pair("3.12", "2.11.0"), wheel=EARLIER, tested="yes")
+    ran = commands(wheels, monkeypatch, row, earlier)
+    python, check = "WORK/venv/bin/python", str(wheels.CHECK)
+    assert ran[1] == [python, "-m", "pip", "install", "-q", "torch==2.12.1"]
+    assert ran[4] == [python, "-I", check, "serves", "2.12.1"]
+    assert ran[-2:] == [
+        [python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", f"DIST/{EARLIER}"],
+        [python, "-I", check, "refuses", "2.11.0"],
+    ]
+    assert (row.kernels, row.tested, row.refuses) == ("cpu, cu130", "yes", "2.11.0")
+    assert (wheels.DIST / row.wheel).read_text() == "a wheel"
+
+
+@pytest.mark.parametrize("tested", ["yes", "-"])
+def test_without_a_wheel_before_there_is_nothing_to_refuse(wheels, monkeypatch, tested):
+    row = wheels.Row(wheels.Pair("3.12", "2.12.1"))
+    earlier = None if tested == "yes" else wheels.Row(wheels.Pair("3.12", "2.11.0"), tested=tested)
+    ran = commands(wheels, monkeypatch, row, earlier)
+    assert not any("refuses" in words for words in ran) and (row.tested, row.refuses) == ("yes", "-")
+
+
+def test_a_wheel_that_does_not_refuse_is_in_the_table_as_not_refused(wheels, monkeypatch):
+    row = wheels.Row(wheels.Pair("3.12", "2.12.1"))
+    earlier = wheels.Row(wheels.Pair("3.12", "2.11.0"), wheel=EARLIER, tested="yes")
+    with pytest.raises(wheels.StepFailed, match=r"^its refusal: exit status 1"):
+        commands(wheels, monkeypatch, row, earlier, failing="its refusal")
+    assert (row.tested, row.refuses) == ("yes", "-")
+
+
+def test_the_table_has_a_line_for_each_pair_under_its_head(wheels):
+    rows = [
+        wheels.Row(wheels.Pair("3.12", "2.11.0"), EARLIER, "cpu, cu130", "yes", minutes=4.26),
+        wheels.Row(wheels.Pair("3.12", "2.12.1"), "w.whl", "cpu", "yes", "2.11.0", 12.0),
+        wheels.Row(wheels.Pair("3.13", "2.12.1"), problem="the wheel: exit status 1"),
+    ]
+    lines = wheels.table(rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+    assert cells == [
+        ["python", "torch", "kernels", "tested", "wheel of this torch refused", "minutes", "wheel"],
+        ["3.12", "2.11.0", "cpu, cu130", "yes", "-", "4.3", EARLIER],
+        ["3.12", "2.12.1", "cpu", "yes", "2.11.0", "12.0", "w.whl"],
+        ["3.13", "2.12.1", "-", "-", "-", "0.0", "-"],
+    ]
+    starts = [line.rindex(row[-1]) for line, row in zip(lines, cells, strict=True)]
+    assert len(set(starts)) == 1
+
+
+@pytest.fixture
+def wheel_check(monkeypatch):
+    return load(ROOT / "csrc" / "wheel_check.py", monkeypatch)
+
+
+REFUSAL = "advflow_ext/_C.so was built for torch 2.11.0 but torch {here} is installed; reinstall it with 'pip'."
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "passes"),
+    [
+        (None, [REFUSAL], True),
+        (None, [], False),  # refused without a word
+        (None, [REFUSAL, REFUSAL], False),
+        (None, [REFUSAL.replace("2.11.0", "2.12.1")], False),
+        (object(), [REFUSAL], False),  # loaded all the same
+    ],
+)
+def test_a_refusal_is_one_sentence_and_no_module(wheel_check, monkeypatch, module, said, passes):
+    package = SimpleNamespace(
+        _native=SimpleNamespace(module=module),
+        advantage_flow_loss=af.reference.advantage_flow_loss,
+        reference=af.reference,
+    )
+    sentences = [sentence.format(here=torch.__version__) for sentence in said]
+    monkeypatch.setattr(wheel_check, "imported", lambda: (package, sentences))
+    if passes:
+        wheel_check.check_refuses("2.11.0")
+        return
+    with pytest.raises(AssertionError):
+        wheel_check.check_refuses("2.11.0")

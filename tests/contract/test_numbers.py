@@ -101,9 +101,20 @@ def test_every_sample_has_its_own_value(space, name, option):
             torch.testing.assert_close(mixed[key][rows], alone[key][rows], rtol=1e-5, atol=1e-6)
 
 
-@each_space
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("mode", ["numbers", "numbers, dynamic", "tensors"])
+COMPILED = ("numbers", "numbers, dynamic", "tensors")
+
+
+# The reference with numbers alone, whose second graph is dynamic, and one loss of each family: seconds each.
+@pytest.mark.parametrize(
+    ("name", "space", "mode"),
+    [
+        pytest.param(name, SPACES[space], mode, id=f"{name}-{space}-{mode}", marks=[pytest.mark.slow] * apart)
+        for space in SPACES
+        for mode in COMPILED
+        for name in NAMES
+        for apart in [space == "reference" and (mode != "numbers" or name not in ("awm_loss", "flow_dppo_loss"))]
+    ],
+)
 def test_options_that_change_at_every_step_compile_once(space, name, mode):
     torch._dynamo.reset()
     counters.clear()

@@ -62,7 +62,7 @@ class Build:
 def build(source: Path, arch: str) -> Build:
     name = f"{source.stem}_sm{arch}"
     ptx = compiled(f"{name}.ptx", f"{nvcc()} {FLAGS} -arch=compute_{arch} --ptx {source} -o".split())
-    cubin = compiled(f"{name}.cubin", f"{nvcc()} {FLAGS} -arch=sm_{arch} -Xptxas -v -cubin {source} -o".split())
+    cubin = compiled(f"{name}.cubin", f"{nvcc()} -arch=sm_{arch} -Xptxas -v -cubin {ptx} -o".split())
     entries = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", ptx.read_text(), re.DOTALL)
     kernels = [parse_kernel(symbol, body) for symbol, body in entries]
     return Build(kernels, cubin.with_suffix(".log").read_text())

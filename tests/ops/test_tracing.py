@@ -55,9 +55,29 @@ def mapped_to(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
     return {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
-@each_space
-@each_op
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+# Symbols take seconds through the reference, whose losses of a family share all but their last lines.
+SYMBOLS_ONCE_A_FAMILY = {"diffusion_nft_loss", "flow_awr_loss", "awm_loss", "flow_cps_loss", "grpo_guard_loss"}
+
+
+def traced_with_symbols(name: str, space: str) -> Any:
+    apart = space == "reference" and name in SYMBOLS_ONCE_A_FAMILY
+    return pytest.param(
+        name, SPACES[space], "symbolic", marks=[pytest.mark.slow] * apart, id=f"{name}-{space}-symbolic"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "mode"),
+    [
+        *(
+            pytest.param(name, SPACES[space], mode, id=f"{name}-{space}-{mode}")
+            for name in NAMES
+            for space in SPACES
+            for mode in ("real", "fake")
+        ),
+        *(traced_with_symbols(name, space) for name in NAMES for space in SPACES),
+    ],
+)
 def test_make_fx_traces_what_the_op_computes(name, space, mode):
     call, tensors = function_of(name, space, draw(name))
     traced = make_fx(call, tracing_mode=mode)(*tensors)

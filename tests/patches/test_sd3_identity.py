@@ -112,8 +112,8 @@ DISGUISES: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("verify", ["first", False])
-@pytest.mark.parametrize("disguise", DISGUISES)
+# Unverified, for verifying would put right what was taken for diffusers' own; once with it.
+@pytest.mark.parametrize(("disguise", "verify"), [*((name, False) for name in DISGUISES), ("block", "first")])
 def test_somebody_else_s_class_of_the_same_name_keeps_its_computation(disguise: str, verify: Any) -> None:
     change, kept = DISGUISES[disguise]
     model = small()
@@ -157,7 +157,7 @@ def test_a_class_whose_forward_was_exchanged_keeps_it(
     with af.apply_to_sd3(model) as patch:
         assert {f"{BLOCK}.{part}".rstrip(".") for part in kept} <= set(patch.kept), patch
         assert_same(run(model, inputs()), expected)
-    with af.apply_to_sd3() as patch:
+    with af.apply_to_sd3(verify=False) as patch:
         assert_same(run(model, inputs()), expected)
 
 

@@ -58,10 +58,17 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
     assert len(checkpoints(folder / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize(("algorithm", "steps"), [("advantage_flow", 1), ("advantage_flow", 2), ("flow_dppo", 2)])
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "model"),
+    [
+        pytest.param("advantage_flow", 1, LORA, id="advantage_flow-1-lora"),
+        pytest.param("advantage_flow", 2, ModelConfig(), id="advantage_flow-2-full"),
+        pytest.param("flow_dppo", 2, LORA, id="flow_dppo-2-lora"),
+        pytest.param("flow_dppo", 2, ModelConfig(), id="flow_dppo-2-full", marks=pytest.mark.slow),
+    ],
+)
 def test_resuming_equals_never_having_stopped(
-    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, algorithm: str, steps: int
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, steps: int, model: ModelConfig
 ) -> None:
     whole = small_config(
         algorithm=algorithm,
