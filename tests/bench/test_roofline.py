@@ -20,8 +20,8 @@ from bench.roofline import __main__ as roofline
 from bench.roofline.__main__ import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
 from bench.roofline.account import GRADIENT_SUMS, Origin, Source, trace
 from bench.roofline.cuda_choices import CudaChoices
-from bench.roofline.sd3_model import Work, build_fake, fake_inputs
-from bench.roofline.sd3_sites import (
+from bench.roofline.models import Work, build_fake, fake_inputs
+from bench.roofline.sites import (
     ADALN,
     ATTENTION,
     GATE,
@@ -32,11 +32,14 @@ from bench.roofline.sd3_sites import (
     LORA_GEMM,
     NORM2,
     QK_NORM,
+    ROTARY,
     SITES,
+    STREAMS,
     site_of,
 )
 
 WORK = Work("tiny", 3, 32, 10)
+SD3_SITES = set(SITES) - {ROTARY, STREAMS}  # it has neither
 RATES = Rates(790.0, 500.0, 4300.0)
 Result = dict[str, Any]
 
@@ -66,7 +69,7 @@ def saved(result: Result) -> int:
 
 
 def test_the_sites_sum_to_the_total(stock: Result) -> None:
-    assert {row["site"] for row in stock["rows"]} == set(SITES) and set(stock["saved"]) <= set(SITES)
+    assert {row["site"] for row in stock["rows"]} == SD3_SITES and set(stock["saved"]) <= SD3_SITES
     for pass_name in PASSES:
         parts = [total(stock, (pass_name,), site) for site in SITES]
         whole = total(stock, (pass_name,))
@@ -193,16 +196,17 @@ def test_our_operators_are_one_launch_each(stock: Result) -> None:
 
 
 def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -> None:
-    from advflow_ext.patches import _sd3_block
+    from advflow_ext.patches import _fused
 
     def site(function: str) -> str:
         op = torch.ops.aten.mul.Tensor
-        return site_of(Origin(op, "forward", "elementwise", source=Source(str(_sd3_block.__file__), function, 1)))
+        return site_of(Origin(op, "forward", "elementwise", source=Source(str(_fused.__file__), function, 1)))
 
-    assert site("FusedBlock._modulate.<locals>.fused") == site("_own_modulation") == ADALN
+    assert site("FusedBlock._modulate.<locals>.fused") == site("projected") == ADALN
     assert site("FusedBlock._feed_forward.<locals>.stock") == site("_gated") == GATE
-    assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("FusedBlock._attention") == JOINT
-    with pytest.raises(ValueError, match=r"FusedBlock\._new of .*_sd3_block issues operators"):
+    assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("SD3Block._attention") == JOINT
+    assert site("FluxSingleBlock._attention") == JOINT and site("_projected_together") == STREAMS
+    with pytest.raises(ValueError, match=r"FusedBlock\._new of a patched block issues operators"):
         site("FusedBlock._new.<locals>.fused")
 
 
@@ -212,7 +216,7 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert roofline.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "ours against stock" in printed and "not measured" in printed
-    for site in (*SITES, "saved activations", "of these elementwise"):
+    for site in (*SD3_SITES, "saved activations", "of these elementwise"):
         assert site in printed
     document = json.loads(path.read_text())
     assert document["work"] == {"model": "tiny", "batch": 3, "px": 32, "text_tokens": 10}
