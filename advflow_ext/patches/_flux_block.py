@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from advflow_ext.kernels import triton_ops
 from advflow_ext.nn._identity import is_exactly
 from advflow_ext.patches._diffusers import FluxStock
-from advflow_ext.patches._fused import Module, Norm1, Stream, overwriting_gelu, projected
+from advflow_ext.patches._fused import Module, Norm1, Rotation, Stream, overwriting_gelu, projected
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._reasons import class_of, is_plain, reason_to_keep_norms
 from advflow_ext.patches._rotary import RotaryBlock, clipped
@@ -21,9 +21,16 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, [tokens, D] each
 
 class _FluxBlock(RotaryBlock[FluxStock]):
     @part("attention")
-    def _rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
-        rotated: Tensor = self._known.home.apply_rotary_emb(x, rotary, sequence_dim=1)
-        return rotated
+    def _rotation(self, rotary: Rotary, device: torch.device) -> Rotation:
+        """FluxPosEmbed has each angle twice, for both elements of its pair."""
+        cos, sin = (table.to(device)[:, ::2] for table in rotary)
+        table = torch.stack([cos, sin], -1)
+
+        def own(x: Tensor) -> Tensor:
+            rotated: Tensor = self._known.home.apply_rotary_emb(x, rotary, sequence_dim=1)
+            return rotated
+
+        return Rotation(table, own)
 
 
 class FluxBlock(_FluxBlock):

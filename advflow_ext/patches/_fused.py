@@ -57,6 +57,13 @@ class Stream(NamedTuple):
     norm_k: Module
 
 
+class Rotation(NamedTuple):
+    """Of queries and keys after their norms."""
+
+    table: Tensor  # cosines and sines, [tokens, D / 2, 2], of all streams in their order
+    own: Callable[[Tensor], Tensor]  # diffusers' own, of [B, tokens, heads, D]
+
+
 class FusedBlock(Generic[Known]):
     """Forward passes of blocks of one class with a set of ops in place of theirs; the rest of each stays its own.
 
@@ -171,13 +178,14 @@ class FusedBlock(Generic[Known]):
         return h
 
     @part("qk_norm")
-    def _joint_qkv(self, attn: Module, *streams: Stream) -> tuple[Tensor, ...]:
+    def _joint_qkv(self, attn: Module, *streams: Stream, rotation: Rotation | None = None) -> tuple[Tensor, ...]:
         """Normalised queries and keys, and values, of one or two streams in their order, [B, tokens, heads, D]."""
         weights = tuple(norm.weight for stream in streams for norm in (stream.norm_q, stream.norm_k))
         # Of what arrives: under tensor parallelism that is a part of the heads.
         heads, eps = streams[0].q.shape[-1] // weights[0].shape[0], streams[0].norm_q.eps
         trained = any(weight.requires_grad for weight in weights)
-        keep: Any = "outputs" if _without_zeros(attn, weights) and not trained else "inputs"
+        rotary = None if rotation is None else rotation.table
+        keep: Any = "outputs" if rotary is None and not trained and _without_zeros(attn, weights) else "inputs"
 
         def unpack(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
             return tensors[:3], tensors[3 : -len(weights)], tensors[-len(weights) :]
@@ -185,15 +193,17 @@ class FusedBlock(Generic[Known]):
         def fused(*tensors: Tensor) -> tuple[Tensor, ...]:
             first, second, weights = unpack(tensors)
             given: Any = {"text": second, "text_weights": weights[2:]} if second else {}
-            return joint_qk_norm(*first, *weights[:2], heads=heads, eps=eps, keep=keep, **given)
+            return joint_qk_norm(*first, *weights[:2], heads=heads, eps=eps, rotary=rotary, keep=keep, **given)
 
         def stock(*tensors: Tensor) -> tuple[Tensor, ...]:
             first, second, weights = unpack(tensors)
             joint = _own_stream(streams[0], first, weights[:2], heads)
-            if not second:
+            if second:
+                more = _own_stream(streams[1], second, weights[2:], heads)
+                joint = tuple(torch.cat(pair, 1) for pair in zip(joint, more, strict=True))
+            if rotation is None:
                 return joint
-            more = _own_stream(streams[1], second, weights[2:], heads)
-            return tuple(torch.cat(pair, 1) for pair in zip(joint, more, strict=True))
+            return rotation.own(joint[0]), rotation.own(joint[1]), joint[2]
 
         return self._run("qk_norm", fused, stock, *(tensor for each in streams for tensor in each[:3]), *weights)
 
@@ -257,7 +267,7 @@ def overwriting_gelu(proj: Module, gelu: Callable[[Tensor], Tensor], approximate
 @part("qk_norm")
 def _own_stream(
     stream: Stream, tensors: tuple[Tensor, ...], weights: tuple[Tensor, ...], heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """q, k and v, the former two as the norms of `stream` themselves give them with `weights` in place of theirs."""
     q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in tensors)
     norms = stream.norm_q, stream.norm_k

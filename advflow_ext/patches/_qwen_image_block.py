@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advflow_ext.kernels import triton_ops
 from advflow_ext.patches._diffusers import RotaryStock
-from advflow_ext.patches._fused import Module, Norm1
+from advflow_ext.patches._fused import Module, Norm1, Rotation
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._reasons import reason_to_keep_norms
 from advflow_ext.patches._rotary import RotaryBlock, clipped
@@ -76,7 +76,12 @@ class QwenImageBlock(RotaryBlock[RotaryStock]):
         return self._joint_attention(attn, x, context, rotary, mask)
 
     @part("attention")
-    def _rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def _rotation(self, rotary: Rotary, device: torch.device) -> Rotation:
         image, text = rotary
-        rotated: Tensor = self._known.home.apply_rotary_emb_qwen(x, torch.cat([text, image]), use_real=False)
-        return rotated
+        joint = torch.cat([text, image]).to(device)
+
+        def own(x: Tensor) -> Tensor:
+            rotated: Tensor = self._known.home.apply_rotary_emb_qwen(x, joint, use_real=False)
+            return rotated
+
+        return Rotation(torch.view_as_real(joint), own)

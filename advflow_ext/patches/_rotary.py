@@ -8,23 +8,22 @@ import torch
 from torch import Tensor
 
 from advflow_ext.patches._diffusers import RotaryStock
-from advflow_ext.patches._fused import FusedBlock, Module, Stream
+from advflow_ext.patches._fused import FusedBlock, Module, Rotation, Stream
 from advflow_ext.patches._parts import part
 
 Known = TypeVar("Known", bound=RotaryStock, covariant=True)
 
 
 class RotaryBlock(FusedBlock[Known]):
-    def _rotate(self, x: Tensor, rotary: Any) -> Tensor:
-        """Queries or keys of all tokens, ``[B, tokens, heads, D]``, by diffusers' own function."""
+    def _rotation(self, rotary: Any, device: torch.device) -> Rotation:
+        """What the transformer says about the positions of all tokens, for tensors on `device`."""
         raise NotImplementedError
 
     @part("attention")
     def _attend(self, attn: Module, streams: list[Stream], rotary: Any, mask: Tensor | None = None) -> Tensor:
         """Attention over the tokens of all streams, not yet projected."""
-        q, k, v = self._joint_qkv(attn, *streams)
-        if rotary is not None:
-            q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+        rotation = None if rotary is None else self._rotation(rotary, streams[0].q.device)
+        q, k, v = self._joint_qkv(attn, *streams, rotation=rotation)
         out: Tensor = self._known.home.dispatch_attention_fn(
             q, k, v, attn_mask=mask, backend=attn.processor._attention_backend
         )
