@@ -49,15 +49,8 @@ _SITES: dict[Part, str] = {
     "streams": STREAMS,
 }
 _FILES = (_fused, _rotary, _sd3_block, _flux_block, _qwen_image_block)
-_PARTS = parts_of(
-    *_FILES,
-    _fused.FusedBlock,
-    _rotary.RotaryBlock,
-    _sd3_block.SD3Block,
-    _flux_block.FluxBlock,
-    _flux_block.FluxSingleBlock,
-    _qwen_image_block.QwenImageBlock,
-)
+_CLASSES = {cls for home in _FILES for cls in vars(home).values() if isinstance(cls, type)}
+_PARTS = parts_of(*_FILES, *_CLASSES)
 _BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock", "QwenImageTransformerBlock")
 
 

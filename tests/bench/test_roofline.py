@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bench.roofline import __main__ as roofline
 from bench.roofline.__main__ import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
 from bench.roofline.account import GRADIENT_SUMS, Origin, Source, trace
 from bench.roofline.cuda_choices import CudaChoices
-from bench.roofline.models import Work, build_fake, fake_inputs
+from bench.roofline.models import SIZES, Work, build_fake, fake_inputs
 from bench.roofline.sites import (
     ADALN,
     ATTENTION,
@@ -193,6 +194,29 @@ def test_our_operators_are_one_launch_each(stock: Result) -> None:
     assert total(result, PASSES, JOINT).bytes < total(stock, PASSES, JOINT).bytes / 4
     assert not total(result, (NO_GRAD,), LORA_GEMM).launches  # merged
     assert sum(result["saved"].values()) < sum(stock["saved"].values())
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "attentions"),
+    [("flux1-dev", {"num_layers": 1, "num_single_layers": 1}, 2), ("qwen-image", {"num_layers": 1}, 1)],
+)
+def test_of_flux_and_qwen_image_norm_and_rotation_become_one_launch(
+    model: str, layers: dict[str, int], attentions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = SIZES[model]
+    config = size.config() | layers | {"num_attention_heads": 2}
+    monkeypatch.setitem(SIZES, model, dataclasses.replace(size, config=lambda: config))
+    work = Work(model, 2, 64, 10)
+    stock, ours = (roofline.measure(variant, "bf16", work, RATES) for variant in ("stock", "ours"))
+    assert launches(stock, NO_GRAD, ROTARY) >= 6 * attentions and not total(ours, PASSES, ROTARY).launches
+    assert launches(ours, NO_GRAD, QK_NORM) == attentions
+    # Two streams: norm, gate with norm, gate of each; one stream: norm and gate.
+    for site, count in ((GATE, 4 * 1 + (attentions - 1)), (ATTENTION, attentions), (NORM2, 0)):
+        assert launches(ours, NO_GRAD, site) == count
+    for pass_name in PASSES:
+        assert total(ours, (pass_name,), GEMM).flops == total(stock, (pass_name,), GEMM).flops
+        assert total(ours, (pass_name,)).bytes < total(stock, (pass_name,)).bytes
+    assert roofline.variants(work) == (["stock", "ours"] if model == "flux1-dev" else ["stock", "rms_norm", "ours"])
 
 
 def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -> None:
