@@ -48,7 +48,8 @@ def joint_qk_norm(
             SD3.5's second attention; v comes back as it is. Where text comes first, as in FLUX.1 and Qwen-Image, give
             its tensors as q, k and v and those of the image as ``text``.
         rotary: cosine and sine of each angle, ``[N + M, D / 2, 2]``, for the tokens of both in their order, fixed:
-            ``torch.view_as_real`` of the complex numbers of Qwen-Image. None: nothing is rotated.
+            ``torch.view_as_real`` of the complex numbers of Qwen-Image, ``torch.stack([cos[:, ::2], sin[:, ::2]], -1)``
+            of the tables of FLUX.1. None: nothing is rotated.
         keep: what is kept for the backward pass. "inputs": q and k. "outputs": q' and k', which attention keeps anyway,
             and one float32 a head and token: no activation memory to speak of. The backward pass then divides q' by the
             weight, so no weight may hold a zero (such an element would give NaN) or ask for a gradient (ValueError);

@@ -28,6 +28,8 @@ def apply_to_flux(
     What :func:`apply_to_sd3` is to Stable Diffusion 3, with its arguments, promises and errors, for the blocks of
     ``FluxTransformer2DModel`` of diffusers 0.35 or newer. A block that is given ``joint_attention_kwargs``, as those of
     an IP-Adapter, runs its own forward. Attention stays with diffusers' dispatcher and the backend that is set there.
+    Queries and keys are rotated as they are normalised; the backward pass starts from what they were before, whatever
+    their norms' weights are.
 
     Raises ValueError for a model without FLUX blocks, for one that is patched already, and for unknown names, and
     ImportError without diffusers, with one that is too old, or with one whose blocks take other arguments.

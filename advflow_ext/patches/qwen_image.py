@@ -28,7 +28,8 @@ def apply_to_qwen_image(
     What :func:`apply_to_sd3` is to Stable Diffusion 3, with its arguments, promises and errors, for the blocks of
     ``QwenImageTransformer2DModel`` of diffusers 0.39 or newer; older ones hand the mask of the text on by other ways,
     or not at all. Blocks whose tokens have modulations of their own (``zero_cond_t``, as in Qwen-Image-Edit-2511) are
-    kept. Attention stays with diffusers' dispatcher and the backend that is set there.
+    kept. Attention stays with diffusers' dispatcher and the backend that is set there. Queries and keys are rotated as
+    they are normalised; the backward pass starts from what they were before, whatever their norms' weights are.
 
     Raises ValueError for a model without Qwen-Image blocks, for one that is patched already, and for unknown names, and
     ImportError without diffusers, with one that is too old, or with one whose blocks take other arguments.
