@@ -17,7 +17,10 @@ from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.transition_log_prob import from_means, transition_log_prob, transition_noise
-from advflow_ext.patches.sd3 import SD3Patch, apply_to_sd3
+from advflow_ext.patches._patch import TransformerPatch
+from advflow_ext.patches.flux import apply_to_flux
+from advflow_ext.patches.qwen_image import apply_to_qwen_image
+from advflow_ext.patches.sd3 import apply_to_sd3
 from advflow_ext.policies.cuda_graphs import CudaGraphs
 from advflow_ext.policies.mismatch import Mismatch
 from advflow_ext.policies.policy_set import PolicySet
@@ -30,10 +33,12 @@ __all__ = [
     "LossOutput",
     "Mismatch",
     "PolicySet",
-    "SD3Patch",
     "SdeStep",
     "StepTable",
+    "TransformerPatch",
     "advantage_flow_loss",
+    "apply_to_flux",
+    "apply_to_qwen_image",
     "apply_to_sd3",
     "awm_log_prob",
     "awm_loss",

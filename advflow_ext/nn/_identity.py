@@ -6,14 +6,14 @@ import sys
 
 import torch
 
-MARK = "_advflow_sd3_patch"  # on classes that apply_to_sd3 has patched, or derived
+MARK = "_advflow_patch"  # on classes that apply_to_sd3, or a sibling, has patched, or derived
 STOCK = "_advflow_stock_class"  # on the latter: what they were derived from
 
 
 def is_exactly(module: object, *classes: type) -> bool:
     """Whether ``module`` is of one of ``classes``, and nobody has written another class in between.
 
-    Those that FSDP2, ``replicate`` and apply_to_sd3 derive bring no computation of their own.
+    Those that FSDP2, ``replicate`` and our patches derive bring no computation of their own.
     """
     cls = type(module)
     if any(cls is known for known in classes):
@@ -29,11 +29,14 @@ def _adds_nothing(cls: type) -> bool:
     return MARK in vars(cls) or (cls.__module__.startswith("torch.distributed.") and "forward" not in vars(cls))
 
 
-def is_as_written(cls: type) -> bool:
-    """Whether the forward of ``cls`` (or its ``__call__``, for what is no module) is the one its own file defines."""
+def is_as_written(cls: type, name: str = "") -> bool:
+    """Whether the method ``name`` of ``cls`` is the one its own file defines.
+
+    Unless told otherwise that is its forward, or its ``__call__``, for what is no module.
+    """
     if MARK in vars(cls):  # exchanged by apply_to_sd3, which asked before
         return True
-    name = "forward" if hasattr(cls, "forward") else "__call__"
+    name = name or ("forward" if hasattr(cls, "forward") else "__call__")
     function = vars(cls).get(name)
     code, names = getattr(function, "__code__", None), getattr(function, "__globals__", None)
     return (

@@ -22,6 +22,7 @@ def joint_qk_norm_arguments(
     eps: float,
     text: tuple[Tensor, Tensor, Tensor] | None,
     text_weights: tuple[Tensor, Tensor] | None,
+    rotary: Tensor | None,
     keep: str,
 ) -> None:
     blocks.require_tokens("q", q)
@@ -46,6 +47,16 @@ def joint_qk_norm_arguments(
         weights |= {"text_weights[0]": text_weights[0], "text_weights[1]": text_weights[1]}
     for name, weight in weights.items():
         blocks.require_shape(name, weight, (width // heads,), "[width of q / heads]", q)
+    if rotary is not None:
+        tokens, head_dim = q.shape[1] + (text[0].shape[1] if text is not None else 0), width // heads
+        if head_dim % 2:
+            raise ValueError(f"rotary turns pairs of elements and heads have {head_dim}; accepted is an even number.")
+        shape = tokens, head_dim // 2, 2
+        blocks.require_shape("rotary", rotary, shape, "[tokens of q and text, width of q / heads / 2, 2]", q)
+        if keep == "outputs":
+            raise ValueError("keep is 'outputs' and rotary is given; accepted is then 'inputs'.")
+        if rotary.requires_grad:
+            raise ValueError("rotary asks for a gradient; accepted are fixed angles.")
     checks.require_choice("keep", keep, ("inputs", "outputs"))
     if keep == "outputs" and any(weight.requires_grad for weight in weights.values()):
         raise ValueError("keep is 'outputs' and a weight asks for a gradient; accepted is then 'inputs'.")
@@ -65,13 +76,14 @@ def joint_qk_norm(
     eps: float = 1e-6,
     text: tuple[Tensor, Tensor, Tensor] | None = None,
     text_weights: tuple[Tensor, Tensor] | None = None,
+    rotary: Tensor | None = None,
     keep: Literal["inputs", "outputs"] = "inputs",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same arguments, result and errors as :func:`advflow_ext.nn.joint_qk_norm`, by PyTorch autograd.
 
     What is kept for the backward pass is autograd's choice, whatever ``keep`` says.
     """
-    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights, keep)
+    joint_qk_norm_arguments(q, k, v, weight_q, weight_k, heads, eps, text, text_weights, rotary, keep)
 
     def split(x: Tensor) -> Tensor:
         parts: Tensor = x.unflatten(-1, (heads, -1))
@@ -80,11 +92,18 @@ def joint_qk_norm(
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         wide = split(x).to(torch.promote_types(x.dtype, torch.float32))
         normed: Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
-        return normed.to(x.dtype)
+        return normed
+
+    def rotated(x: Tensor) -> Tensor:
+        if rotary is None:
+            return x
+        cos, sin = rotary[:, None].unbind(-1)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
     joint = norm(q, weight_q), norm(k, weight_k), split(v)
-    if text is None or text_weights is None:
-        return joint
-    parts = norm(text[0], text_weights[0]), norm(text[1], text_weights[1]), split(text[2])
-    joint_q, joint_k, joint_v = (torch.cat(pair, 1) for pair in zip(joint, parts, strict=True))
-    return joint_q, joint_k, joint_v
+    if text is not None and text_weights is not None:
+        parts = norm(text[0], text_weights[0]), norm(text[1], text_weights[1]), split(text[2])
+        joint_q, joint_k, joint_v = (torch.cat(pair, 1) for pair in zip(joint, parts, strict=True))
+        joint = joint_q, joint_k, joint_v
+    return rotated(joint[0]).to(q.dtype), rotated(joint[1]).to(q.dtype), joint[2]

@@ -1,6 +1,7 @@
-"""The account of bytes: what one training step of Stable Diffusion 3.5 moves, launches, computes and keeps, by site.
+"""The account of bytes: what one training step of a transformer moves, launches, computes and keeps, by site.
 
 python -m bench.roofline --model sd35-medium --batch 9 --px 512 --json bench/results/roofline.json
+python -m bench.roofline --model flux1-dev --adapters bf16
 python -m bench.roofline --render bench/results/roofline.json --out docs/images/roofline.png
 
 Builds diffusers' transformer with PEFT adapters on fake tensors (shapes without data: no GPU, no weights, little
@@ -8,8 +9,9 @@ memory), runs a training step (forward, and backward to the adapters alone) and 
 counts every operator. Three variants side by side:
 
   stock     diffusers and PEFT as they are
-  rms_norm  diffusers' RMSNorm, eight operators, replaced by torch.nn.functional.rms_norm
-  ours      advflow_ext.apply_to_sd3, with mode="train" for the step and mode="infer" for the forward without gradients
+  rms_norm  diffusers' RMSNorm, eight operators, replaced by torch.nn.functional.rms_norm, which FLUX.1 has anyway
+  ours      advflow_ext.apply_to_sd3 or a sibling, mode="train" in the step and mode="infer" in the forward without
+            gradients
 
 Each operator reads every tensor argument once and writes every result once; views are free. Time is the roofline's: an
 operator takes the longer of its FLOPs at the rate given and its bytes at the bandwidth given, launches take none. All
@@ -36,15 +38,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import advflow_ext
 from advflow_ext.bench.harness import report
 from advflow_ext.bench.harness.registry import choice_list
 from bench.roofline.account import OTHER, Account, Event, Kind, trace
 from bench.roofline.cuda_choices import CudaChoices
-from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
-from bench.roofline.sd3_sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
+from bench.roofline.models import FLUX, SIZES, Work, add_work_arguments, build_fake, fake_inputs, positive, work_of
+from bench.roofline.sites import ATTENTION, GEMM, LORA_GEMM, SITES, site_of
 
-VARIANTS = ("stock", "rms_norm", "ours")
 TRAIN_FORWARD, TRAIN_BACKWARD, NO_GRAD = "train forward", "train backward", "no-grad forward"
 PASSES = (TRAIN_FORWARD, TRAIN_BACKWARD, NO_GRAD)
 ADAPTER_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,13 +85,20 @@ def _functional_rms_norm(transformer: nn.Module, _mode: str) -> Iterator[None]:
 
 @contextmanager
 def _ours(transformer: nn.Module, mode: Literal["train", "infer"]) -> Iterator[None]:
+    families = {size.family.transformer: size.family for size in SIZES.values()}
+    patch = families[type(transformer).__name__].patch
     # Fake tensors sit on the CPU, where kernels serve under Triton's interpreter alone, and have no values to verify.
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        with advflow_ext.apply_to_sd3(transformer, mode=mode, verify=False):
+        with patch(transformer, mode=mode, verify=False):
             yield
 
 
 _PATCHES = {"stock": _stock, "rms_norm": _functional_rms_norm, "ours": _ours}
+
+
+def variants(work: Work) -> list[str]:
+    """FLUX.1 has no RMSNorm of diffusers to replace."""
+    return [name for name in _PATCHES if name != "rms_norm" or SIZES[work.model].family is not FLUX]
 
 
 def measure(variant: str, adapters: str, work: Work, rates: Rates) -> dict[str, Any]:
@@ -294,7 +301,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_work_arguments(p)
+    add_work_arguments(p, list(SIZES))
     p.add_argument(
         "--adapters",
         type=choice_list(ADAPTER_DTYPES),
@@ -334,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         " not measured"
     )
     for adapters in options.adapters:
-        results = [measure(variant, adapters, work, rates) for variant in VARIANTS]
+        results = [measure(variant, adapters, work, rates) for variant in variants(work)]
         document["results"] += results
         print(f"\n== {adapters} adapters, {results[0]['trainable'] / 1e6:.2f} M parameters ==\n")
         print(table(results), flush=True)

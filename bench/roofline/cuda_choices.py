@@ -64,10 +64,11 @@ class CudaChoices(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and len(args) == 3 and kwargs.get("attn_mask") is None:
+        if function is F.scaled_dot_product_attention and len(args) in (0, 3) and kwargs.get("attn_mask") is None:
+            qkv = args or tuple(kwargs[name] for name in ("query", "key", "value"))
             causal = kwargs.get("is_causal", False)
             return torch.ops.aten._scaled_dot_product_flash_attention(
-                *args, kwargs.get("dropout_p", 0.0), causal, scale=kwargs.get("scale")
+                *qkv, kwargs.get("dropout_p", 0.0), causal, scale=kwargs.get("scale")
             )[0]
         if function is F.rms_norm:
             return _fused_rms_norm(*args, **kwargs)

@@ -41,7 +41,7 @@ from advflow_ext.bench.harness.registry import choice_list
 from advflow_ext.bench.harness.report import Row
 from advflow_ext.kernels import triton_ops
 from bench.roofline.cuda_choices import CudaChoices
-from bench.roofline.sd3_model import Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
+from bench.roofline.models import SD3_SIZES, Work, add_work_arguments, build_fake, count, fake_inputs, positive, work_of
 from bench.step.tables import PHASES, aligned, headline, markdown, tables, warned
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_work_arguments(p, model=None)
+    add_work_arguments(p, SD3_SIZES, model=None)
     p.add_argument("--steps", type=count, help="sampler steps of the rollout; default 10, tiny 2")
     p.add_argument("--timesteps", type=count, help="training timesteps an image; default 9, tiny 2")
     p.add_argument("--algorithm", choices=ALGORITHMS, default=ALGORITHMS[0], help="whose loss; default diffusion_nft")

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from advflow_ext.bench.harness import report
-from bench.roofline.sd3_model import SIZES, count
+from bench.roofline.models import SIZES, count
 
 PHASES = ("seconds_rollout", "seconds_train")
 

@@ -1,6 +1,6 @@
 """Where the device's time goes in a part of a step, by site: kernels of torch's profiler, each put to what launched it.
 
-Eager operators are told apart by :mod:`bench.roofline.sd3_sites`, as in the account of bytes: by module, source line
+Eager operators are told apart by :mod:`bench.roofline.sites`, as in the account of bytes: by module, source line
 and, in the backward pass, the forward operator they belong to. What torch.compile has fused or a CUDA graph replays has
 none of these; its kernels are told apart by their names.
 """
@@ -21,7 +21,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.roofline.account import OTHER, Origin, Tracer
-from bench.roofline.sd3_sites import ADALN, ATTENTION, GEMM, QK_NORM, SITES, site_of
+from bench.roofline.sites import ADALN, ATTENTION, GEMM, QK_NORM, SITES, site_of
 
 LOSS = "loss"
 UPDATE = "optimiser, merging"

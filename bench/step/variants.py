@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from advflow_ext.conformance.advantage_flow import advantage_flow_loss
 from advflow_ext.conformance.diffusion_nft import diffusion_nft_loss
-from bench.roofline.sd3_model import SIZES, Work, lora_config
+from bench.roofline.models import SIZES, Work, lora_config
 from bench.step.profile import LOSS, UPDATE, stage
 
 Backward = Callable[[Tensor], None]

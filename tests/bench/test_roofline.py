@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -21,8 +22,8 @@ from bench.roofline import __main__ as roofline
 from bench.roofline.__main__ import NO_GRAD, PASSES, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
 from bench.roofline.account import GRADIENT_SUMS, Origin, Source, trace
 from bench.roofline.cuda_choices import CudaChoices
-from bench.roofline.sd3_model import Work, build_fake, fake_inputs
-from bench.roofline.sd3_sites import (
+from bench.roofline.models import SIZES, Work, build_fake, fake_inputs
+from bench.roofline.sites import (
     ADALN,
     ATTENTION,
     GATE,
@@ -33,11 +34,14 @@ from bench.roofline.sd3_sites import (
     LORA_GEMM,
     NORM2,
     QK_NORM,
+    ROTARY,
     SITES,
+    STREAMS,
     site_of,
 )
 
 WORK = Work("tiny", 3, 32, 10)
+SD3_SITES = set(SITES) - {ROTARY, STREAMS}  # it has neither
 RATES = Rates(790.0, 500.0, 4300.0)
 Result = dict[str, Any]
 measured = functools.cache(roofline.measure)  # seconds each
@@ -68,7 +72,7 @@ def saved(result: Result) -> int:
 
 
 def test_the_sites_sum_to_the_total(stock: Result) -> None:
-    assert {row["site"] for row in stock["rows"]} == set(SITES) and set(stock["saved"]) <= set(SITES)
+    assert {row["site"] for row in stock["rows"]} == SD3_SITES and set(stock["saved"]) <= SD3_SITES
     for pass_name in PASSES:
         parts = [total(stock, (pass_name,), site) for site in SITES]
         whole = total(stock, (pass_name,))
@@ -194,17 +198,41 @@ def test_our_operators_are_one_launch_each(stock: Result) -> None:
     assert sum(result["saved"].values()) < sum(stock["saved"].values())
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "attentions"),
+    [("flux1-dev", {"num_layers": 1, "num_single_layers": 1}, 2), ("qwen-image", {"num_layers": 1}, 1)],
+)
+def test_of_flux_and_qwen_image_norm_and_rotation_become_one_launch(
+    model: str, layers: dict[str, int], attentions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = SIZES[model]
+    config = size.config() | layers | {"num_attention_heads": 2}
+    monkeypatch.setitem(SIZES, model, dataclasses.replace(size, config=lambda: config))
+    work = Work(model, 2, 64, 10)
+    stock, ours = (roofline.measure(variant, "bf16", work, RATES) for variant in ("stock", "ours"))
+    assert launches(stock, NO_GRAD, ROTARY) >= 6 * attentions and not total(ours, PASSES, ROTARY).launches
+    assert launches(ours, NO_GRAD, QK_NORM) == attentions
+    # Two streams: norm, gate with norm, gate of each; one stream: norm and gate.
+    for site, count in ((GATE, 4 * 1 + (attentions - 1)), (ATTENTION, attentions), (NORM2, 0)):
+        assert launches(ours, NO_GRAD, site) == count
+    for pass_name in PASSES:
+        assert total(ours, (pass_name,), GEMM).flops == total(stock, (pass_name,), GEMM).flops
+        assert total(ours, (pass_name,)).bytes < total(stock, (pass_name,)).bytes
+    assert roofline.variants(work) == (["stock", "ours"] if model == "flux1-dev" else ["stock", "rms_norm", "ours"])
+
+
 def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -> None:
-    from advflow_ext.patches import _sd3_block
+    from advflow_ext.patches import _fused
 
     def site(function: str) -> str:
         op = torch.ops.aten.mul.Tensor
-        return site_of(Origin(op, "forward", "elementwise", source=Source(str(_sd3_block.__file__), function, 1)))
+        return site_of(Origin(op, "forward", "elementwise", source=Source(str(_fused.__file__), function, 1)))
 
-    assert site("FusedBlock._modulate.<locals>.fused") == site("_own_modulation") == ADALN
+    assert site("FusedBlock._modulate.<locals>.fused") == site("projected") == ADALN
     assert site("FusedBlock._feed_forward.<locals>.stock") == site("_gated") == GATE
-    assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("FusedBlock._attention") == JOINT
-    with pytest.raises(ValueError, match=r"FusedBlock\._new of .*_sd3_block issues operators"):
+    assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("SD3Block._attention") == JOINT
+    assert site("FluxSingleBlock._attention") == JOINT and site("_projected_together") == STREAMS
+    with pytest.raises(ValueError, match=r"FusedBlock\._new of a patched block issues operators"):
         site("FusedBlock._new.<locals>.fused")
 
 
@@ -217,7 +245,7 @@ def test_the_command_prints_writes_and_draws(
     assert roofline.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "ours against stock" in printed and "not measured" in printed
-    for site in (*SITES, "saved activations", "of these elementwise"):
+    for site in (*SD3_SITES, "saved activations", "of these elementwise"):
         assert site in printed
     document = json.loads(path.read_text())
     assert document["work"] == {"model": "tiny", "batch": 3, "px": 32, "text_tokens": 10}

@@ -18,11 +18,11 @@ pytest.importorskip("peft", reason="the trainer's dependencies are not installed
 from torch._C._autograd import DeviceType
 
 from bench.roofline import __main__ as roofline
-from bench.roofline import sd3_model
+from bench.roofline import models
 from bench.roofline.__main__ import NO_GRAD, TRAIN_BACKWARD, TRAIN_FORWARD, Rates, total
 from bench.roofline.account import OTHER
-from bench.roofline.sd3_model import SIZES, Work
-from bench.roofline.sd3_sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES
+from bench.roofline.models import SIZES, Work
+from bench.roofline.sites import ADALN, ATTENTION, GATE, GELU, GEMM, LORA, LORA_GEMM, NORM2, QK_NORM, SITES
 from bench.step import __main__ as step
 from bench.step import profile as step_profile
 from bench.step import variants as step_variants
@@ -37,7 +37,7 @@ WORK = Work("tiny", 3, 32, 10)
 def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny transformer with its first block, which attends twice, and a last one."""
     config = SIZES["tiny"].config() | {"num_layers": 2}
-    monkeypatch.setitem(SIZES, "tiny", sd3_model.Size(lambda: config, 4, 3, 32, 10))
+    monkeypatch.setitem(SIZES, "tiny", models.Size(lambda: config, 4, 3, 32, 10))
 
 
 def test_mfu_is_the_share_of_the_peak() -> None:

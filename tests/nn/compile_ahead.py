@@ -22,14 +22,21 @@ from advflow_ext.kernels import adaln, qk_norm
 
 CAPABILITIES = (80, 90)
 EPS = 1e-6
-# Pointers that are always of another type than the activations: sums of gradients, and factors kept for them.
-FLOAT32 = re.compile(r"rstd$|sums$|d_w[qk]$")
+# Pointers that are always of another type than the activations: angles, sums of gradients, and factors kept for them.
+FLOAT32 = re.compile(r"rotary$|rstd$|sums$|d_w[qk]$")
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
-    """SD3.5's shapes: name, kernel, constants, warps."""
+    """SD3.5's shapes, and FLUX.1's with their rotation: name, kernel, constants, warps."""
     for text in (True, False):
-        constants = {"HAS_TEXT": text, "D": 64, "ROWS": qk_norm.ROWS, "EPS": EPS}
+        constants = {"HAS_TEXT": text, "ROTARY": True, "D": 128, "ROWS": qk_norm.ROWS, "EPS": EPS}
+        more = constants | {"KEEP_RSTD": False}
+        yield f"qk_norm forward text={text} rotary", qk_norm.forward_kernel, more, qk_norm.FORWARD_WARPS
+        for grad in (False, True):
+            more = constants | {"FROM_OUTPUT": False, "WEIGHT_GRAD": grad}
+            name = f"qk_norm backward text={text} rotary grad={grad}"
+            yield name, qk_norm.backward_kernel, more, qk_norm.BACKWARD_WARPS
+        constants |= {"ROTARY": False, "D": 64}
         for keep in (False, True):
             more = constants | {"KEEP_RSTD": keep}
             yield f"qk_norm forward text={text} rstd={keep}", qk_norm.forward_kernel, more, qk_norm.FORWARD_WARPS
@@ -64,6 +71,7 @@ def untouched(name: str, constants: dict[str, Any]) -> bool:
         kept_inputs = not given("FROM_OUTPUT") or name not in ("text_q", "text_k")
         return not (given("HAS_TEXT") and kept_inputs)
     there = {
+        "rotary": given("ROTARY"),
         "rstd": given("KEEP_RSTD") or given("FROM_OUTPUT"),
         "d_wq": given("WEIGHT_GRAD"),
         "d_wk": given("WEIGHT_GRAD"),

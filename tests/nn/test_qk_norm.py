@@ -45,8 +45,14 @@ def call(module, heads: int, eps: float = 1e-6, **given):
     return op
 
 
-def stock(heads: int, eps: float = 1e-6):
-    """As diffusers writes it: RMSNorm's own roundings, then a concatenation."""
+def angles(tokens: int, head_dim: int, device: str = KERNEL_DEVICE) -> Tensor:
+    """Another for each pair of elements of each token."""
+    turn = torch.randn(tokens, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 3
+    return torch.stack([turn.cos(), turn.sin()], -1).to(device)
+
+
+def stock(heads: int, eps: float = 1e-6, rotary: Tensor | None = None):
+    """As diffusers writes it: RMSNorm's own roundings, a concatenation, a rotation in float32, rounded once more."""
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         variance = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
@@ -56,12 +62,20 @@ def stock(heads: int, eps: float = 1e-6):
         q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
         return [norm(q, wq), norm(k, wk), v]
 
+    def rotated(x: Tensor) -> Tensor:
+        if rotary is None:
+            return x
+        cos, sin = (table.repeat_interleave(2, -1)[:, None] for table in rotary.unbind(-1))
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide) * cos + torch.stack([-odd, even], -1).flatten(3).to(wide) * sin).to(x.dtype)
+
     def op(*tensors: Tensor) -> tuple[Tensor, ...]:
         image, text, weights = split(tensors)
         joint = stream(*image, *weights[:2])
-        if not text:
-            return tuple(joint)
-        return tuple(torch.cat(pair, 1) for pair in zip(joint, stream(*text, *weights[2:]), strict=True))
+        if text:
+            joint = [torch.cat(pair, 1) for pair in zip(joint, stream(*text, *weights[2:]), strict=True)]
+        return rotated(joint[0]), rotated(joint[1]), joint[2]
 
     return op
 
@@ -81,12 +95,15 @@ def incoming(batch: int, tokens: int, heads: int, head_dim: int, device: str) ->
     head_dim=st.sampled_from([16, 32, 64]),
     dtype=st.sampled_from(FLOATS),
     gap=st.sampled_from([0, 3]),
+    turned=st.booleans(),
 )
-@settings(max_examples=40)
-def test_results_and_gradients_are_right(batch, image, text, heads, head_dim, dtype, gap):
+@settings(max_examples=60)
+def test_results_and_gradients_are_right(batch, image, text, heads, head_dim, dtype, gap, turned):
     device = KERNEL_DEVICE
     tensors = [rows_apart(tensor, gap) for tensor in draw(batch, image, text, heads, head_dim, dtype, device)]
-    assert_right(call(af.nn, heads), stock(heads), tensors, incoming(batch, image + text, heads, head_dim, device))
+    rotary = angles(image + text, head_dim) if turned else None
+    grads = incoming(batch, image + text, heads, head_dim, device)
+    assert_right(call(af.nn, heads, rotary=rotary), stock(heads, rotary=rotary), tensors, grads)
 
 
 @given(
@@ -116,15 +133,33 @@ def test_gradients_along_the_outputs_are_right():
         assert_right(call(af.nn, 2, keep="outputs"), stock(2), tensors, grads)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("text", [0, 5])
-def test_reference_is_right(text):
+def test_reference_is_right(text, turned):
     tensors = draw(2, 7, text, 3, 8, torch.float32, "cpu")
-    assert_right(call(af.reference, 3), stock(3), tensors, incoming(2, 7 + text, 3, 8, "cpu"))
+    rotary = angles(7 + text, 8, "cpu") if turned else None
+    grads = incoming(2, 7 + text, 3, 8, "cpu")
+    assert_right(call(af.reference, 3, rotary=rotary), stock(3, rotary=rotary), tensors, grads)
 
 
-def test_gradients_of_the_reference_pass_gradcheck():
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_of_the_reference_pass_gradcheck(turned):
     tensors = draw(1, 2, 2, 2, 4, torch.float64, "cpu")
-    assert torch.autograd.gradcheck(call(af.reference, 2), tensors)
+    rotary = angles(4, 4, "cpu") if turned else None
+    assert torch.autograd.gradcheck(call(af.reference, 2, rotary=rotary), tensors)
+
+
+def test_a_rotation_is_one_of_complex_numbers_and_rows_may_lie_anywhere():
+    """float32 to the last bits: Qwen-Image multiplies pairs of elements as complex numbers."""
+    q, k, v, wq, wk = (tensor.detach() for tensor in draw(2, 5, 0, 2, 32, torch.float32, KERNEL_DEVICE))
+    plain = af.nn.joint_qk_norm(q, k, v, wq, wk, heads=2)
+    table = angles(5, 32)
+    apart = rows_apart(table.flatten(1), 3).unflatten(-1, (16, 2))
+    turned = af.nn.joint_qk_norm(q, k, v, wq, wk, heads=2, rotary=apart)
+    for one, other in zip(turned[:2], plain[:2], strict=True):
+        expected = torch.view_as_complex(other.unflatten(-1, (16, 2))) * torch.view_as_complex(table)[:, None]
+        torch.testing.assert_close(one, torch.view_as_real(expected).flatten(-2), rtol=1e-6, atol=1e-6)
+    assert torch.equal(turned[2], plain[2])
 
 
 @pytest.mark.parametrize("head_dim", [8, 24])
@@ -198,25 +233,28 @@ def test_opcheck(text):
     tensors = [tensor.detach() for tensor in draw(2, 4, text, 2, 32, torch.float32, KERNEL_DEVICE)]
     image, texts, weights = ([*part] for part in split(tensors))
     streams = image if text else image[:2]
-    for keep_rstd in (False, True):
-        arguments = (streams, texts, weights, 2, 1e-6, keep_rstd)
+    table = angles(4 + text, 32)
+    for rotary, keep_rstd in ((table, False), (None, False), (None, True)):
+        arguments = (streams, texts, weights, rotary, 2, 1e-6, keep_rstd)
         torch.library.opcheck(torch.ops.advflow.joint_qk_norm.default, arguments)
     *joint, rstd = torch.ops.advflow.joint_qk_norm(*arguments)
     grads = [grad.contiguous() for grad in incoming(2, 4 + text, 2, 32, KERNEL_DEVICE)][: len(streams)]
     for arguments in (
-        (grads, image[:2], texts[:2], weights, None, 4, 1e-6, False),
-        (grads, image[:2], texts[:2], weights, None, 4, 1e-6, True),
-        (grads, joint[:2], [], weights, rstd, 4, 1e-6, False),
+        (grads, image[:2], texts[:2], weights, None, None, 4, 1e-6, False),
+        (grads, image[:2], texts[:2], weights, table, None, 4, 1e-6, True),
+        (grads, image[:2], texts[:2], weights, None, None, 4, 1e-6, True),
+        (grads, joint[:2], [], weights, None, rstd, 4, 1e-6, False),
     ):
         torch.library.opcheck(torch.ops.advflow.joint_qk_norm_backward.default, arguments)
 
 
-@pytest.mark.parametrize("text", [0, 3])
-def test_compiles_into_one_graph(text):
+@pytest.mark.parametrize(("text", "turned"), [(0, False), (3, False), (3, True)])
+def test_compiles_into_one_graph(text, turned):
     tensors = draw(2, 4, text, 2, 32, torch.float32, KERNEL_DEVICE)
     grads = incoming(2, 4 + text, 2, 32, KERNEL_DEVICE)
-    eager = results_and_gradients(call(af.nn, 2), tensors, grads)
-    compiled = torch.compile(call(af.nn, 2), fullgraph=True, backend="aot_eager")
+    op = call(af.nn, 2, rotary=angles(4 + text, 32) if turned else None)
+    eager = results_and_gradients(op, tensors, grads)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for one, other in zip(results_and_gradients(compiled, tensors, grads), eager, strict=True):
         assert torch.equal(one, other)
 
@@ -241,6 +279,19 @@ def test_trained_weights_keep_the_inputs():
         ({"text": (torch.zeros(2, 1, 64),) * 3}, "text and text_weights are given together"),
         ({"q": torch.zeros(2, 64)}, r"q has shape \[2, 64\]; accepted is \[batch, tokens, width\]"),
         ({"eps": -1.0}, "eps is -1.0"),
+        (
+            {"rotary": torch.zeros(4, 32)},
+            r"rotary has shape \[4, 32\]; accepted is \[tokens of q and text, width .* / 2, 2\], \[4, 16, 2\]",
+        ),
+        ({"rotary": torch.ones(4, 16, 2).requires_grad_()}, "rotary asks for a gradient; accepted are fixed angles"),
+        (
+            {"rotary": torch.zeros(4, 16, 2), "keep": "outputs"},
+            "keep is 'outputs' and rotary is given; accepted is then 'inputs'",
+        ),
+        (
+            {"heads": 64, "weight_q": torch.ones(1), "weight_k": torch.ones(1), "rotary": torch.zeros(4, 0, 2)},
+            "rotary turns pairs of elements and heads have 1; accepted is an even number",
+        ),
         (
             dict.fromkeys("qkv", torch.empty(2**15, 2**15, 64, device="meta"))
             | dict.fromkeys(("weight_q", "weight_k"), torch.empty(32, device="meta")),

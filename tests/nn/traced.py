@@ -76,7 +76,7 @@ def image_alone(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> tuple[Tens
 
 def joint_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     grads, image, text, weights = tensors[:3], tensors[3:5], tensors[5:7], tensors[7:]
-    return tuple(torch.ops.advflow.joint_qk_norm_backward(grads, image, text, weights, None, N, 1e-6, False))
+    return tuple(torch.ops.advflow.joint_qk_norm_backward(grads, image, text, weights, None, None, N, 1e-6, False))
 
 
 OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {

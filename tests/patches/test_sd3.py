@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import advflow_ext as af
-from advflow_ext.patches import _sd3_block
+from advflow_ext.patches import _fused, _sd3_block
 from advflow_ext.testing import relative_error
 from tests.nn.kernel_checks import KERNEL_DEVICE, RecordedOps
 
@@ -352,13 +352,13 @@ def test_a_forward_that_somebody_else_replaced_is_kept_and_said():
 
 
 def test_a_wrong_kernel_is_found_out_and_replaced(model, stock, monkeypatch):
-    fused = _sd3_block.joint_qk_norm
+    fused = _fused.joint_qk_norm
 
     def wrong(*tensors: Tensor, **options) -> tuple[Tensor, ...]:
         q, k, v = fused(*tensors, **options)
         return 1.01 * q, k, v
 
-    monkeypatch.setattr(_sd3_block, "joint_qk_norm", wrong)
+    monkeypatch.setattr(_fused, "joint_qk_norm", wrong)
     with af.apply_to_sd3(model), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         first = run(model, inputs())

@@ -226,7 +226,7 @@ def test_a_block_of_diffusers_0_31_takes_no_arguments_of_joint_attention() -> No
     model = small()
     block = model.transformer_blocks[1]
     block.set_chunk_feed_forward(1, dim=0)
-    fused = _sd3_block.FusedBlock(frozenset({"gate"}), _diffusers.stock_classes(), None)
+    fused = _sd3_block.SD3Block(frozenset({"gate"}), _diffusers.sd3_classes(), None)
 
     def old(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> str:
         return "old"

@@ -193,8 +193,8 @@ def test_fused_layers_train_the_same(small_config: Make) -> None:
     for fused in (False, True):
         trainer = Trainer(small_config(model=LORA, runtime=RuntimeConfig(fused=fused)))
         transformer = trainer.policies.transformer("learner")
-        assert hasattr(transformer.transformer_blocks[0], "_advflow_sd3_patch") == fused
-        assert hasattr(transformer.transformer_blocks[0].attn.to_q, "_advflow_sd3_patch") == fused
+        assert hasattr(transformer.transformer_blocks[0], "_advflow_patch") == fused
+        assert hasattr(transformer.transformer_blocks[0].attn.to_q, "_advflow_patch") == fused
         rows[fused] = trainer.iterate(0)
     assert rows[True]["loss"] == pytest.approx(rows[False]["loss"], rel=1e-4)
     assert rows[True]["grad_norm"] == pytest.approx(rows[False]["grad_norm"], rel=1e-4)

@@ -96,7 +96,7 @@ class SD3:
             )[0]
         return v
 
-    def fuse(self, transformer: SD3Transformer2DModel) -> af.SD3Patch:
+    def fuse(self, transformer: SD3Transformer2DModel) -> af.TransformerPatch:
         return af.apply_to_sd3(transformer)
 
     def blocks(self, transformer: SD3Transformer2DModel) -> Iterable[torch.nn.Module]:
