@@ -22,6 +22,7 @@ from advflow_ext.integrations import dance_grpo, flow_grpo, mix_grpo
 STAND_INS = Path(__file__).parent / "stand_ins"
 SIGMAS = rollout.shifted_twice(10).float()
 STEPS = torch.tensor([0, 3, 5, 8])
+PLACE = 3  # of functions that take one step for all
 PACKED = (256, 16)  # of FLUX's latents; those of SD3 are [16, h, w]
 
 
@@ -53,13 +54,13 @@ class Named(NamedTuple):
     def __call__(
         self, index: Tensor, v: Tensor, x: Tensor, x_next: Tensor | None = None, level: float | None = None
     ) -> Returned:
-        """One seed; ``index`` is ``[N]``, of which those that take one step for all take the first."""
+        """One seed; ``index`` is ``[N]``, all the same for those that take one."""
         torch.manual_seed(5)
         return self.step(self.function(), index, v, x, x_next, self.level if level is None else level)
 
     @property
     def index(self) -> Tensor:
-        return STEPS if self.integration is flow_grpo else STEPS[1].expand(4)
+        return STEPS if self.integration is flow_grpo else torch.full((4,), PLACE)
 
     def latents(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(3)
@@ -94,7 +95,13 @@ def scheduler() -> SimpleNamespace:
 
 
 def _flow_grpo_step(
-    function: Callable[..., Any], index: Tensor, v: Tensor, x: Tensor, x_next: Tensor | None, level: float, **options: Any
+    function: Callable[..., Any],
+    index: Tensor,
+    v: Tensor,
+    x: Tensor,
+    x_next: Tensor | None,
+    level: float,
+    **options: Any,
 ) -> Returned:
     if "return_sqrt_dt" in inspect.signature(function).parameters:
         options["return_sqrt_dt"] = True
@@ -112,7 +119,7 @@ def _flux_step(
     function: Callable[..., Any], index: Tensor, v: Tensor, x: Tensor, x_next: Tensor | None, level: float
 ) -> Returned:
     # As scripts do: a number in a rollout, a 0-dimensional tensor in training.
-    at = int(index[0]) if x_next is None else index[0]
+    at = PLACE if x_next is None else index[0]
     found = function(v, x, level, SIGMAS, at, prev_sample=x_next, grpo=True, sde_solver=level > 0)
     return Returned(found[0], found[2], None, found)
 
@@ -120,7 +127,7 @@ def _flux_step(
 def _mix_flow_step(
     function: Callable[..., Any], index: Tensor, v: Tensor, x: Tensor, x_next: Tensor | None, level: float
 ) -> Returned:
-    at = int(index[0]) if x_next is None else index[0]
+    at = PLACE if x_next is None else index[0]
     found = function(v, x, level, SIGMAS, at, prev_sample=x_next, determistic=False)
     return Returned(found[0], found[2], found[3], found)
 
@@ -134,10 +141,10 @@ _HALF = torch.bfloat16
 
 NAMED = {
     "flow_grpo": Named(
-        *_SD3, "flow_sde", 0.7, _flow_grpo_step, "flow_grpo.py:sde_step_with_logprob", f"flow_grpo/{_SD3_FILE}"
+        *_SD3, "flow_sde", 0.7, _flow_grpo_step, "flow_grpo.py:as_of_9745241", f"flow_grpo/{_SD3_FILE}"
     ),
     "flow_grpo CPS": Named(
-        *_SD3, "cps", 0.8, _flow_grpo_cps, "flow_grpo.py:sde_step_with_logprob", f"flow_grpo/{_SD3_FILE}"
+        *_SD3, "cps", 0.8, _flow_grpo_cps, "flow_grpo.py:as_of_9745241", f"flow_grpo/{_SD3_FILE}"
     ),
     "flow_grpo at ac4c86e": Named(*_SD3, "flow_sde", 0.7, _flow_grpo_step, "flow_grpo.py:as_of_ac4c86e", ""),
     "flow_grpo at 3d02fd9, CPS": Named(*_SD3, "cps", 0.8, _flow_grpo_cps, "flow_grpo.py:as_of_3d02fd9", ""),

@@ -44,9 +44,7 @@ def _dance(v, x, eta, sigmas, index, sde_solver):
     return mean, torch.tensor(eta * math.sqrt(s - following)), x - s * v
 
 
-def flow_grpo_step(
-    model_output, latents, eta, sigmas, index, prev_sample, generator=None, determistic=False
-):
+def flow_grpo_step(model_output, latents, eta, sigmas, index, prev_sample, generator=None, determistic=False):
     """MixGRPO's, which scores an Euler step by the SDE's density, and returns the whole of its sigma."""
     if prev_sample is not None and generator is not None:
         raise ValueError("Cannot pass both generator and prev_sample.")

@@ -66,8 +66,10 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
             x_next = (mean + sigma * noise).to(latents.dtype).float()
         log_prob = None
         if compute_log_prob:
-            log_prob = torch.zeros(len(x)) if dynamics == "ODE" else log_density(
-                x_next, mean, sigma, variance=dynamics != "CPS"
+            log_prob = (
+                torch.zeros(len(x))
+                if dynamics == "ODE"
+                else log_density(x_next, mean, sigma, variance=dynamics != "CPS")
             )
         if not return_dict:
             return x_next, mean, v, log_prob, std, s_end - s

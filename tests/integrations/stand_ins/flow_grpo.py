@@ -15,7 +15,7 @@ def randn_tensor(shape, generator=None, device=None, dtype=None):
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
-def sde_step_with_logprob(
+def as_of_9745241(
     self,
     model_output,
     timestep,
@@ -26,6 +26,25 @@ def sde_step_with_logprob(
     sde_type="sde",
     return_sqrt_dt=False,
 ):
+    returned = _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type)
+    return returned if return_sqrt_dt else returned[:4]
+
+
+def as_of_3d02fd9(
+    self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None, sde_type="sde"
+):
+    return _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type)[:4]
+
+
+def as_of_ac4c86e(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None):
+    return _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, "sde")[:4]
+
+
+def as_of_flow_cps(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None):
+    return _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, "cps")[:4]
+
+
+def _step(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type):
     v, x = model_output.float(), sample.float()
     places = [self.index_for_timestep(each) for each in timestep]
     shape = (-1, *[1] * (x.dim() - 1))
@@ -42,19 +61,4 @@ def sde_step_with_logprob(
         prev_sample = mean + std * randn_tensor(v.shape, generator=generator, device=v.device, dtype=v.dtype)
     density = rollout.log_prob if sde_type == "sde" else rollout.log_prob_without_variance
     log_prob = density(prev_sample.float().detach(), (mean, std))
-    returned = prev_sample.float(), log_prob, mean, std_dev_t
-    return (*returned, sqrt_dt) if return_sqrt_dt else returned
-
-
-def as_of_3d02fd9(
-    self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None, sde_type="sde"
-):
-    return sde_step_with_logprob(self, model_output, timestep, sample, noise_level, prev_sample, generator, sde_type)
-
-
-def as_of_ac4c86e(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None):
-    return sde_step_with_logprob(self, model_output, timestep, sample, noise_level, prev_sample, generator)
-
-
-def as_of_flow_cps(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None, generator=None):
-    return sde_step_with_logprob(self, model_output, timestep, sample, noise_level, prev_sample, generator, "cps")
+    return prev_sample.float(), log_prob, mean, std_dev_t, sqrt_dt

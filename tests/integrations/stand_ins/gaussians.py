@@ -32,6 +32,8 @@ def log_density(x_next: Tensor, mean: Tensor, sigma: Tensor, *, variance: bool =
 def column(number: float | Tensor, like: Tensor) -> Tensor:
     """One number a sample in the dtype of ``like``, shaped to broadcast to it."""
     given = torch.as_tensor(number).to(like.device, like.dtype)
-    return given.expand(like.shape[0]).view(-1, *[1] * (like.dim() - 1)) if given.numel() == 1 else given.view(
-        -1, *[1] * (like.dim() - 1)
+    return (
+        given.expand(like.shape[0]).view(-1, *[1] * (like.dim() - 1))
+        if given.numel() == 1
+        else given.view(-1, *[1] * (like.dim() - 1))
     )

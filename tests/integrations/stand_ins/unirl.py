@@ -91,7 +91,9 @@ class FlowDPPO:
         steps = self._resolve_target_steps(segment)
         found = self.stage.replay(conditions, segment=segment, params=self.params, step_indices=steps)
         log_ratio = found.log_probs - segment.sde_logp.to(found.log_probs)
-        kl = (found.prev_sample_means - segment.sde_means) ** 2 / (2 * self._compute_sigma_t(segment, steps, "cpu") ** 2)
+        kl = (found.prev_sample_means - segment.sde_means) ** 2 / (
+            2 * self._compute_sigma_t(segment, steps, "cpu") ** 2
+        )
         far = kl.flatten(2).mean(2) >= self.kl_mask_threshold
         A = advantages[:, None].expand_as(log_ratio)
         masked = far & (A * (log_ratio.exp() - 1) > 0)

@@ -25,9 +25,7 @@ class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
             s, s_end = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         else:
             steps = [self.index_for_timestep(t) for t in timestep]
-            s, s_end = (
-                column(self.sigmas[places], sample) for places in (steps, [step + 1 for step in steps])
-            )
+            s, s_end = (column(self.sigmas[places], sample) for places in (steps, [step + 1 for step in steps]))
         level = torch.as_tensor(noise_level, dtype=torch.float32)
         mean, std, sigma = transition(SAMPLERS[sde_type], model_output, sample, s, s_end, level, self.sigmas[1])
         if prev_sample is None:
