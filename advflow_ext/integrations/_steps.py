@@ -14,10 +14,12 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext.contract.step_table import StepRows
+from advflow_ext.kernels.sde_step import transition_eps_op
 from advflow_ext.ops.sde_step import step_of_rows
 from advflow_ext.ops.transition_log_prob import log_prob_of_rows
 from advflow_ext.reference.sde_step import step_of_rows as reference_step
 from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
+from advflow_ext.reference.transition_log_prob import noise_between
 
 Level = float | Tensor
 
@@ -83,14 +85,22 @@ def mean(v: Tensor, x: Tensor, steps: Steps) -> Tensor:
     return torch.addcmul(c_x * x, c_v, v)
 
 
-def log_prob(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps, *, variance: bool = True) -> Tensor:
+def log_prob(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows, *, variance: bool = True) -> Tensor:
     """:func:`advflow_ext.transition_log_prob` of these transitions, ``[N]`` in float64."""
     op = log_prob_of_rows if _native.serves(v, x, x_next) else reference_log_prob
-    return op(v, x.detach(), x_next.detach(), steps.rows, variance)
+    return op(v, x.detach(), x_next.detach(), rows, variance)
+
+
+@torch.no_grad()
+def noise(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows) -> Tensor:
+    """:func:`advflow_ext.transition_noise` of these transitions."""
+    if _native.serves(v, x, x_next):
+        return transition_eps_op(v, x, x_next, torch.stack(rows[:3], 1))
+    return noise_between(v, x, x_next, rows)
 
 
 def draw(
-    v: Tensor, x: Tensor, noise: Tensor, steps: Steps, dtype: torch.dtype, *, variance: bool = True
+    v: Tensor, x: Tensor, drawn_noise: Tensor, steps: Steps, dtype: torch.dtype, *, variance: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The next x in ``dtype`` and its log-probability by :func:`advflow_ext.sde_step`, with the trainer's own noise.
 
@@ -98,14 +108,14 @@ def draw(
     """
     with torch.no_grad():
         if _native.serves(v):
-            drawn = step_of_rows(v, x, steps.rows, noise, None, dtype, variance)
+            drawn = step_of_rows(v, x, steps.rows, drawn_noise, None, dtype, variance)
         else:
-            drawn = reference_step(v, x, steps.rows, noise, dtype, variance)
+            drawn = reference_step(v, x, steps.rows, drawn_noise, dtype, variance)
     if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
         return drawn.x_next, drawn.log_prob
     expected = mean(v, x, steps)
     carried = drawn.x_next + (expected - expected.detach()).to(dtype)
-    return carried, log_prob(v, x, drawn.x_next, steps, variance=variance)
+    return carried, log_prob(v, x, drawn.x_next, steps.rows, variance=variance)
 
 
 def per_sample(number: Tensor, x: Tensor) -> Tensor:

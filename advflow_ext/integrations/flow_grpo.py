@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import advflow_ext as af
-from advflow_ext.integrations import _patching
-from advflow_ext.integrations._schedules import table_of
+from advflow_ext.contract.numbers import values_are_at_hand
+from advflow_ext.integrations import _patching, _steps
 
 MODULE = "flow_grpo.diffusers_patch.sd3_sde_with_logprob"
 NAME = "sde_step_with_logprob"
 
-_SAMPLERS = {"sde": "flow_sde", "cps": "cps"}
 _patch = _patching.Patch("flow_grpo")
 
 
@@ -31,8 +29,8 @@ def install(exact: bool = False) -> None:
     Same arguments, returns and conventions: Flow-SDE with its second sigma where s is 1, or CPS; means over elements,
     with ln sqrt(2 pi), or without variance for CPS; noise from the caller's generator by its own ``randn_tensor``. What
     changes: log-probabilities are float64, of the bits with which the transition was sampled, so that the log-ratio of
-    an unchanged policy is 0 itself; their gradient is one launch; no call waits for the device, but for the first on a
-    schedule; a deterministic step, such as noise level 0 in evaluation, has log-probability 0, where theirs is NaN.
+    an unchanged policy is 0 itself; their gradient is one launch; no call waits for the device; a deterministic step,
+    such as noise level 0 in evaluation, has log-probability 0, where theirs of Flow-SDE is NaN.
 
     exact: not possible by name. The difference form needs the velocity and the noise of the rollout, two latents a
     transition, which neither this function's arguments nor its returns carry.
@@ -47,8 +45,8 @@ def install(exact: bool = False) -> None:
     if exact:
         raise ValueError(
             "exact is True; accepted is False: sde_step_with_logprob carries neither the rollout's velocity nor its "
-            "noise. The form that stores both, two latents a transition, changes flow_grpo's pipeline and script: the "
-            "patch files of advflow_ext/integrations/patches."
+            "noise. The form that stores both, two latents a transition, changes flow_grpo's pipeline and script: "
+            "python -m advflow_ext.integrations.patches apply flow_grpo CHECKOUT."
         )
     module = _patching.find_module("flow_grpo", MODULE)
     if _patch.replaces(module, NAME):
@@ -75,29 +73,39 @@ def _step(
     generator: Any,
     sde_type: str,
 ) -> tuple[Tensor, ...]:
-    if sde_type not in _SAMPLERS:
+    if sde_type not in ("sde", "cps"):
         raise ValueError(f"sde_type is {sde_type!r}; accepted are 'sde' and 'cps'.")
-    table = table_of(self.sigmas, _SAMPLERS[sde_type], noise_level)
     model_output, sample = model_output.float(), sample.float()
-    steps = table.index_of(torch.as_tensor(timestep, device=sample.device), scale=self.config.num_train_timesteps)
-    index = steps.view(()) if steps.numel() == 1 else steps  # a pipeline asks once for all samples
-    sampled = prev_sample is None
+    sigmas = self.sigmas.to(sample.device, torch.float64, non_blocking=True)
+    index = _index_of(self.timesteps, timestep, sample)
+    s, s_end = (_steps.column("timestep", sigmas.index_select(0, place), sample) for place in (index, index + 1))
+    variance = sde_type == "sde"
+    if variance:
+        steps = _steps.flow_sde(s, s_end, noise_level, sigmas[1], len(sample))
+    else:
+        steps = _steps.cps(s, s_end, noise_level, len(sample))
     if prev_sample is None:
         # Theirs: a seed gives the noise it gave before.
         draw = vars(sys.modules[MODULE])["randn_tensor"]
         noise = draw(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        prev_sample = af.sde_step(model_output, sample, table, index, noise=noise).x_next
-    prev_sample = prev_sample.float()
-    variance = sde_type == "sde"
-    log_prob = af.transition_log_prob(model_output, sample, prev_sample, table, index, variance=variance)
+        prev_sample, log_prob = _steps.draw(model_output, sample, noise, steps, sample.dtype, variance=variance)
+    else:
+        prev_sample = prev_sample.float()
+        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps, variance=variance)
+    mean = _steps.mean(model_output, sample, steps)
+    std_dev_t, sqrt_dt = (
+        number.float().view(-1, *[1] * (sample.dim() - 1)) for number in (steps.std_dev_t, (-steps.dt).sqrt())
+    )
+    return prev_sample, log_prob, mean, std_dev_t, sqrt_dt
 
-    columns = (column.view(-1, *[1] * (sample.dim() - 1)) for column in table.rows(steps.view(-1)))
-    c_x, c_v, sigma, _, dt = columns
-    sqrt_dt = (-dt).sqrt()
-    mean = torch.addcmul(sample * c_x, model_output, c_v)
-    if sampled and mean.requires_grad:
-        prev_sample = prev_sample + (mean - mean.detach())  # the same bits, with the mean's gradient
-    return prev_sample, log_prob, mean, sigma / sqrt_dt if variance else sigma, sqrt_dt
+
+def _index_of(timesteps: Tensor, timestep: Any, x: Tensor) -> Tensor:
+    """Where in the scheduler's timesteps each one is, ``[1]`` or ``[N]``, on the device of x."""
+    given = torch.as_tensor(timestep, device=x.device).view(-1, 1)
+    distance, index = (given - timesteps.to(x.device, non_blocking=True)).abs().min(1)
+    if values_are_at_hand(distance) and (distance >= 0.5).any():
+        raise ValueError(f"timestep is {given.flatten().tolist()}; accepted are the scheduler's, {timesteps.tolist()}.")
+    return index
 
 
 def _as_of_9745241(
@@ -188,7 +196,6 @@ def _require_numbers(module: ModuleType, version: _Version) -> None:
     scheduler = SimpleNamespace(
         sigmas=sigmas,
         timesteps=timesteps,
-        config=SimpleNamespace(num_train_timesteps=1000),
         index_for_timestep=lambda timestep: int((timesteps == timestep).nonzero()),
     )
     v, x, x_next = torch.linspace(0, 12, 48).sin().view(3, 2, 2, 2, 2)
@@ -197,7 +204,6 @@ def _require_numbers(module: ModuleType, version: _Version) -> None:
     for option in options:
         given = (scheduler, v, timesteps[[0, 2]], x)
         results = [step(*given, prev_sample=x_next, **option) for step in (theirs, ours)]
-        named = zip(("prev_sample", "log_prob", "prev_sample_mean", "std_dev_t"), *results, strict=True)
-        _patching.require_agreement(
-            f"{MODULE}.{NAME}", version.commits, {name: (their, our) for name, their, our in named}, 1e-5
-        )
+        returned = ("prev_sample", "log_prob", "prev_sample_mean", "std_dev_t")
+        found = {word: (their, our) for word, their, our in zip(returned, *results, strict=True)}
+        _patching.require_agreement(f"{MODULE}.{NAME}", version.commits, found, 1e-5)

@@ -132,7 +132,7 @@ def _sample_previous_step(
         noise = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
         prev_sample, log_prob = _steps.draw(model_output, sample, noise, steps, torch.float32, variance=variance)
     elif return_logprobs:
-        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps, variance=variance)
+        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps.rows, variance=variance)
     if log_prob is not None and variance and not include_logprob_normalizer:
         sigma = steps.rows.sigma.double()
         log_prob = log_prob + torch.where(sigma > 0, sigma.log() + math.log(2 * math.pi) / 2, 0)
