@@ -22,7 +22,7 @@ def distillation_loss(
     v: Tensor,
     v_teacher: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     *,
     form: str = "sde",
     policy_weight: Number = 1.0,

@@ -18,7 +18,7 @@ def flow_dppo_loss(
     v_old: Tensor,
     eps: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     *,
     threshold: Number = 1e-6,

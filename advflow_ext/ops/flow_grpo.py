@@ -18,7 +18,7 @@ def flow_grpo_loss(
     v_old: Tensor,
     eps: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     *,
     clip: Number | tuple[Number, Number] = 1e-4,
@@ -44,7 +44,8 @@ def flow_grpo_loss(
         v_old: velocity of the rollout policy at the same x, shaped like v.
         eps: noise of the transition as :func:`sde_step` returns it, shaped like v: (x' - mean) / sigma after any
             rounding of x'.
-        table: the rollout's :class:`StepTable`. index: int64 ``[N]``, each transition's step in it.
+        table: the rollout's :class:`StepTable`. index: the step in it of all transitions, or int64
+            or int32 ``[N]``.
         advantages: ``[N]``, see :func:`group_advantages`; every transition of an image has the image's.
         clip: at least 0, below 1, or a pair (below, above) for 1-below and 1+above. Its unit is the mean-reduced ratio:
             1e-4 is 6.6 nats at D = 65536.

@@ -18,7 +18,7 @@ def grpo_guard_loss(
     v_old: Tensor,
     eps: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     *,
     clip: Number | tuple[Number, Number] = 2e-6,

@@ -19,7 +19,13 @@ FORMS = ("sde", "ode")
 
 
 def distillation_arguments(
-    v: Tensor, v_teacher: Tensor, table: StepTable, index: Tensor, form: str, policy_weight: Number, reduction: str
+    v: Tensor,
+    v_teacher: Tensor,
+    table: StepTable,
+    index: int | Tensor,
+    form: str,
+    policy_weight: Number,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """The factor of <(v-v_teacher)^2> ``[N]``, and which steps can be trained."""
     checks.require_latent("v", v)
@@ -39,7 +45,7 @@ def distillation_loss(
     v: Tensor,
     v_teacher: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     *,
     form: str = "sde",
     policy_weight: Number = 1.0,

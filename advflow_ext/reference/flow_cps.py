@@ -17,7 +17,7 @@ def flow_cps_loss(
     v_old: Tensor,
     eps: Tensor,
     table: StepTable,
-    index: Tensor,
+    index: int | Tensor,
     advantages: Tensor,
     *,
     clip: Number | tuple[Number, Number] = 1e-4,
