@@ -51,23 +51,23 @@ def step_of(code: str, name: str) -> Any:
 
 def test_the_forward_step_learns() -> None:
     step, policy, rewards = step_of(FORWARD, "forward_step"), start(), []
-    reference, optimizer = copy.deepcopy(policy), torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    for _ in range(300):
+    reference, optimizer = copy.deepcopy(policy), torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for _ in range(80):
         rollout = copy.deepcopy(policy)
         found, metrics = step(policy, rollout, reference, sample, reward, prompts(), optimizer)
         rewards.append(found.mean())
-    assert torch.stack(rewards[-20:]).mean() - torch.stack(rewards[:20]).mean() > 0.5
+    assert torch.stack(rewards[-10:]).mean() - torch.stack(rewards[:10]).mean() > 1
     assert metrics.as_dict()["reference_deviation"] > 0
 
 
 def test_the_reverse_step_learns() -> None:
     step, policy, rewards = step_of(REVERSE, "reverse_step"), start(), []
-    reference, optimizer = copy.deepcopy(policy), torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    for _ in range(100):
+    reference, optimizer = copy.deepcopy(policy), torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for _ in range(40):
         x = torch.randn(PROMPTS * GROUP, 2)
         found, metrics = step(policy, reference, reward, prompts(), x, torch.linspace(1, 0, 11), optimizer)
         rewards.append(found.mean())
-    assert torch.stack(rewards[-20:]).mean() - torch.stack(rewards[:20]).mean() > 0.3
+    assert torch.stack(rewards[-10:]).mean() - torch.stack(rewards[:10]).mean() > 0.5
     assert metrics.as_dict()["max_abs_log_ratio"] == 0  # the optimizer steps once a rollout
 
 
