@@ -46,6 +46,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("peers") and "PEERS" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs the trainers' checkouts: make test-peers PEERS=folder"))
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -143,7 +143,7 @@ class StepTable:
             sigma_1 = torch.zeros_like(s)
 
         level = level.clamp(max=_LARGEST)
-        self._starts: tuple[float, ...] = tuple(s.tolist())
+        self._repeats = s.unique().numel() < self.steps
         self.dt = s_end - s
         h = -self.dt
         if sampler == "cps":
@@ -179,8 +179,8 @@ class StepTable:
         outside = torch.full_like(columns[:1], torch.nan)
         self._rows = torch.cat([outside, columns, outside])
         cpu = self._rows.device
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {
-            (cpu, dtype): self._rows.to(dtype) for dtype in (torch.float32, torch.float64)
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {
+            ("_rows", cpu, dtype): self._rows.to(dtype) for dtype in (torch.float32, torch.float64)
         }
 
     def _require_carried_noise(self, convention: str) -> None:
@@ -207,10 +207,11 @@ class StepTable:
         )
 
     def index_of(self, timesteps: Tensor, *, scale: float = 1000.0) -> Tensor:
-        """The steps that begin at ``timesteps`` / ``scale``, int64 of their shape, never waiting for their device.
+        """The steps that begin at ``timesteps`` / ``scale``, int64 of their shape, not waiting for their device.
 
         The nearest beginning is taken, at most 1e-3 away: schedulers round, DanceGRPO cuts fractions off. Where none is
-        within reach it is -1, which ops refuse on CPU, and drop and count, or show as NaN, on CUDA.
+        within reach it is -1, which ops refuse on CPU, and drop and count, or show as NaN, on CUDA. The first use on a
+        device copies the beginnings there.
 
         Arguments:
             timesteps: of any dtype but bool and complex, s times ``scale``.
@@ -222,16 +223,11 @@ class StepTable:
             kind = timesteps.dtype if isinstance(timesteps, Tensor) else f"a {type(timesteps).__name__}"
             raise ValueError(f"timesteps is {kind}; accepted is a tensor of real numbers.")
         require_number("scale", scale, low=0.0, exclusive=True)
-        if len(set(self._starts)) < self.steps:
+        if self._repeats:
             raise ValueError("table has several steps that begin at one s; accepted is one without for index_of.")
-        given = timesteps.detach().double() / scale
-        nearest, index = torch.full_like(given, 1e-3 + 1e-9), torch.full_like(given, -1, dtype=torch.int64)
-        for step, start in enumerate(self._starts):
-            distance = (given - start).abs()
-            closer = distance < nearest
-            nearest = torch.where(closer, distance, nearest)
-            index = torch.where(closer, step, index)
-        return index
+        given = (timesteps.detach().double() / scale).unsqueeze(-1)
+        distance, index = (given - self._copy("s", given, given.dtype)).abs().min(-1)
+        return torch.where(distance < 1e-3 + 1e-9, index, -1)
 
     def columns(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[N, 5]``, the columns of :class:`StepRows`, on the device of ``index``; never waits for that device but on
@@ -240,18 +236,23 @@ class StepTable:
 
     def padded(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """``[steps + 2, 5]``, the columns of every step on the device of ``index``, between two rows of NaN."""
-        where = (index.device, dtype)
-        if isinstance(index, FakeTensor):  # it takes none but its own kind
+        return self._copy("_rows", index, dtype)
+
+    def _copy(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An attribute on the device of ``like``."""
+        values: Tensor = getattr(self, name)
+        where = (name, like.device, dtype)
+        if isinstance(like, FakeTensor):  # it takes none but its own kind
             with _real_tensors():
-                numbers = self._rows.tolist()
-            with index.fake_mode:
-                return torch.tensor(numbers, dtype=dtype, device=index.device)
+                numbers = values.tolist()
+            with like.fake_mode:
+                return torch.tensor(numbers, dtype=dtype, device=like.device)
         if where in self._copies:
             return self._copies[where]
         if torch.compiler.is_compiling():  # the graph owns what it makes, and a CUDA graph writes over it
-            return self._rows.to(dtype).to(index.device, non_blocking=True)
+            return values.to(dtype).to(like.device, non_blocking=True)
         with _real_tensors():
-            self._copies[where] = self._rows.to(dtype).to(index.device)
+            self._copies[where] = values.to(dtype).to(like.device)
         return self._copies[where]
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> StepRows:
@@ -259,7 +260,7 @@ class StepTable:
         return StepRows(*self.columns(index, dtype).unbind(1))
 
     def __getstate__(self) -> dict[str, Any]:
-        copies = {where: copy for where, copy in self._copies.items() if where[0].type == "cpu"}
+        copies = {where: copy for where, copy in self._copies.items() if where[1].type == "cpu"}
         return {**self.__dict__, "_copies": copies}
 
     def __repr__(self) -> str:

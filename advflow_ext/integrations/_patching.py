@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FrameType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Replacement(NamedTuple):
 
     owner: ModuleType | type
     name: str
-    function: FunctionType
+    function: Function
 
 
 class _Kept(NamedTuple):
@@ -119,6 +119,12 @@ class Patch:
         held = vars(owner).get(name)
         return any(kept.replacement is held for kept in self._kept)
 
+    def original(self, owner: ModuleType | type, name: str) -> Function:
+        """The trainer's own of what is replaced, for what a replacement leaves to it."""
+        held = next(kept.original for kept in self._kept if kept.owner is owner and kept.name == name)
+        function: Function = held.__func__ if isinstance(held, staticmethod) else held  # type: ignore[assignment]
+        return function
+
     def replace(self, replacements: Sequence[Replacement]) -> None:
         """Replaces all or none; what is replaced already stays as it is.
 
@@ -155,12 +161,13 @@ class Patch:
                 )
 
 
-def _copy(function: FunctionType) -> FunctionType:
+def _copy(function: Function) -> Function:
     """Held by nobody yet, so that a replacement found anywhere was put there."""
+    written = cast(FunctionType, function)
     copy = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        written.__code__, written.__globals__, written.__name__, written.__defaults__, written.__closure__
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__kwdefaults__ = written.__kwdefaults__
     functools.update_wrapper(copy, function)
     return copy
 

@@ -138,6 +138,19 @@ def awm_log_prob(
     if not _native.serves(v, x0, noise, t):
         return reference.awm_log_prob(v, x0, noise, t, weighting=weighting, power=power)
     t, exponent = awm_log_prob_arguments(v, x0, noise, t, weighting, power)
+    return _log_prob_of(v, x0, noise, t, weighting, exponent)
+
+
+def awm_log_prob_of_target(v: Tensor, target: Tensor, t: Tensor, *, weighting: str, power: Number) -> Tensor:
+    """The same for trainers that have u = noise - x0 and no longer what it was made of."""
+    if not _native.serves(v, target, t):
+        nothing = torch.zeros((), dtype=target.dtype, device=target.device).expand_as(target)
+        return reference.awm_log_prob(v, nothing, target, t, weighting=weighting, power=power)
+    t, exponent = awm_log_prob_arguments(v, target, target, t, weighting, power)
+    return _log_prob_of(v, target, None, t, weighting, exponent)
+
+
+def _log_prob_of(v: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor, weighting: str, exponent: Number) -> Tensor:
     checks.require_native_dtype(t.dtype, v, "awm_log_prob")
     log_prob, omega = _log_prob(residual_stats(v, x0, noise, None, None), t, weighting, exponent)
     slope = torch.where(torch.isfinite(log_prob) & torch.isfinite(omega), -omega, 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
-from advflow_ext.contract.step_table import StepTable
+from advflow_ext.contract.step_table import StepRows, StepTable
 from advflow_ext.kernels.sde_step import transition_density, transition_eps_op, transition_eps_sq_op
 from advflow_ext.reference.transition_log_prob import log_density_of_mean_square, transition_arguments
 
@@ -45,7 +45,11 @@ def transition_log_prob(
     if not _native.serves(v, x, x_next, index):
         return reference.transition_log_prob(v, x, x_next, table, index, variance=variance)
     checks.require_flag("variance", variance)
-    step = transition_arguments(v, x, x_next, table, index)
+    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index), variance)
+
+
+def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, variance: bool) -> Tensor:
+    """The same from coefficients, ``[N]`` in the accumulate dtype, for trainers that hold no table to look into."""
     checks.require_native_dtype(step.sigma.dtype, v, "transition_log_prob")
     coef = torch.stack(step[:3], 1)
     values = log_density_of_mean_square(transition_eps_sq_op(v, x, x_next, coef), step.sigma, variance)

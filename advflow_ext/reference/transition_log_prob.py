@@ -24,7 +24,11 @@ def transition_log_prob(
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_log_prob`, by PyTorch autograd."""
     checks.require_flag("variance", variance)
-    step = transition_arguments(v, x, x_next, table, index)
+    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index), variance)
+
+
+def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, variance: bool) -> Tensor:
+    """The same from coefficients, ``[N]`` in the accumulate dtype."""
     eps = noise_between(v, x.detach(), x_next.detach(), step)
     with torch.no_grad():
         values = log_density(eps, step.sigma, variance)

@@ -1,0 +1,113 @@
+"""Transitions of a trainer that holds a sigma and the next one for each sample, rather than a table of steps.
+
+Nothing here waits for the device: what a trainer keeps on it is never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advflow_ext import _native
+from advflow_ext.contract.step_table import StepRows
+from advflow_ext.ops.sde_step import step_of_rows
+from advflow_ext.ops.transition_log_prob import log_prob_of_rows
+from advflow_ext.reference.sde_step import step_of_rows as reference_step
+from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
+
+Level = float | Tensor
+
+
+class Steps(NamedTuple):
+    """One transition a sample."""
+
+    rows: StepRows  # float32 [N]
+    std_dev_t: Tensor  # float64, [] or [N]: sigma without the trainers' sqrt(-dt), where their sampler has one
+    dt: Tensor  # float64, [] or [N]
+
+
+def column(name: str, value: float | Sequence[float] | Tensor, x: Tensor) -> Tensor:
+    """A number for all samples or one for each, of any shape, as float64 ``[]`` or ``[N]`` on the device of x."""
+    if isinstance(value, Tensor):
+        number = value.detach().to(x.device, torch.float64, non_blocking=True)
+    elif isinstance(value, (int, float)):
+        number = x.new_full((), value, dtype=torch.float64)
+    else:
+        number = torch.tensor(value, dtype=torch.float64).to(x.device, non_blocking=True)
+    if number.numel() not in (1, x.shape[0]):
+        raise ValueError(
+            f"{name} has shape {list(number.shape)}; accepted are one number and one for each of {x.shape[0]} samples."
+        )
+    return number.reshape(()) if number.numel() == 1 else number.reshape(-1)
+
+
+def flow_sde(s: Tensor, s_end: Tensor, level: Level, sigma_1: Level, samples: int) -> Steps:
+    """Flow-GRPO's sampler (see :class:`advflow_ext.StepTable`); ``sigma_1`` stands for s where s is 1."""
+    dt = s_end - s
+    w = level * level / (1 - torch.where(s == 1, sigma_1, s))
+    std = (w * s).sqrt()
+    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+
+
+def dance_sde(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
+    """DanceGRPO's; its std_dev_t is the noise level."""
+    dt = s_end - s
+    w = level * level / s
+    std = level if isinstance(level, Tensor) else torch.full_like(s, level)
+    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+
+
+def cps(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
+    """Flow-CPS's, whose std_dev_t is the whole sigma."""
+    angle = level * (math.pi / 2)
+    if isinstance(angle, Tensor):
+        kept, std = s_end * angle.cos(), s_end * angle.sin()
+    else:
+        kept, std = s_end * math.cos(angle), s_end * math.sin(angle)
+    return _steps(1 - s_end + kept, (1 - s) * kept - s * (1 - s_end), std, std, s_end - s, samples)
+
+
+def _steps(c_x: Tensor, c_v: Tensor, sigma: Tensor, std: Tensor, dt: Tensor, samples: int) -> Steps:
+    columns = torch.broadcast_tensors(c_x, c_v, sigma, c_v / sigma, dt)
+    rows = torch.stack(columns, -1).float().expand(samples, 5)
+    return Steps(StepRows(*rows.unbind(1)), std, dt)
+
+
+def mean(v: Tensor, x: Tensor, steps: Steps) -> Tensor:
+    """c_x x + c_v v in float32, with its gradient to v."""
+    c_x, c_v = (number.view(-1, *[1] * (v.dim() - 1)) for number in steps.rows[:2])
+    return torch.addcmul(c_x * x, c_v, v)
+
+
+def log_prob(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps, *, variance: bool = True) -> Tensor:
+    """:func:`advflow_ext.transition_log_prob` of these transitions, ``[N]`` in float64."""
+    op = log_prob_of_rows if _native.serves(v, x, x_next) else reference_log_prob
+    return op(v, x.detach(), x_next.detach(), steps.rows, variance)
+
+
+def draw(
+    v: Tensor, x: Tensor, noise: Tensor, steps: Steps, dtype: torch.dtype, *, variance: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The next x in ``dtype`` and its log-probability by :func:`advflow_ext.sde_step`, with the trainer's own noise.
+
+    Both with a gradient where v or x has one, as when somebody differentiates through a rollout.
+    """
+    with torch.no_grad():
+        if _native.serves(v):
+            drawn = step_of_rows(v, x, steps.rows, noise, None, dtype, variance)
+        else:
+            drawn = reference_step(v, x, steps.rows, noise, dtype, variance)
+    if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
+        return drawn.x_next, drawn.log_prob
+    expected = mean(v, x, steps)
+    carried = drawn.x_next + (expected - expected.detach()).to(dtype)
+    return carried, log_prob(v, x, drawn.x_next, steps, variance=variance)
+
+
+def per_sample(number: Tensor, x: Tensor) -> Tensor:
+    """As the trainers return it: float32 ``[N, 1, ...]`` like x."""
+    return number.float().expand(x.shape[0]).reshape(-1, *[1] * (x.dim() - 1))
