@@ -14,6 +14,18 @@ from advflow_ext.ops.flow_dppo import flow_dppo_loss
 from advflow_ext.ops.flow_grpo import flow_grpo_loss
 from advflow_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_from_velocity
 from advflow_ext.ops.grpo_guard import grpo_guard_loss
+from advflow_ext.ops.modules import (
+    AdvantageFlowLoss,
+    AWMLoss,
+    DiffusionNFTLoss,
+    DistillationLoss,
+    FlowAWRLoss,
+    FlowCPSLoss,
+    FlowDPPOLoss,
+    FlowGRPOLoss,
+    GRPOGuardLoss,
+    RewardWeightedLoss,
+)
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
 from advflow_ext.ops.transition_log_prob import from_means, transition_log_prob, transition_noise
@@ -28,11 +40,21 @@ from advflow_ext.policies.policy_set import PolicySet
 __version__ = "0.1.0" + _native.LABEL
 
 __all__ = [
+    "AWMLoss",
+    "AdvantageFlowLoss",
     "CudaGraphs",
+    "DiffusionNFTLoss",
+    "DistillationLoss",
+    "FlowAWRLoss",
+    "FlowCPSLoss",
+    "FlowDPPOLoss",
+    "FlowGRPOLoss",
+    "GRPOGuardLoss",
     "LossMetrics",
     "LossOutput",
     "Mismatch",
     "PolicySet",
+    "RewardWeightedLoss",
     "SdeStep",
     "StepTable",
     "TransformerPatch",
