@@ -34,7 +34,7 @@ class Returned(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A function under its trainer's name, called in one way for all. ``step(function, index, v, x, x_next, level)``."""
+    """A function under its trainer's name, called one way for all: ``step(function, index, v, x, x_next, level)``."""
 
     integration: ModuleType
     module: str
