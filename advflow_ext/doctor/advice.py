@@ -9,7 +9,7 @@ from typing import Any
 
 from advflow_ext.doctor.selftest import Trial
 from advflow_ext.doctor.trainers import Trainer
-from advflow_ext.patches._diffusers import OLDEST
+from advflow_ext.patches._diffusers import OLDEST_SD3
 
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -82,8 +82,8 @@ def of_the_machine(facts: dict[str, Any]) -> Iterator[str]:
 def of_the_trainers(facts: dict[str, Any], trainers: Sequence[Trainer]) -> Iterator[str]:
     diffusers = facts["versions"]["diffusers"]
     numbers = re.match(r"(\d+)\.(\d+)", diffusers or "")
-    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_SD3:
+        oldest = ".".join(map(str, OLDEST_SD3))
         yield f"diffusers is {diffusers}; apply_to_sd3 takes {oldest} or newer: 'pip install \"diffusers>={oldest}\"'."
     for trainer in trainers:
         if trainer.state == "refused":

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from advflow_ext import _native
 from advflow_ext.contract.step_table import StepRows
-from advflow_ext.kernels.sde_step import transition_eps_op
+from advflow_ext.kernels.sde_step import transition_deviation_op
 from advflow_ext.ops.sde_step import step_of_rows
 from advflow_ext.ops.transition_log_prob import log_prob_of_rows
 from advflow_ext.reference.sde_step import step_of_rows as reference_step
 from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
-from advflow_ext.reference.transition_log_prob import noise_between
+from advflow_ext.reference.transition_log_prob import deviation_between, noise_of
 
 Level = float | Tensor
 
@@ -95,8 +95,8 @@ def log_prob(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows, *, variance: 
 def noise(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows) -> Tensor:
     """:func:`advflow_ext.transition_noise` of these transitions."""
     if _native.serves(v, x, x_next):
-        return transition_eps_op(v, x, x_next, torch.stack(rows[:3], 1))
-    return noise_between(v, x, x_next, rows)
+        return transition_deviation_op(v, x, x_next, torch.stack(rows[:3], 1))
+    return noise_of(deviation_between(v, x, x_next, rows), rows.sigma)
 
 
 def draw(

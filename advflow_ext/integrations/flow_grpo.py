@@ -91,7 +91,7 @@ def _step(
         prev_sample, log_prob = _steps.draw(model_output, sample, noise, steps, sample.dtype, variance=variance)
     else:
         prev_sample = prev_sample.float()
-        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps, variance=variance)
+        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps.rows, variance=variance)
     mean = _steps.mean(model_output, sample, steps)
     std_dev_t, sqrt_dt = (
         number.float().view(-1, *[1] * (sample.dim() - 1)) for number in (steps.std_dev_t, (-steps.dt).sqrt())

@@ -1,4 +1,4 @@
-"""The contract of the steps of flow_grpo, DanceGRPO and MixGRPO: on stand-ins, and by `make test-peers` on their code."""
+"""Contract of the steps of flow_grpo, DanceGRPO and MixGRPO: on stand-ins, and by `make test-peers`."""
 
 from __future__ import annotations
 
