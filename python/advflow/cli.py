@@ -39,6 +39,7 @@ examples:
   torchrun --nproc_per_node 8 -m advflow train ...    the same on eight GPUs
   advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
+  advflow export --run runs/tiny --out tuned          what a run has learnt, as diffusers loads it
   advflow report --run runs/tiny                      write report.html again
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
@@ -94,6 +95,7 @@ def _parser() -> Parser:
     commands.add_subcommand("train", train_parser(_RESUME), help="post-train a pipeline")
     commands.add_subcommand("eval", _eval_parser(), help="score a run, or its base, on held-out prompts")
     commands.add_subcommand("sample", _sample_parser(), help="draw images from a run, or from its base")
+    commands.add_subcommand("export", _export_parser(), help="write a run's model as diffusers loads it")
     commands.add_subcommand("report", _report_parser(), help="write a run's report.html")
     commands.add_subcommand("pretrain", _pretrain_parser(), help="pretrain the embedded world's pipeline from nothing")
     return parser
@@ -129,6 +131,16 @@ def _sample_parser() -> Parser:
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
     parser.add_argument("--out", type=str, default="samples.png", help="where the picture goes")
+    return parser
+
+
+def _export_parser() -> Parser:
+    parser = Parser(
+        description="Write the model of a run's checkpoint as diffusers loads it: pytorch_lora_weights.safetensors for "
+        "pipeline.load_lora_weights, or of a run that trains all weights a folder `transformer`."
+    )
+    _run_argument(parser)
+    parser.add_argument("--out", type=str, required=True, help="a new folder")
     return parser
 
 
@@ -217,6 +229,18 @@ def _check_sample(arguments: Namespace) -> None:
         raise ValueError(f"--out is {arguments.out!r}; accepted is a file in a folder that exists")
 
 
+def _export(arguments: Namespace) -> None:
+    out = Path(arguments.out)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a new folder in one that exists")
+    config = load_run_config(arguments.run)
+    _quiet_libraries()
+    from advflow.run.inference import load_run
+
+    load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
+    print(f"wrote {', '.join(str(path) for path in sorted(out.iterdir()))}")
+
+
 def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
@@ -248,7 +272,14 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "sample": _sample, "report": _report, "pretrain": _pretrain}
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "export": _export,
+    "report": _report,
+    "pretrain": _pretrain,
+}
 
 
 if __name__ == "__main__":

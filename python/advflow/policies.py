@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -44,6 +45,10 @@ class Policies(Protocol):
 
     def check(self) -> None:
         """Raises RuntimeError where `learner` and `rollout` are not the transformer's parameters any more."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes the learner into a folder as stock diffusers loads it: an adapter, or a transformer of its own."""
         ...
 
     def shared_modulation(self) -> AbstractContextManager[object]:
@@ -112,6 +117,9 @@ class FullPolicies:
         for role, places in self._places.items():
             require_in_place(places, f"the parameters of {role!r}")
 
+    def export(self, folder: Path) -> None:
+        self._transformers["learner"].save_pretrained(folder / "transformer")
+
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # each has a modulation of its own
 
@@ -157,6 +165,9 @@ class LoraPolicies:
     def check(self) -> None:
         self._policies.check()
 
+    def export(self, folder: Path) -> None:
+        self.family.save_lora(self._transformer, "learner", folder)
+
     def shared_modulation(self) -> AbstractContextManager[object]:
         return self._modulation
 
@@ -183,6 +194,9 @@ class GraphedPolicies:
 
     def check(self) -> None:
         self._policies.check()
+
+    def export(self, folder: Path) -> None:
+        self._policies.export(folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # a recording must not read what another pass has made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,9 @@ class ModelFamily(Protocol):
 
     def fuse(self, transformer: ModelMixin) -> FusedKernels | None:
         """Puts the transformer on fused kernels; None where the family has none."""
+
+    def save_lora(self, transformer: ModelMixin, adapter: str, folder: Path) -> None:
+        """Writes an adapter into a folder, as the family's pipeline loads it by `load_lora_weights`."""
 
     def blocks(self, transformer: ModelMixin) -> Iterable[torch.nn.Module]:
         """The blocks that are worth compiling one by one."""

@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from peft.utils import get_peft_model_state_dict
 
 import advflow_ext as af
 from advflow.models.family import LoadedModel
@@ -98,6 +99,14 @@ class SD3:
 
     def fuse(self, transformer: SD3Transformer2DModel) -> af.TransformerPatch:
         return af.apply_to_sd3(transformer)
+
+    def save_lora(self, transformer: SD3Transformer2DModel, adapter: str, folder: Path) -> None:
+        """Rank and alpha stand in the file's metadata."""
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            get_peft_model_state_dict(transformer, adapter_name=adapter),
+            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+        )
 
     def blocks(self, transformer: SD3Transformer2DModel) -> Iterable[torch.nn.Module]:
         """Diffusers' own compile_repeated_blocks has no list of them."""

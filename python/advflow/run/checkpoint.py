@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON, no pickle; a checkpoint folder exists only when it is complete.
 
 Tensors are stored under the name of their part and their own, numbers in state.json below the name of their part.
+Beside them lies what other programs load: the learner as `Policies.export` writes it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from advflow.run.state import Part
 
-_KEEP = 2
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 _DIGEST = "sha256"
@@ -30,24 +31,47 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written."""
 
 
-def save_checkpoint(folder: Path, iteration: int, parts: Mapping[str, Part], best: int | None = None) -> Path:
-    """Writes `parts`, the state after `iteration` iterations; keeps the newest two, and that of iteration `best`."""
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay: the `newest` so many, that of iteration `best`, and those of multiples of `every`."""
+
+    newest: int = 2
+    best: int | None = None
+    every: int | None = None
+
+    def keeps(self, path: Path) -> bool:
+        """Whether one that is not among the newest stays."""
+        iteration = int(path.name)
+        return iteration == self.best or (self.every is not None and iteration % self.every == 0)
+
+
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    parts: Mapping[str, Part],
+    kept: Kept = Kept(),
+    export: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes `parts`, the state after `iteration` iterations, and what `export` writes; removes what is not `kept`."""
     target = folder / checkpoint_name(iteration)
     scratch = folder / f".{target.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     tensors, others = _flatten(parts)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / _TENSORS)
+    if export is not None:
+        export(scratch)
     stored = {"iteration": iteration, "parts": others}
-    (scratch / _STATE).write_text(json.dumps(stored | {_DIGEST: _digest(scratch / _TENSORS, stored)}))
-    shutil.copymode(scratch / _STATE, scratch / _TENSORS)  # safetensors leaves its files to their owner alone
-    for path in (*scratch.iterdir(), scratch):
+    (scratch / _STATE).write_text(json.dumps(stored | {_DIGEST: _digest(scratch, stored)}))
+    for path in _files(scratch):
+        shutil.copymode(scratch / _STATE, path)  # safetensors leaves its files to their owner alone
+    for path in (*scratch.rglob("*"), scratch):
         _flush_to_disk(path)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
     _flush_to_disk(folder)
-    for stale in checkpoints(folder)[:-_KEEP]:
-        if best is None or stale.name != checkpoint_name(best):
+    for stale in checkpoints(folder)[: -kept.newest]:
+        if not kept.keeps(stale):
             shutil.rmtree(stale)
     return target
 
@@ -121,7 +145,7 @@ def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         iteration, parts = _unpacked(state)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_STATE} cannot be read") from error
-    if digest is not None and digest != _digest(path / _TENSORS, state):
+    if digest is not None and digest != _digest(path, state):
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: its files are not those that were written")
     try:
         tensors = load_file(path / _TENSORS)
@@ -141,10 +165,21 @@ def _unpacked(state: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
     return int(state["iteration"]), {"learner": {}, "rollout": {}, "optimizer": {}, "reference": {"scale": scale}}
 
 
-def _digest(tensors: Path, state: dict[str, Any]) -> str:
-    """Checksum of both files of a checkpoint."""
-    with tensors.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256")
+def _files(path: Path) -> list[Path]:
+    """What a checkpoint holds beside state.json, in the order of the checksum."""
+    found = (each for each in path.rglob("*") if each.is_file() and each != path / _STATE)
+    return sorted(found, key=lambda each: (each != path / _TENSORS, each.relative_to(path).as_posix()))
+
+
+def _digest(path: Path, state: dict[str, Any]) -> str:
+    """Checksum of all files of a checkpoint."""
+    digest = hashlib.sha256()
+    for each in _files(path):
+        if each != path / _TENSORS:  # alone it has no name: such are older checkpoints
+            digest.update(each.relative_to(path).as_posix().encode())
+        with each.open("rb") as handle:
+            while block := handle.read(2**20):
+                digest.update(block)
     digest.update(json.dumps(state, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -18,7 +18,15 @@ from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import flatten
 from advflow.settings.yaml_files import CONFIG
 
-MAY_CHANGE = ("iterations", "out", "device", "checkpoint_every", "evaluation.every")
+MAY_CHANGE = (
+    "iterations",
+    "out",
+    "device",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "checkpoints_kept_every",
+    "evaluation.every",
+)
 """Settings that `--resume` may change: how long, where, and how often something is written down."""
 _LOCK = ".lock"
 

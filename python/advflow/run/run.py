@@ -14,7 +14,7 @@ import torch
 from advflow.core.files import write_atomically
 from advflow.core.progress import show_progress
 from advflow.core.provenance import commit, record_start, versions
-from advflow.run.checkpoint import save_checkpoint
+from advflow.run.checkpoint import Kept, save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, NoLog, RunLog, best_iteration, read_rows, to_json
 from advflow.settings.config import TrainConfig
@@ -109,8 +109,10 @@ class Run:
 
     def _save(self) -> None:
         if self._ranks.first and self._saved < self._done:
-            best = best_iteration(self._folder)
-            save_checkpoint(self._folder / CHECKPOINTS, self._done, self._trainer.parts, best)
+            config = self._config
+            kept = Kept(config.checkpoints_kept, best_iteration(self._folder), config.checkpoints_kept_every)
+            parts, export = self._trainer.parts, self._trainer.policies.export
+            save_checkpoint(self._folder / CHECKPOINTS, self._done, parts, kept, export)
             self._saved = self._done
 
     def _evaluate(self) -> str:

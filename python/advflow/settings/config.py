@@ -42,6 +42,8 @@ class TrainConfig:
         seed: seed of all randomness of the run.
         out: folder of the run.
         checkpoint_every: iterations between two checkpoints.
+        checkpoints_kept: how many of the newest stay; the best one always does.
+        checkpoints_kept_every: those of multiples of so many iterations stay too; null for none.
         device: "auto" is cuda where there is one, else cpu.
     """
 
@@ -51,6 +53,8 @@ class TrainConfig:
     seed: int = 0
     out: str = "runs/tiny"
     checkpoint_every: int = 20
+    checkpoints_kept: int = 2
+    checkpoints_kept_every: int | None = None
     device: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -78,6 +82,9 @@ class TrainConfig:
         require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         require(self.seed >= 0, "seed", self.seed, "zero or a positive integer")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 or more")
+        require(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "1 or more")
+        every = self.checkpoints_kept_every
+        require(every is None or every >= 1, "checkpoints_kept_every", every, "null, or 1 or more")
         if self.process == "reverse":
             self._require_stochastic_steps()
         else:
