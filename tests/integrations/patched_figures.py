@@ -2,7 +2,7 @@
 
 Errors are against the trainer's own block in float64. Operations are those of the loss block and its backward pass on
 tensors of latent size and on smaller ones, without views. Saved is what autograd keeps between the two, in latents of
-float32. Syncs are operations that wait for a device. Times are medians of one thread.
+float32. Reads are operations that would wait for a device. Times are medians of one thread.
 """
 
 from __future__ import annotations
@@ -12,60 +12,42 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
-from unittest import mock
+from weakref import WeakSet
 
+import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from advflow_ext.contract import checks, numbers, outputs, transitions
 from tests.integrations import patched_blocks as blocks
+from tests.integrations.counting import Count, as_on_a_device
 from tests.integrations.patched_blocks import Given, Result
 from tests.integrations.peer_versions import FLOW_GRPO_STEP, SCRIPTS, Versions, error, patched_copy
 
-WAITS = {"_local_scalar_dense", "nonzero", "item"}
 
+class Kept:
+    """A saved tensor, as long as the graph that saved it lives."""
 
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self, latent: int) -> None:
-        super().__init__()
-        self.latent, self.large, self.small, self.waits = latent, 0, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in WAITS:
-            self.waits += 1
-        elif not func.is_view and func.overloadpacket.__name__ != "detach":
-            tensors = [each for each in (*args, result) if isinstance(each, Tensor)]
-            if any(each.numel() >= self.latent for each in tensors):
-                self.large += 1
-            else:
-                self.small += 1
-        return result
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def saved_latents(result: Result, given: Given) -> float:
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (*vars(given).values(), *result.given)}
-    kept: dict[int, int] = {}
+    kept: WeakSet[Kept] = WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> Kept:
+        kept.add(saved := Kept(tensor))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         loss = result.run()
-        kept_now = sum(kept.values())
-    del loss
-    return kept_now / (4 * given.v.numel())
+    storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage() for saved in kept}
+    size = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in inputs)
+    loss.detach()  # what it keeps has to live until here
+    return size / (4 * given.v.numel())
 
 
 def milliseconds(result: Result) -> float:
@@ -77,12 +59,9 @@ def milliseconds(result: Result) -> float:
     return median(taken)
 
 
-def operations(result: Result, latent: int) -> Operations:
-    unread = partial(mock.patch.object, attribute="values_are_at_hand", new=lambda _: False)  # as on a GPU
-    with ExitStack() as stack:
-        for module in (checks, numbers, outputs, transitions):
-            stack.enter_context(unread(module))
-        counted = stack.enter_context(Operations(latent))
+def operations(result: Result, latent: int) -> Count:
+    with pytest.MonkeyPatch.context() as monkeypatch, Count(latent) as counted:
+        as_on_a_device(monkeypatch)
         result.run().backward()
     return counted
 
@@ -96,7 +75,7 @@ def row(name: str, versions: Versions, script: str, of: Callable[[str, Given], R
     cells += [" / ".join(f"{error(each.gradient, truth.gradient):.1e}" for each in found)]
     counted = [operations(each, given.v.numel()) for each in found]
     cells += [" / ".join(f"{each.large}+{each.small}" for each in counted)]
-    cells += [" / ".join(str(each.waits) for each in counted)]
+    cells += [" / ".join(str(each.reads) for each in counted)]
     cells += [" / ".join(f"{saved_latents(each, given):.1f}" for each in found)]
     cells += [" / ".join(f"{milliseconds(each):.1f}" for each in found)]
     return f"| {' | '.join(cells)} |"
@@ -109,7 +88,7 @@ def main() -> None:
     of = {name: patched_copy(name, peers, scratch / name) for name in SCRIPTS}
     given = Given.random(8, (16, 64, 64), drift=0.01)
     in_half = given.to(torch.float32, torch.bfloat16)
-    print("| | loss | gradient | operations | syncs | saved | ms |\n|---|---|---|---|---|---|---|")
+    print("| | loss | gradient | operations | reads | saved | ms |\n|---|---|---|---|---|---|---|")
     for name, latents in (("float32", given), ("bfloat16", in_half)):
         nft = partial(blocks.diffusion_nft, beta=1.0, mode="all")
         print(row(f"DiffusionNFT, velocities {name}", of["diffusion_nft"], SCRIPTS["diffusion_nft"], nft, latents))

@@ -22,7 +22,7 @@ from tests.integrations.peer_versions import FLOW_GRPO_STEP, FOLDERS, SCRIPTS, V
 
 every_patch = pytest.mark.parametrize("name", PATCHES)
 pytestmark = [
-    pytest.mark.skipif("PEERS" not in os.environ, reason="needs the trainers' checkouts: make test-peers PEERS=folder"),
+    pytest.mark.peers,
     pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning"),  # of their autocast
 ]
 
