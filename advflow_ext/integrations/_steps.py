@@ -18,8 +18,8 @@ from advflow_ext.kernels.sde_step import transition_deviation_op
 from advflow_ext.ops.sde_step import step_of_rows
 from advflow_ext.ops.transition_log_prob import log_prob_of_rows
 from advflow_ext.reference.sde_step import step_of_rows as reference_step
-from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
 from advflow_ext.reference.transition_log_prob import deviation_between, noise_of
+from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
 
 Level = float | Tensor
 

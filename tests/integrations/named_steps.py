@@ -59,7 +59,7 @@ class Named(NamedTuple):
         return self.step(self.function(), index, v, x, x_next, self.level if level is None else level)
 
     @property
-    def index(self) -> Tensor:
+    def steps(self) -> Tensor:
         return STEPS if self.integration is flow_grpo else torch.full((4,), PLACE)
 
     def latents(self) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Named(NamedTuple):
     def truth(self, v: Tensor, x: Tensor, x_next: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-probability by the trainer's formula in float64."""
         column = (-1, *[1] * (x.dim() - 1))
-        s, following = (SIGMAS.double()[places].view(column) for places in (self.index, self.index + 1))
+        s, following = (SIGMAS.double()[places].view(column) for places in (self.steps, self.steps + 1))
         given = v.double(), x.double(), s, following, self.level
         if self.sampler == "flow_sde":
             gaussian = rollout.flow_sde(*given, SIGMAS.double()[1])

@@ -25,7 +25,7 @@ class SDESchedulerOutput:
     noise_pred: Tensor | None = None
 
 
-class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
+class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # untyped
     def __init__(self, noise_level: float = 0.7, dynamics_type: str = "Flow-SDE", **config: Any) -> None:
         super().__init__(**config)
         self.noise_level, self.dynamics_type, self.is_eval = noise_level, dynamics_type, False
@@ -45,7 +45,7 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         dynamics_type: str | None = None, sigma_max: float | None = None,
     ) -> Any:  # fmt: skip
         if timestep_next is None:
-            times = [] if isinstance(timestep, int) else torch.as_tensor(timestep).reshape(-1)
+            times: Any = [] if isinstance(timestep, int) else torch.as_tensor(timestep).reshape(-1)
             steps = [self.index_for_timestep(t) for t in times] or [timestep]
             s, s_end = self.sigmas[steps], self.sigmas[[step + 1 for step in steps]]
         else:
@@ -99,7 +99,8 @@ class AWMTrainer:
             return (-t * ((error + 1e-10).sqrt() - 1e-5)).float()
         if weighting == "ghuber":
             return (-t / ghuber_power * ((error + 1e-10) ** ghuber_power - 1e-10**ghuber_power)).float()
-        return (-error * {"Uniform": 1, "t": t, "t**2": t**2}[weighting]).float()
+        weights: dict[str, Any] = {"Uniform": 1, "t": t, "t**2": t**2}
+        return (-error * weights[weighting]).float()
 
 
 MODULES = {

@@ -14,7 +14,7 @@ from tests.integrations.stand_ins.gaussians import column, log_density, transiti
 SAMPLERS = {"sde": "flow_sde", "dance_sde": "dance_sde", "cps": "cps"}
 
 
-class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
+class FlowMatchSDEDiscreteScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # untyped
     def sample_previous_step(
         self, sample: Tensor, model_output: Tensor, timestep: Tensor | None = None, generator: Any = None,
         per_token_timesteps: Any = None, noise_level: Any = 0.7, prev_sample: Tensor | None = None,
