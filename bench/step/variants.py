@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -145,6 +146,9 @@ class StockPolicies:
 
     def check(self) -> None:
         """Nobody replaces parameters in the bench."""
+
+    def export(self, folder: Path) -> None:
+        self.family.save_lora(self._transformer, "learner", folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()
