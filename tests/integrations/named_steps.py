@@ -34,14 +34,14 @@ class Returned(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A function under its trainer's name, called in one way for all. ``step(function, index, v, x, x_next, level)``."""
+    """A function under its trainer's name, called in one way for all."""
 
     integration: ModuleType
     module: str
     name: str
     sampler: str  # "flow_sde", "cps" or "dance_sde"
     level: float
-    step: Callable[..., Returned]
+    step: Callable[..., Returned]  # (function, index, v, x, x_next, level)
     stand_in: str  # the function's file and name there
     checkout: str  # the file in the folder PEERS
     dtype: torch.dtype = torch.float32  # of velocities
