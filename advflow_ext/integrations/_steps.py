@@ -13,21 +13,36 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native
-from advflow_ext.contract.step_table import StepRows
+from advflow_ext.kernels.sde_step import transition_eps_op
 from advflow_ext.ops.sde_step import step_of_rows
 from advflow_ext.ops.transition_log_prob import log_prob_of_rows
 from advflow_ext.reference.sde_step import step_of_rows as reference_step
 from advflow_ext.reference.transition_log_prob import log_prob_of_rows as reference_log_prob
+from advflow_ext.reference.transition_log_prob import noise_between
 
 Level = float | Tensor
+
+
+class Rows(NamedTuple):
+    """The coefficients of N transitions in float32, all ``[N]``."""
+
+    c_x: Tensor
+    c_v: Tensor
+    sigma: Tensor
 
 
 class Steps(NamedTuple):
     """One transition a sample."""
 
-    rows: StepRows  # float32 [N]
-    std_dev_t: Tensor  # float64, [] or [N]: sigma without the trainers' sqrt(-dt), where their sampler has one
-    dt: Tensor  # float64, [] or [N]
+    rows: Rows
+    sigma: Tensor  # float64, [] or [N], as dt is
+    dt: Tensor
+    has_sqrt_dt: bool  # whether the sampler's sigma has a factor sqrt(-dt)
+
+    @property
+    def std_dev_t(self) -> Tensor:
+        """What trainers call so: sigma without that factor."""
+        return self.sigma / (-self.dt).sqrt() if self.has_sqrt_dt else self.sigma
 
 
 def column(name: str, value: float | Sequence[float] | Tensor, x: Tensor) -> Tensor:
@@ -47,34 +62,37 @@ def column(name: str, value: float | Sequence[float] | Tensor, x: Tensor) -> Ten
 
 def flow_sde(s: Tensor, s_end: Tensor, level: Level, sigma_1: Level, samples: int) -> Steps:
     """Flow-GRPO's sampler (see :class:`advflow_ext.StepTable`); ``sigma_1`` stands for s where s is 1."""
-    dt = s_end - s
-    w = level * level / (1 - torch.where(s == 1, sigma_1, s))
-    std = (w * s).sqrt()
-    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+    return _sde(s, s_end, level * level / 2 / (1 - torch.where(s == 1, sigma_1, s)), samples)
 
 
 def dance_sde(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
     """DanceGRPO's; its std_dev_t is the noise level."""
-    dt = s_end - s
-    w = level * level / s
-    std = level if isinstance(level, Tensor) else torch.full_like(s, level)
-    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+    return _sde(s, s_end, level * level / 2 / s, samples)
 
 
 def cps(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
-    """Flow-CPS's, whose std_dev_t is the whole sigma."""
+    """Flow-CPS's."""
     angle = level * (math.pi / 2)
     if isinstance(angle, Tensor):
-        kept, std = s_end * angle.cos(), s_end * angle.sin()
+        kept, sigma = s_end * angle.cos(), s_end * angle.sin()
     else:
-        kept, std = s_end * math.cos(angle), s_end * math.sin(angle)
-    return _steps(1 - s_end + kept, (1 - s) * kept - s * (1 - s_end), std, std, s_end - s, samples)
+        kept, sigma = s_end * math.cos(angle), s_end * math.sin(angle)
+    c_x = 1 - s_end + kept
+    return _steps(c_x, torch.addcmul(kept, s, c_x, value=-1), sigma, s_end - s, samples, has_sqrt_dt=False)
 
 
-def _steps(c_x: Tensor, c_v: Tensor, sigma: Tensor, std: Tensor, dt: Tensor, samples: int) -> Steps:
-    columns = torch.broadcast_tensors(c_x, c_v, sigma, c_v / sigma, dt)
-    rows = torch.stack(columns, -1).float().expand(samples, 5)
-    return Steps(StepRows(*rows.unbind(1)), std, dt)
+# On a GPU each operator is a launch, however little it computes: these are few.
+def _sde(s: Tensor, s_end: Tensor, half_w: Tensor, samples: int) -> Steps:
+    """c_x = 1 - w h / 2, c_v = -h (1 + w (1 - s) / 2), sigma = sqrt(w s h)."""
+    dt = s_end - s
+    half = half_w * dt
+    sigma = (half * s * -2).sqrt()
+    return _steps(1 + half, torch.addcmul(dt, half, 1 - s), sigma, dt, samples, has_sqrt_dt=True)
+
+
+def _steps(c_x: Tensor, c_v: Tensor, sigma: Tensor, dt: Tensor, samples: int, *, has_sqrt_dt: bool) -> Steps:
+    rows = torch.stack(torch.broadcast_tensors(c_x, c_v, sigma), -1).float().expand(samples, 3)
+    return Steps(Rows(*rows.unbind(1)), sigma, dt, has_sqrt_dt)
 
 
 def mean(v: Tensor, x: Tensor, steps: Steps) -> Tensor:
@@ -89,8 +107,16 @@ def log_prob(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps, *, variance: bo
     return op(v, x.detach(), x_next.detach(), steps.rows, variance)
 
 
+@torch.no_grad()
+def noise(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps) -> Tensor:
+    """:func:`advflow_ext.transition_noise` of these transitions."""
+    if _native.serves(v, x, x_next):
+        return transition_eps_op(v, x, x_next, torch.stack(steps.rows, 1))
+    return noise_between(v, x, x_next, steps.rows)
+
+
 def draw(
-    v: Tensor, x: Tensor, noise: Tensor, steps: Steps, dtype: torch.dtype, *, variance: bool = True
+    v: Tensor, x: Tensor, drawn_noise: Tensor, steps: Steps, dtype: torch.dtype, *, variance: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The next x in ``dtype`` and its log-probability by :func:`advflow_ext.sde_step`, with the trainer's own noise.
 
@@ -98,9 +124,9 @@ def draw(
     """
     with torch.no_grad():
         if _native.serves(v):
-            drawn = step_of_rows(v, x, steps.rows, noise, None, dtype, variance)
+            drawn = step_of_rows(v, x, steps.rows, drawn_noise, None, dtype, variance)
         else:
-            drawn = reference_step(v, x, steps.rows, noise, dtype, variance)
+            drawn = reference_step(v, x, steps.rows, drawn_noise, dtype, variance)
     if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
         return drawn.x_next, drawn.log_prob
     expected = mean(v, x, steps)

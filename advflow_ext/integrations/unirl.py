@@ -26,7 +26,7 @@ from torch import Tensor
 
 from advflow_ext.integrations import _patching, _steps
 from advflow_ext.integrations._patching import Patch, Replacement
-from advflow_ext.ops.gaussian_kl import gaussian_kl
+from advflow_ext.integrations._ratio import log_ratio
 
 _KERNELS, _DPPO = "unirl.sde.kernels", "unirl.algorithms.flowdppo"
 _DENOISE = {
@@ -50,8 +50,10 @@ class _Transition(NamedTuple):
     """One replayed step of a batch."""
 
     v: Tensor
+    x: Tensor
+    x_next: Tensor
+    steps: _steps.Steps
     log_prob: Tensor  # [B], float64
-    c_v: Tensor  # [B]
 
 
 _watched: ContextVar[list[_Transition] | None] = ContextVar("replayed transitions", default=None)
@@ -148,7 +150,7 @@ def _denoised(
 
     eta, x_next = more["eta"], more["prev_sample"]
     steps = _steps_of(strategy, sigma, sigma_next, eta, more["sigma_max"], x)
-    variance = type(strategy).__name__ != "CPSSDEStrategy"
+    variance = _has_variance(strategy)
     if x_next is None:
         noise = randn_tensor(v.shape, generator=more.get("generator"), device=v.device, dtype=torch.float32)
         x_next, log_prob = _steps.draw(v, x, noise, steps, x.dtype, variance=variance)
@@ -160,12 +162,16 @@ def _denoised(
         given = more["prev_sample"]
         return expected if given is None else given.float(), None, expected
     if (watched := _watched.get()) is not None:
-        watched.append(_Transition(v, log_prob, steps.rows.c_v))
+        watched.append(_Transition(v, x, x_next, steps, log_prob))
     return x_next.float(), log_prob, expected
 
 
 def _is_ours(strategy: object) -> bool:
     return type(strategy).__module__ == _KERNELS and type(strategy).__name__ in _STRATEGIES
+
+
+def _has_variance(strategy: object) -> bool:
+    return type(strategy).__name__ != "CPSSDEStrategy"
 
 
 def _steps_of(
@@ -213,10 +219,9 @@ def _compute_loss_and_backward(
     training_progress: float,
     loss_scale: float,
 ) -> Any:
-    """Flow-DPPO's loss with the KL of velocities, KL = <(c_v (v - v_old))^2> / (2 sigma_t^2), and one wait for metrics.
+    """Flow-DPPO's loss from the difference of velocities, KL = <(c_v (v - v_old))^2> / (2 sigma_t^2), sigma_t UniRL's.
 
-    The log-ratio is that of log-probabilities in the dtype in which the old ones are kept: float64 with
-    ``old_logp_source="replay"``.
+    One wait for all metrics together.
     """
     module = importlib.import_module(_DPPO)
     target = self._resolve_target_steps(segment)
@@ -232,29 +237,46 @@ def _compute_loss_and_backward(
     typed = module.typed_conditions(conditions, self.conditions_cls)
     with _watch() as new:
         self.stage.replay(typed, segment=segment, params=self.params, step_indices=target)
-    v, log_prob, c_v = (torch.stack(each, 1) for each in zip(*new, strict=True))
-    v_old, log_prob_old = (
-        module.gather_sde_field(getattr(segment, name), segment.sde_indices, target, field_name=name).to(v.device)
+    old, emitted = (
+        module.gather_sde_field(getattr(segment, name), segment.sde_indices, target, field_name=name).to(
+            new[0].v.device
+        )
         for name in ("sde_means", "sde_logp")
     )
-    sigma = self._compute_sigma_t(segment, target, device=v.device).reshape(1, -1)
-    with torch.no_grad():
-        std = (sigma.double() / c_v.double().abs()).flatten()
-        kl = gaussian_kl(v.detach().flatten(0, 1), v_old.flatten(0, 1), std).view(log_prob.shape)
-    log_ratio = log_prob.to(log_prob_old.dtype) - log_prob_old
-    A = advantages.detach().to(log_ratio).reshape(-1, 1).expand_as(log_ratio)
+    compared = [
+        _compared(step, old[:, j], emitted[:, j], _has_variance(self.stage.strategy)) for j, step in enumerate(new)
+    ]
+    change, square = (torch.stack(each, 1) for each in zip(*compared, strict=True))
+    sigma = self._compute_sigma_t(segment, target, device=change.device).reshape(1, -1).double()
+    kl = square / (2 * sigma.square())
+    A = advantages.detach().to(change).reshape(-1, 1).expand_as(change)
     far = kl >= self.kl_mask_threshold
-    rising, falling = far & (log_ratio > 0) & (A > 0), far & (log_ratio < 0) & (A < 0)
-    ratio = log_ratio.exp()
+    rising, falling = far & (change > 0) & (A > 0), far & (change < 0) & (A < 0)
+    ratio = change.exp()
     loss = torch.where(rising | falling, 0, -A * ratio).mean()
     (loss * loss_scale).backward()
-    metrics = _metrics(loss, log_ratio.detach(), kl, far, rising, falling)
+    metrics = _metrics(loss, change.detach(), kl, far, rising, falling)
     return module.AlgorithmStepResult(
         loss=metrics["policy_loss"],
         metrics={**metrics, "kl_mask_threshold": float(self.kl_mask_threshold)},
         num_steps_or_tokens=len(target),
         has_backward=True,
     )
+
+
+def _compared(step: _Transition, v_old: Tensor, emitted: Tensor, variance: bool) -> tuple[Tensor, Tensor]:
+    """The log-ratio to the rollout policy, and <(c_v (v - v_old))^2>; float64 ``[B]``.
+
+    Its log-probability is the one that was ``emitted``, which may be another engine's.
+    """
+    c_v, sigma = (column.double() for column in step.steps.rows[1:])
+    eps = _steps.noise(v_old, step.x, step.x_next, step.steps)
+    found, square = log_ratio(step.v, v_old, eps, c_v / sigma)
+    if not variance:
+        found = 2 * sigma.square() * found
+    replayed = _steps.log_prob(v_old, step.x, step.x_next, step.steps, variance=variance)
+    engines = replayed.to(emitted.dtype) - emitted  # 0 where it was emitted by these bits
+    return found + engines.double(), c_v.square() * square
 
 
 def _metrics(

@@ -137,7 +137,7 @@ def _sample_previous_step(
         sigma = steps.rows.sigma.double()
         log_prob = log_prob + torch.where(sigma > 0, sigma.log() + math.log(2 * math.pi) / 2, 0)
     root = (-steps.dt).sqrt()
-    std_dev_t = steps.std_dev_t * root if sde_type == "dance_sde" else steps.std_dev_t
+    std_dev_t = steps.sigma if sde_type == "dance_sde" else steps.std_dev_t
     if timestep is None and not (isinstance(noise_level, Tensor) and noise_level.dim()):
         std_dev_t = std_dev_t.float()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,18 +25,19 @@ def transition_log_prob(
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_log_prob`, by PyTorch autograd."""
     checks.require_flag("variance", variance)
-    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index), variance)
+    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index)[:3], variance)
 
 
-def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, variance: bool) -> Tensor:
-    """The same from coefficients, ``[N]`` in the accumulate dtype."""
-    eps = noise_between(v, x.detach(), x_next.detach(), step)
+def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, rows: Sequence[Tensor], variance: bool) -> Tensor:
+    """The same from c_x, c_v and sigma, ``[N]`` in the accumulate dtype."""
+    sigma = rows[2]
+    eps = noise_between(v, x.detach(), x_next.detach(), rows)
     with torch.no_grad():
-        values = log_density(eps, step.sigma, variance)
+        values = log_density(eps, sigma, variance)
     # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
-    usable = torch.isfinite(values) & (step.sigma != 0)
+    usable = torch.isfinite(values) & (sigma != 0)
     eps = torch.where(usable.view(-1, *[1] * (v.dim() - 1)), eps, 0)
-    return torch.where(usable, log_density(eps, step.sigma, variance), values)
+    return torch.where(usable, log_density(eps, sigma, variance), values)
 
 
 @torch.no_grad()
@@ -62,9 +64,9 @@ def from_means(
     return v_old.to(dtype), eps.to(dtype)
 
 
-def noise_between(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows) -> Tensor:
-    """eps in the dtype of ``step``, 0 of a deterministic step."""
-    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in step[:3])
+def noise_between(v: Tensor, x: Tensor, x_next: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """eps in the dtype of ``rows``, 0 of a deterministic step."""
+    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in rows[:3])
     silent = sigma == 0
     drawn = x_next.to(sigma.dtype) - (c_x * x.to(sigma.dtype) + c_v * v.to(sigma.dtype))
     return torch.where(silent, 0, torch.where(silent, 0, drawn) / torch.where(silent, 1, sigma))

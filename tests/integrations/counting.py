@@ -13,7 +13,7 @@ _READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_selec
 
 
 class Count(TorchDispatchMode):
-    """``large`` and ``small`` operators, by whether they write as much as a batch, and ``reads``; views are free."""
+    """``large`` operators, which read or write as much as a batch, ``small`` ones, and ``reads``; views are free."""
 
     def __init__(self, large: int) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class Count(TorchDispatchMode):
             self.reads += 1
         elif not func.is_view and name != "detach":
             outputs = result if isinstance(result, tuple | list) else (result,)
-            sizes = [each.numel() for each in (*outputs, *args) if isinstance(each, torch.Tensor)]
+            read = () if name.startswith("new_") else args
+            sizes = [each.numel() for each in (*outputs, *read) if isinstance(each, torch.Tensor)]
             if max(sizes, default=0) >= self.threshold:
                 self.large += 1
             else:

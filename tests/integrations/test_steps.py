@@ -1,4 +1,4 @@
-"""The contract of every step that is replaced by name, on our stand-ins and, in `make test-peers`, on the real trainers."""
+"""The contract of every step that is replaced by name, on stand-ins; in `make test-peers` on the real trainers."""
 
 from __future__ import annotations
 

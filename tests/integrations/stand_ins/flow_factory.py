@@ -30,6 +30,9 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         super().__init__(**config)
         self.noise_level, self.dynamics_type, self.is_eval = noise_level, dynamics_type, False
 
+    def eval(self) -> None:
+        self.is_eval = True
+
     def get_noise_level_for_sigma(self, sigma: Tensor) -> Tensor:
         steps = (sigma[:, None] == self.sigmas).int().argmax(1)
         return torch.where(steps < len(self.timesteps) - 1, self.noise_level, 0.0)
@@ -42,7 +45,8 @@ class FlowMatchEulerDiscreteSDEScheduler(FlowMatchEulerDiscreteScheduler):
         dynamics_type: str | None = None, sigma_max: float | None = None,
     ) -> Any:  # fmt: skip
         if timestep_next is None:
-            steps = [self.index_for_timestep(t) for t in torch.as_tensor(timestep).reshape(-1)]
+            times = [] if isinstance(timestep, int) else torch.as_tensor(timestep).reshape(-1)
+            steps = [self.index_for_timestep(t) for t in times] or [timestep]
             s, s_end = self.sigmas[steps], self.sigmas[[step + 1 for step in steps]]
         else:
             s, s_end = timestep / 1000, timestep_next / 1000

@@ -46,7 +46,7 @@ class PPODiffusersFSDPEngine:
         return dict(zip(("log_probs", "prev_sample_mean", "std_dev_t", "sqrt_dt"), output, strict=True))
 
 
-class tu:  # noqa: N801
+class tu:
     @staticmethod
     def get(answer: Any, name: str) -> Any:
         return answer[name]
