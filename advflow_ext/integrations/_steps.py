@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from advflow_ext import _native
-from advflow_ext.contract.step_table import StepRows
 from advflow_ext.kernels.sde_step import transition_deviation_op
 from advflow_ext.ops.sde_step import step_of_rows
 from advflow_ext.ops.transition_log_prob import log_prob_of_rows
@@ -24,12 +23,26 @@ from advflow_ext.reference.transition_log_prob import log_prob_of_rows as refere
 Level = float | Tensor
 
 
+class Rows(NamedTuple):
+    """The coefficients of N transitions in float32, all ``[N]``."""
+
+    c_x: Tensor
+    c_v: Tensor
+    sigma: Tensor
+
+
 class Steps(NamedTuple):
     """One transition a sample."""
 
-    rows: StepRows  # float32 [N]
-    std_dev_t: Tensor  # float64, [] or [N]: sigma without the trainers' sqrt(-dt), where their sampler has one
-    dt: Tensor  # float64, [] or [N]
+    rows: Rows
+    sigma: Tensor  # float64, [] or [N], as dt is
+    dt: Tensor
+    has_sqrt_dt: bool  # whether the sampler's sigma has a factor sqrt(-dt)
+
+    @property
+    def std_dev_t(self) -> Tensor:
+        """What trainers call so: sigma without that factor."""
+        return self.sigma / (-self.dt).sqrt() if self.has_sqrt_dt else self.sigma
 
 
 def column(name: str, value: float | Sequence[float] | Tensor, x: Tensor) -> Tensor:
@@ -49,34 +62,37 @@ def column(name: str, value: float | Sequence[float] | Tensor, x: Tensor) -> Ten
 
 def flow_sde(s: Tensor, s_end: Tensor, level: Level, sigma_1: Level, samples: int) -> Steps:
     """Flow-GRPO's sampler (see :class:`advflow_ext.StepTable`); ``sigma_1`` stands for s where s is 1."""
-    dt = s_end - s
-    w = level * level / (1 - torch.where(s == 1, sigma_1, s))
-    std = (w * s).sqrt()
-    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+    return _sde(s, s_end, level * level / 2 / (1 - torch.where(s == 1, sigma_1, s)), samples)
 
 
 def dance_sde(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
     """DanceGRPO's; its std_dev_t is the noise level."""
-    dt = s_end - s
-    w = level * level / s
-    std = level if isinstance(level, Tensor) else torch.full_like(s, level)
-    return _steps(1 + w * dt / 2, dt * (1 + w * (1 - s) / 2), std * (-dt).sqrt(), std, dt, samples)
+    return _sde(s, s_end, level * level / 2 / s, samples)
 
 
 def cps(s: Tensor, s_end: Tensor, level: Level, samples: int) -> Steps:
-    """Flow-CPS's, whose std_dev_t is the whole sigma."""
+    """Flow-CPS's."""
     angle = level * (math.pi / 2)
     if isinstance(angle, Tensor):
-        kept, std = s_end * angle.cos(), s_end * angle.sin()
+        kept, sigma = s_end * angle.cos(), s_end * angle.sin()
     else:
-        kept, std = s_end * math.cos(angle), s_end * math.sin(angle)
-    return _steps(1 - s_end + kept, (1 - s) * kept - s * (1 - s_end), std, std, s_end - s, samples)
+        kept, sigma = s_end * math.cos(angle), s_end * math.sin(angle)
+    c_x = 1 - s_end + kept
+    return _steps(c_x, torch.addcmul(kept, s, c_x, value=-1), sigma, s_end - s, samples, has_sqrt_dt=False)
 
 
-def _steps(c_x: Tensor, c_v: Tensor, sigma: Tensor, std: Tensor, dt: Tensor, samples: int) -> Steps:
-    columns = torch.broadcast_tensors(c_x, c_v, sigma, c_v / sigma, dt)
-    rows = torch.stack(columns, -1).float().expand(samples, 5)
-    return Steps(StepRows(*rows.unbind(1)), std, dt)
+# On a GPU each operator is a launch, however little it computes: these are few.
+def _sde(s: Tensor, s_end: Tensor, half_w: Tensor, samples: int) -> Steps:
+    """c_x = 1 - w h / 2, c_v = -h (1 + w (1 - s) / 2), sigma = sqrt(w s h)."""
+    dt = s_end - s
+    half = half_w * dt
+    sigma = (half * s * -2).sqrt()
+    return _steps(1 + half, torch.addcmul(dt, half, 1 - s), sigma, dt, samples, has_sqrt_dt=True)
+
+
+def _steps(c_x: Tensor, c_v: Tensor, sigma: Tensor, dt: Tensor, samples: int, *, has_sqrt_dt: bool) -> Steps:
+    rows = torch.stack(torch.broadcast_tensors(c_x, c_v, sigma), -1).float().expand(samples, 3)
+    return Steps(Rows(*rows.unbind(1)), sigma, dt, has_sqrt_dt)
 
 
 def mean(v: Tensor, x: Tensor, steps: Steps) -> Tensor:
@@ -85,18 +101,18 @@ def mean(v: Tensor, x: Tensor, steps: Steps) -> Tensor:
     return torch.addcmul(c_x * x, c_v, v)
 
 
-def log_prob(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows, *, variance: bool = True) -> Tensor:
+def log_prob(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps, *, variance: bool = True) -> Tensor:
     """:func:`advflow_ext.transition_log_prob` of these transitions, ``[N]`` in float64."""
     op = log_prob_of_rows if _native.serves(v, x, x_next) else reference_log_prob
-    return op(v, x.detach(), x_next.detach(), rows, variance)
+    return op(v, x.detach(), x_next.detach(), steps.rows, variance)
 
 
 @torch.no_grad()
-def noise(v: Tensor, x: Tensor, x_next: Tensor, rows: StepRows) -> Tensor:
+def noise(v: Tensor, x: Tensor, x_next: Tensor, steps: Steps) -> Tensor:
     """:func:`advflow_ext.transition_noise` of these transitions."""
     if _native.serves(v, x, x_next):
-        return transition_deviation_op(v, x, x_next, torch.stack(rows[:3], 1))
-    return noise_of(deviation_between(v, x, x_next, rows), rows.sigma)
+        return transition_deviation_op(v, x, x_next, torch.stack(steps.rows, 1))
+    return noise_of(deviation_between(v, x, x_next, steps.rows), steps.rows[2])
 
 
 def draw(
@@ -115,7 +131,7 @@ def draw(
         return drawn.x_next, drawn.log_prob
     expected = mean(v, x, steps)
     carried = drawn.x_next + (expected - expected.detach()).to(dtype)
-    return carried, log_prob(v, x, drawn.x_next, steps.rows, variance=variance)
+    return carried, log_prob(v, x, drawn.x_next, steps, variance=variance)
 
 
 def per_sample(number: Tensor, x: Tensor) -> Tensor:

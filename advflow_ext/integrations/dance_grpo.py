@@ -97,7 +97,7 @@ def dance_step(
         noise = torch.randn_like(latents) if sde_solver else torch.zeros_like(latents)
         prev_sample, log_prob = _steps.draw(model_output, latents, noise, steps, latents.dtype)
     else:
-        log_prob = _steps.log_prob(model_output, latents, prev_sample, steps.rows)
+        log_prob = _steps.log_prob(model_output, latents, prev_sample, steps)
     return (prev_sample, pred_original, log_prob), steps
 
 

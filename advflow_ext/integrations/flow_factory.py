@@ -112,7 +112,7 @@ def _step(
     log_prob = None
     if next_latents is not None:
         if compute_log_prob and "log_prob" in wanted:
-            log_prob = _steps.log_prob(noise_pred, latents, next_latents, steps.rows, variance=variance)
+            log_prob = _steps.log_prob(noise_pred, latents, next_latents, steps, variance=variance)
     elif dynamics == "ODE":  # neither drawn nor rounded
         next_latents = _steps.mean(noise_pred, latents, steps)
         log_prob = next_latents.new_zeros(latents.shape[0], dtype=torch.float64)

@@ -86,7 +86,7 @@ def _flow_grpo_step(
     if prev_sample is None:
         prev_sample, log_prob = _steps.draw(model_output, latents, noise, steps, latents.dtype)
     else:
-        log_prob = _steps.log_prob(model_output, latents, prev_sample, steps.rows)
+        log_prob = _steps.log_prob(model_output, latents, prev_sample, steps)
     mean, std = _steps.mean(model_output, latents, steps), steps.rows.sigma[0]
     return prev_sample, predicted_x0(model_output, latents, s), log_prob, mean, std
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.contract.step_table import StepRows
 from advflow_ext.integrations import _patching, _steps
 from advflow_ext.integrations._patching import Patch, Replacement
 from advflow_ext.integrations._ratio import log_ratio
@@ -53,7 +52,7 @@ class _Transition(NamedTuple):
     v: Tensor
     x: Tensor
     x_next: Tensor
-    rows: StepRows
+    steps: _steps.Steps
     log_prob: Tensor  # [B], float64
 
 
@@ -157,13 +156,13 @@ def _denoised(
         x_next, log_prob = _steps.draw(v, x, noise, steps, x.dtype, variance=variance)
     else:
         x_next = x_next.to(x.dtype)
-        log_prob = _steps.log_prob(v, x, x_next, steps.rows, variance=variance)
+        log_prob = _steps.log_prob(v, x, x_next, steps, variance=variance)
     expected = _steps.mean(v, x, steps)
     if eta < _LEAST_ETA:
         given = more["prev_sample"]
         return expected if given is None else given.float(), None, expected
     if (watched := _watched.get()) is not None:
-        watched.append(_Transition(v, x, x_next, steps.rows, log_prob))
+        watched.append(_Transition(v, x, x_next, steps, log_prob))
     return x_next.float(), log_prob, expected
 
 
@@ -270,13 +269,14 @@ def _compared(step: _Transition, v_old: Tensor, emitted: Tensor, variance: bool)
 
     Its log-probability is the one that was ``emitted``, which may be another engine's.
     """
-    rows = step.rows
-    found, square = log_ratio(step.v, v_old, _steps.noise(v_old, step.x, step.x_next, rows), rows.kappa)
+    c_v, sigma = (column.double() for column in step.steps.rows[1:])
+    eps = _steps.noise(v_old, step.x, step.x_next, step.steps)
+    found, square = log_ratio(step.v, v_old, eps, c_v / sigma)
     if not variance:
-        found = 2 * rows.sigma.double().square() * found
-    replayed = _steps.log_prob(v_old, step.x, step.x_next, rows, variance=variance)
+        found = 2 * sigma.square() * found
+    replayed = _steps.log_prob(v_old, step.x, step.x_next, step.steps, variance=variance)
     engines = replayed.to(emitted.dtype) - emitted  # 0 where it was emitted by these bits
-    return found + engines.double(), rows.c_v.double().square() * square
+    return found + engines.double(), c_v.square() * square
 
 
 def _metrics(

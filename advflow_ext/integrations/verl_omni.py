@@ -132,12 +132,12 @@ def _sample_previous_step(
         noise = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
         prev_sample, log_prob = _steps.draw(model_output, sample, noise, steps, torch.float32, variance=variance)
     elif return_logprobs:
-        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps.rows, variance=variance)
+        log_prob = _steps.log_prob(model_output, sample, prev_sample, steps, variance=variance)
     if log_prob is not None and variance and not include_logprob_normalizer:
         sigma = steps.rows.sigma.double()
         log_prob = log_prob + torch.where(sigma > 0, sigma.log() + math.log(2 * math.pi) / 2, 0)
     root = (-steps.dt).sqrt()
-    std_dev_t = steps.std_dev_t * root if sde_type == "dance_sde" else steps.std_dev_t
+    std_dev_t = steps.sigma if sde_type == "dance_sde" else steps.std_dev_t
     if timestep is None and not (isinstance(noise_level, Tensor) and noise_level.dim()):
         std_dev_t = std_dev_t.float()
     else:

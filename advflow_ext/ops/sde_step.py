@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from advflow_ext import _native, reference
 from advflow_ext.contract import checks
 from advflow_ext.contract.batches import any_batch
 from advflow_ext.contract.outputs import SdeStep
-from advflow_ext.contract.step_table import StepRows, StepTable
+from advflow_ext.contract.step_table import StepTable
 from advflow_ext.kernels.sde_step import sde_step_op
 from advflow_ext.reference.sde_step import sde_step_arguments
 from advflow_ext.reference.transition_log_prob import log_density_of_mean_square
@@ -64,19 +66,19 @@ def sde_step(
         seed = torch.randint(
             limits.min, limits.max, v.shape[:1], dtype=torch.int64, device=v.device, generator=generator
         )
-    return step_of_rows(v, x, step, noise, seed, dtype)
+    return step_of_rows(v, x, step[:3], noise, seed, dtype)
 
 
 def step_of_rows(
     v: Tensor,
     x: Tensor,
-    step: StepRows,
+    rows: Sequence[Tensor],
     noise: Tensor | None,
     seed: Tensor | None,
     dtype: torch.dtype,
     variance: bool = True,
 ) -> SdeStep:
-    """The same from coefficients, ``[N]`` in the accumulate dtype, and one of noise and seeds; ``variance`` as in
+    """The same from c_x, c_v and sigma, ``[N]`` in the accumulate dtype, and one of noise and seeds; ``variance`` as in
     :func:`advflow_ext.transition_log_prob`."""
-    x_next, eps, deviation_sq = sde_step_op(v, x, torch.stack(step[:3], 1), noise, seed, dtype)
-    return SdeStep(x_next, eps, log_density_of_mean_square(deviation_sq, step.sigma, variance))
+    x_next, eps, deviation_sq = sde_step_op(v, x, torch.stack(tuple(rows), 1), noise, seed, dtype)
+    return SdeStep(x_next, eps, log_density_of_mean_square(deviation_sq, rows[2], variance))

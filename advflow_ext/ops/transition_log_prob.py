@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from advflow_ext import _native, reference
 from advflow_ext.contract import checks
 from advflow_ext.contract.batches import any_batch
-from advflow_ext.contract.step_table import StepRows, StepTable
+from advflow_ext.contract.step_table import StepTable
 from advflow_ext.kernels.sde_step import transition_density, transition_deviation_op, transition_deviation_sq_op
 from advflow_ext.reference.transition_log_prob import log_density_of_mean_square, transition_arguments
 
@@ -48,15 +50,15 @@ def transition_log_prob(
     if not _native.serves(v, x, x_next, index):
         return reference.transition_log_prob(v, x, x_next, table, index, variance=variance)
     checks.require_flag("variance", variance)
-    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index), variance)
+    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index)[:3], variance)
 
 
-def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, variance: bool) -> Tensor:
-    """The same from coefficients, ``[N]`` in the accumulate dtype, for trainers that hold no table to look into."""
-    checks.require_native_dtype(step.sigma.dtype, v, "transition_log_prob")
-    coef = torch.stack(step[:3], 1)
-    values = log_density_of_mean_square(transition_deviation_sq_op(v, x, x_next, coef), step.sigma, variance)
-    c_v, sigma = step.c_v.double(), step.sigma.double()
+def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, rows: Sequence[Tensor], variance: bool) -> Tensor:
+    """The same from c_x, c_v and sigma, ``[N]`` in the accumulate dtype, for trainers without a table to look into."""
+    coef = torch.stack(tuple(rows), 1)
+    checks.require_native_dtype(coef.dtype, v, "transition_log_prob")
+    values = log_density_of_mean_square(transition_deviation_sq_op(v, x, x_next, coef), rows[2], variance)
+    c_v, sigma = rows[1].double(), rows[2].double()
     slope = c_v / sigma.square() if variance else 2 * c_v
     slope = torch.where(torch.isfinite(values) & (sigma != 0), slope, 0)
     return transition_density(v, x, x_next, coef, values, slope)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,16 +63,16 @@ def sde_step(
     accumulate = step.sigma.dtype
     if noise is None:
         noise = torch.randn(v.shape, generator=generator, dtype=accumulate, device=v.device)
-    return step_of_rows(v, x, step, noise, dtype)
+    return step_of_rows(v, x, step[:3], noise, dtype)
 
 
 def step_of_rows(
-    v: Tensor, x: Tensor, step: StepRows, noise: Tensor, dtype: torch.dtype, variance: bool = True
+    v: Tensor, x: Tensor, rows: Sequence[Tensor], noise: Tensor, dtype: torch.dtype, variance: bool = True
 ) -> SdeStep:
-    """The same from coefficients, ``[N]`` in the accumulate dtype."""
-    accumulate = step.sigma.dtype
-    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in step[:3])
+    """The same from c_x, c_v and sigma, ``[N]`` in the accumulate dtype."""
+    accumulate = rows[2].dtype
+    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in rows)
     mean = c_x * x.to(accumulate) + c_v * v.to(accumulate)
     x_next = (mean + sigma * noise.to(accumulate)).to(dtype)
-    deviation = deviation_between(v, x, x_next, step)
-    return SdeStep(x_next, noise_of(deviation, step.sigma), log_density(deviation, step.sigma, variance))
+    deviation = deviation_between(v, x, x_next, rows)
+    return SdeStep(x_next, noise_of(deviation, rows[2]), log_density(deviation, rows[2], variance))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,18 +27,19 @@ def transition_log_prob(
 ) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_log_prob`, by PyTorch autograd."""
     checks.require_flag("variance", variance)
-    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index), variance)
+    return log_prob_of_rows(v, x, x_next, transition_arguments(v, x, x_next, table, index)[:3], variance)
 
 
-def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, variance: bool) -> Tensor:
-    """The same from coefficients, ``[N]`` in the accumulate dtype."""
-    deviation = deviation_between(v, x.detach(), x_next.detach(), step)
+def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, rows: Sequence[Tensor], variance: bool) -> Tensor:
+    """The same from c_x, c_v and sigma, ``[N]`` in the accumulate dtype."""
+    sigma = rows[2]
+    deviation = deviation_between(v, x.detach(), x_next.detach(), rows)
     with torch.no_grad():
-        values = log_density(deviation, step.sigma, variance)
+        values = log_density(deviation, sigma, variance)
     # The mask sits at the entrance: the backward of `where` writes exact zeros there, whatever is infinite behind it.
-    usable = torch.isfinite(values) & (step.sigma != 0)
+    usable = torch.isfinite(values) & (sigma != 0)
     deviation = torch.where(usable.view(-1, *[1] * (v.dim() - 1)), deviation, 0)
-    return torch.where(usable, log_density(deviation, step.sigma, variance), values)
+    return torch.where(usable, log_density(deviation, sigma, variance), values)
 
 
 @any_batch
@@ -45,7 +47,7 @@ def log_prob_of_rows(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows, varia
 def transition_noise(v_old: Tensor, x: Tensor, x_next: Tensor, table: StepTable, index: int | Tensor) -> Tensor:
     """Same arguments, result and errors as :func:`advflow_ext.transition_noise`."""
     step = transition_arguments(v_old, x, x_next, table, index)
-    return noise_of(deviation_between(v_old, x, x_next, step), step.sigma)
+    return noise_of(deviation_between(v_old, x, x_next, step[:3]), step.sigma)
 
 
 @any_batch
@@ -67,12 +69,12 @@ def from_means(
     return v_old.to(dtype), eps.to(dtype)
 
 
-def deviation_between(v: Tensor, x: Tensor, x_next: Tensor, step: StepRows) -> Tensor:
-    """x_next - mean in the dtype of ``step``, 0 of a deterministic step.
+def deviation_between(v: Tensor, x: Tensor, x_next: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """x_next - mean in the dtype of ``rows``, 0 of a deterministic step.
 
     In this order what is rounded before v joins cancels in the difference of two log-probabilities.
     """
-    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in step[:3])
+    c_x, c_v, sigma = (column.view(-1, *[1] * (v.dim() - 1)) for column in rows)
     deviation = x_next.to(sigma.dtype) - c_x * x.to(sigma.dtype) - c_v * v.to(sigma.dtype)
     return torch.where(sigma == 0, 0, deviation)
 
