@@ -107,7 +107,7 @@ def test_rows_are_rounded_once_and_the_copy_is_kept(device):
         for name, column in zip(rows._fields, rows, strict=True):
             assert column.device.type == device and column.dtype == dtype
             assert torch.equal(column.cpu(), getattr(table, name)[index.cpu()].to(dtype))
-    assert [copied.type for copied, _ in table._copies].count(device) == 2
+    assert [copied.type for _, copied, _ in table._copies].count(device) == 2
     first = table._copies[index.device, torch.float32].data_ptr()
     table.rows(index)
     assert table._copies[index.device, torch.float32].data_ptr() == first
