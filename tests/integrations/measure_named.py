@@ -55,7 +55,7 @@ def row(named: Named) -> str:
 
 def figures(named: Named) -> dict[str, Any]:
     """Of one update of the clipped loss: a stored step of eight samples, replayed by a policy that moved a little."""
-    index = named.index.repeat(2)
+    index = named.steps.repeat(2)
     generator = torch.Generator().manual_seed(3)
     v, x, change, noise = torch.randn(4, 8, *named.shape, generator=generator)
     v_old, v_new = v.to(named.dtype), (v + 1e-3 * change).to(named.dtype)

@@ -58,7 +58,7 @@ class Named(NamedTuple):
         return self.step(self.function(), index, v, x, x_next, self.level if level is None else level)
 
     @property
-    def index(self) -> Tensor:
+    def steps(self) -> Tensor:
         return STEPS if self.integration is flow_grpo else torch.full((4,), PLACE)
 
     @property
@@ -74,7 +74,7 @@ class Named(NamedTuple):
 
     def truth(self, v: Tensor, x: Tensor, x_next: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-probability by the trainer's formula in float64."""
-        at = self.index if index is None else index
+        at = self.steps if index is None else index
         column = (-1, *[1] * (x.dim() - 1))
         s, following = (SIGMAS.double()[places].view(column) for places in (at, at + 1))
         given = v.double(), x.double(), s, following, self.level

@@ -50,14 +50,14 @@ def assert_alike(named: Named, theirs: Returned, ours: Returned) -> None:
 @every
 def test_a_sample_is_theirs(name, named):
     v, x = named.latents()
-    assert_alike(named, *both(named, lambda: named(named.index, v, x)))
+    assert_alike(named, *both(named, lambda: named(named.steps, v, x)))
 
 
 @every
 def test_a_replay_is_theirs(name, named):
     v, x = named.latents()
-    x_next = named(named.index, v, x).x_next
-    theirs, ours = both(named, lambda: named(named.index, v, x, x_next))
+    x_next = named(named.steps, v, x).x_next
+    theirs, ours = both(named, lambda: named(named.steps, v, x, x_next))
     assert_alike(named, theirs, ours)
     assert torch.equal(ours.x_next, x_next)
 
@@ -67,11 +67,11 @@ def test_an_unchanged_policy_has_log_ratio_0(name, named):
     named.integration.install()
     v, x = named.latents()
     with torch.no_grad():
-        drawn = named(named.index, v, x)
+        drawn = named(named.steps, v, x)
     stored = torch.stack([x, drawn.x_next], 1)  # as trainers keep a trajectory, and hand out slices of it
-    replayed = named(named.index, v.clone().requires_grad_(), stored[:, 0], stored[:, 1])
+    replayed = named(named.steps, v.clone().requires_grad_(), stored[:, 0], stored[:, 1])
     assert torch.equal(replayed.log_prob, drawn.log_prob) and replayed.log_prob.requires_grad
-    alone = named(named.index[2:3], v[2:3], stored[2:3, 0], stored[2:3, 1])
+    alone = named(named.steps[2:3], v[2:3], stored[2:3, 0], stored[2:3, 1])
     assert torch.equal(alone.log_prob, drawn.log_prob[2:3])
 
 
@@ -79,7 +79,7 @@ def test_an_unchanged_policy_has_log_ratio_0(name, named):
 def test_log_ratio_and_gradient_are_at_least_as_exact(name, named):
     v, x = named.latents()
     with torch.no_grad():
-        x_next = named(named.index, v, x).x_next
+        x_next = named(named.steps, v, x).x_next
     update = 1e-3 if v.dtype == torch.bfloat16 else 1e-4  # what is not rounded away
     updated = (v.float() + update * torch.randn(v.shape)).to(v.dtype)
     (_, exact_ratio, exact_gradient), theirs = (scored(named, v, updated, x, x_next, truly) for truly in (True, False))
@@ -103,7 +103,7 @@ def scored(
     if truly:
         old, new = named.truth(v.double(), x, x_next)[1], named.truth(leaf, x, x_next)[1]
     else:
-        old, new = named(named.index, v, x, x_next).log_prob, named(named.index, leaf, x, x_next).log_prob
+        old, new = named(named.steps, v, x, x_next).log_prob, named(named.steps, leaf, x, x_next).log_prob
     (new * torch.tensor([1.0, -1.0, 0.5, -2.0])).sum().backward()
     assert leaf.grad is not None
     return new.detach().double(), (new - old).detach().double(), leaf.grad.double()
@@ -117,7 +117,7 @@ def test_what_else_is_returned_has_its_gradient(name, named):
 
     def of_both(x_next: Tensor | None) -> list[Tensor]:
         leaves = v.clone().requires_grad_(), x.clone().requires_grad_()
-        returned = [each for each in named(named.index, *leaves, x_next).everything if each.requires_grad]
+        returned = [each for each in named(named.steps, *leaves, x_next).everything if each.requires_grad]
         weighed = sum((each.double() * torch.linspace(1, 2, each.numel()).view(each.shape)).sum() for each in returned)
         # Of a log-probability ours goes to the velocity alone.
         to_x = sum(each.square().sum() for each in returned if each.dim() > 1)
@@ -143,9 +143,9 @@ def test_nothing_waits_and_less_is_launched(name, named, monkeypatch):
 
 def counted(named: Named, v: Tensor, x: Tensor) -> Count:
     with Count(x.numel()) as count:
-        drawn = named(named.index, v, x)
+        drawn = named(named.steps, v, x)
         leaf = v.clone().requires_grad_()
-        torch.autograd.grad(named(named.index, leaf, x, drawn.x_next).log_prob.sum(), leaf)
+        torch.autograd.grad(named(named.steps, leaf, x, drawn.x_next).log_prob.sum(), leaf)
     return count
 
 
@@ -153,8 +153,8 @@ def counted(named: Named, v: Tensor, x: Tensor) -> Count:
 def test_noise_level_0_is_an_euler_step(name, named):
     v, x = named.latents()
     named.integration.install()
-    drawn = named(named.index, v, x, level=0.0)
-    dt = (SIGMAS[named.index + 1] - SIGMAS[named.index]).view(-1, *[1] * (x.dim() - 1))
+    drawn = named(named.steps, v, x, level=0.0)
+    dt = (SIGMAS[named.steps + 1] - SIGMAS[named.steps]).view(-1, *[1] * (x.dim() - 1))
     torch.testing.assert_close(drawn.x_next, x + dt * v.float(), rtol=2e-6, atol=2e-6)
     assert torch.equal(drawn.log_prob, torch.zeros(4).double())
 
