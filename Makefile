@@ -16,7 +16,7 @@ NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py 
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check wheels clean
+.PHONY: help demo test test-peers test-newest setup-newest sanitize coverage setup lint hooks docs docs-serve bench gpu-check wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 14
@@ -37,6 +37,10 @@ coverage: setup ## what of the Python code the tests of `make test` run, line by
 
 sanitize: setup ## the operators' tests with the compiled module under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -q -m sanitizer
+
+test-peers: setup ## the contract of the integrations on the trainers' own code, PEERS=folder with their checkouts
+	@test -d "$(PEERS)" || { echo "PEERS=folder names a folder with checkouts: flow_grpo, DanceGRPO, MixGRPO, Flow-Factory, UniRL, verl-omni"; exit 1; }
+	PEERS="$(abspath $(PEERS))" ADVFLOW_PEERS="$(abspath $(PEERS))" $(BIN)/python -m pytest -q tests/integrations
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
 test-newest: setup-newest ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers

@@ -76,12 +76,10 @@ def _step(
     if sde_type not in ("sde", "cps"):
         raise ValueError(f"sde_type is {sde_type!r}; accepted are 'sde' and 'cps'.")
     model_output, sample = model_output.float(), sample.float()
-    sigmas = self.sigmas.to(sample.device, torch.float64, non_blocking=True)
-    index = _index_of(self.timesteps, timestep, sample)
-    s, s_end = (_steps.column("timestep", sigmas.index_select(0, place), sample) for place in (index, index + 1))
+    s, s_end, sigma_1 = _sigmas_of(self, timestep, sample)
     variance = sde_type == "sde"
     if variance:
-        steps = _steps.flow_sde(s, s_end, noise_level, sigmas[1], len(sample))
+        steps = _steps.flow_sde(s, s_end, noise_level, sigma_1, len(sample))
     else:
         steps = _steps.cps(s, s_end, noise_level, len(sample))
     if prev_sample is None:
@@ -99,13 +97,20 @@ def _step(
     return prev_sample, log_prob, mean, std_dev_t, sqrt_dt
 
 
-def _index_of(timesteps: Tensor, timestep: Any, x: Tensor) -> Tensor:
-    """Where in the scheduler's timesteps each one is, ``[1]`` or ``[N]``, on the device of x."""
+def _sigmas_of(scheduler: Any, timestep: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the steps of these timesteps begin and end, and the second sigma; float64 on the device of x, which is not
+    waited for. A timestep that is not the scheduler's is refused where it can be seen, and elsewhere gives NaN."""
+    sigmas, timesteps = (
+        each.to(x.device, torch.float64, non_blocking=True) for each in (scheduler.sigmas, scheduler.timesteps)
+    )
     given = torch.as_tensor(timestep, device=x.device).view(-1, 1)
-    distance, index = (given - timesteps.to(x.device, non_blocking=True)).abs().min(1)
-    if values_are_at_hand(distance) and (distance >= 0.5).any():
+    distance, index = (given - timesteps).abs().min(1)
+    known = distance < 0.5
+    if values_are_at_hand(known) and not known.all():
         raise ValueError(f"timestep is {given.flatten().tolist()}; accepted are the scheduler's, {timesteps.tolist()}.")
-    return index
+    s = torch.where(known, sigmas.index_select(0, index), torch.nan)
+    s, s_end = (_steps.column("timestep", each, x) for each in (s, sigmas.index_select(0, index + 1)))
+    return s, s_end, sigmas[1]
 
 
 def _as_of_9745241(

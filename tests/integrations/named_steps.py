@@ -23,7 +23,6 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 SIGMAS = rollout.shifted_twice(10).float()
 STEPS = torch.tensor([0, 3, 5, 8])
 PLACE = 3  # of functions that take one step for all
-PACKED = (256, 16)  # of FLUX's latents; those of SD3 are [16, h, w]
 
 
 class Returned(NamedTuple):
@@ -34,14 +33,14 @@ class Returned(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A function under its trainer's name, called in one way for all. ``step(function, index, v, x, x_next, level)``."""
+    """A function under its trainer's name, called in one way for all."""
 
     integration: ModuleType
     module: str
     name: str
     sampler: str  # "flow_sde", "cps" or "dance_sde"
     level: float
-    step: Callable[..., Returned]
+    step: Callable[..., Returned]  # (function, index, v, x, x_next, level)
     stand_in: str  # the function's file and name there
     checkout: str  # the file in the folder PEERS
     dtype: torch.dtype = torch.float32  # of velocities
@@ -54,7 +53,7 @@ class Named(NamedTuple):
     def __call__(
         self, index: Tensor, v: Tensor, x: Tensor, x_next: Tensor | None = None, level: float | None = None
     ) -> Returned:
-        """One seed; ``index`` is ``[N]``, all the same for those that take one."""
+        """One seed; ``index`` is ``[N]``, one and the same for those that take one."""
         torch.manual_seed(5)
         return self.step(self.function(), index, v, x, x_next, self.level if level is None else level)
 
@@ -62,16 +61,22 @@ class Named(NamedTuple):
     def index(self) -> Tensor:
         return STEPS if self.integration is flow_grpo else torch.full((4,), PLACE)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a latent at 512 px."""
+        return (16, 64, 64) if self.integration is flow_grpo else (1024, 64)
+
     def latents(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(3)
-        shape = (4, 16, 16, 16) if self.integration is flow_grpo else (4, *PACKED)
+        shape = (4, *(size // 4 for size in self.shape))
         v, x = (torch.randn(shape, generator=generator) for _ in range(2))
         return v.to(self.dtype), x
 
-    def truth(self, v: Tensor, x: Tensor, x_next: Tensor) -> tuple[Tensor, Tensor]:
+    def truth(self, v: Tensor, x: Tensor, x_next: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-probability by the trainer's formula in float64."""
+        at = self.index if index is None else index
         column = (-1, *[1] * (x.dim() - 1))
-        s, following = (SIGMAS.double()[places].view(column) for places in (self.index, self.index + 1))
+        s, following = (SIGMAS.double()[places].view(column) for places in (at, at + 1))
         given = v.double(), x.double(), s, following, self.level
         if self.sampler == "flow_sde":
             gaussian = rollout.flow_sde(*given, SIGMAS.double()[1])

@@ -1,4 +1,4 @@
-"""The contract of the steps of flow_grpo, DanceGRPO and MixGRPO: on stand-ins, and by `make test-peers` on their own code."""
+"""The contract of flow_grpo's, DanceGRPO's and MixGRPO's steps, on stand-ins and by `make test-peers` on their code."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def test_nothing_waits_and_less_is_launched(name, named, monkeypatch):
 def counted(named: Named, v: Tensor, x: Tensor) -> Count:
     with Count(x.numel()) as count:
         drawn = named(named.index, v, x)
-        named(named.index, v.clone().requires_grad_(), x, drawn.x_next).log_prob.sum().backward()
+        leaf = v.clone().requires_grad_()
+        torch.autograd.grad(named(named.index, leaf, x, drawn.x_next).log_prob.sum(), leaf)
     return count
 
 
