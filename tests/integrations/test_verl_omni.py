@@ -19,6 +19,7 @@ from tests.integrations.stand_ins.gaussians import log_density, transition
 from tests.integrations.stand_ins.verl_omni import MODULES, SAMPLERS
 from tests.integrations.steps_of_trainers import LEVELS, SIGMAS, TRAINERS
 
+THRESHOLD = 1e-10  # of Flow-DPPO's KL, where its log-ratios are as small as float32 log-probabilities are wrong
 FIELDS = ("prev_sample", "log_prob", "prev_sample_mean", "std_dev_t", "sqrt_dt")
 
 
@@ -126,20 +127,20 @@ def test_other_samplers_and_tokens_are_refused(scheduler):
 
 
 def dppo_masks(log_prob: Tensor, old: Tensor, mean: Tensor, mean_old: Tensor, sigma: Tensor, A: Tensor) -> Tensor:
-    """What verl-omni's FlowDPPOLoss removes, at a threshold of 1e-9."""
+    """What verl-omni's FlowDPPOLoss removes."""
     kl = ((mean - mean_old) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
-    return (kl >= 1e-9) & (((log_prob - old).exp() > 1) & (A > 0) | ((log_prob - old).exp() < 1) & (A < 0))
+    return (kl >= THRESHOLD) & (((log_prob - old).exp() > 1) & (A > 0) | ((log_prob - old).exp() < 1) & (A < 0))
 
 
 def test_the_mask_of_flow_dppo_is_that_of_float64(scheduler):
     """Its loss stays; with log-probabilities in float64 it takes the right side of a ratio of 1."""
-    v_old, x = latents(96, (16, 16, 16))
-    index = torch.arange(96) % 8
-    times, A = scheduler.timesteps[index], torch.randn(96, generator=torch.Generator().manual_seed(4))
-    v = v_old + 2e-4 * torch.randn(v_old.shape, generator=torch.Generator().manual_seed(2))
+    v_old, x = latents(192, (16, 16, 16))
+    index = torch.arange(192) % 8
+    times, A = scheduler.timesteps[index], torch.randn(192, generator=torch.Generator().manual_seed(4))
+    v = v_old + 1e-4 * torch.randn(v_old.shape, generator=torch.Generator().manual_seed(2))
     shape = (-1, 1, 1, 1)
     s, s_end = (SIGMAS.double()[places].view(shape) for places in (index, index + 1))
-    x_next = scheduler.sample_previous_step(x, v_old, timestep=times)[0]
+    x_next = scheduler.sample_previous_step(x, v_old, times, torch.Generator().manual_seed(6))[0]
     exact = [
         transition("flow_sde", velocity.double(), x.double(), s, s_end, torch.tensor(0.7), SIGMAS.double()[1])
         for velocity in (v, v_old)
