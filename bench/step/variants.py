@@ -148,7 +148,7 @@ class StockPolicies:
         """Nobody replaces parameters in the bench."""
 
     def export(self, folder: Path) -> None:
-        self.family.save_lora(self._transformer, "learner", folder)
+        self.family.save(self._transformer, "learner", folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()

@@ -118,7 +118,7 @@ class FullPolicies:
             require_in_place(places, f"the parameters of {role!r}")
 
     def export(self, folder: Path) -> None:
-        self._transformers["learner"].save_pretrained(folder / "transformer")
+        self.family.save(self._transformers["learner"], None, folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # each has a modulation of its own
@@ -166,7 +166,7 @@ class LoraPolicies:
         self._policies.check()
 
     def export(self, folder: Path) -> None:
-        self.family.save_lora(self._transformer, "learner", folder)
+        self.family.save(self._transformer, "learner", folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return self._modulation

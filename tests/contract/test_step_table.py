@@ -108,9 +108,9 @@ def test_rows_are_rounded_once_and_the_copy_is_kept(device):
             assert column.device.type == device and column.dtype == dtype
             assert torch.equal(column.cpu(), getattr(table, name)[index.cpu()].to(dtype))
     assert [copied.type for _, copied, _ in table._copies].count(device) == 2
-    first = table._copies[index.device, torch.float32].data_ptr()
+    first = table._copies["_rows", index.device, torch.float32].data_ptr()
     table.rows(index)
-    assert table._copies[index.device, torch.float32].data_ptr() == first
+    assert table._copies["_rows", index.device, torch.float32].data_ptr() == first
 
 
 def test_a_step_outside_the_table_is_no_number(device):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from advflow_ext.doctor.every_op import LATENTS, NAMES, OPTIONS, Drawing, Inputs, Outputs, run
 from advflow_ext.testing.transition_strategies import TABLES
-from tests.ops.every_op import LATENTS, NAMES, OPTIONS, Drawing, Inputs, Outputs, run, same_bits
+from tests.ops.every_op import same_bits
 from tests.ops.transitions import SPACES
 
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

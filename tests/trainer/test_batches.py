@@ -116,7 +116,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No call yet, and prompts whose first word is their category, which no line of a text file can say."""
     monkeypatch.setattr(Told, "calls", [])
     monkeypatch.setattr(
-        "advflow.data.prompts.Prompt", lambda text, category=None: Prompt(text, category or text.split()[0])
+        "advflow.data.prompt_files.Prompt", lambda text, category=None: Prompt(text, category or text.split()[0])
     )
     return monkeypatch
 

@@ -39,7 +39,8 @@ METHODS = {
     # 12 images in 4 updates: of five processes some have no image of an update.
     "flow_grpo": "--algorithm flow_grpo --optim.steps_per_iteration 4 --sde.steps 3 --sde.trained_share 0.7".split(),
     "mix_grpo": "--algorithm mix_grpo".split(),
-    "lora": "--model.trainable lora --model.lora_rank 4 --draws.per_image 1 --optim.micro_batch 3".split(),
+    "lora": "--model.trainable lora --model.lora_rank 4 --draws.per_image 1 --optim.micro_batch 3 "
+    "--runtime.modulation_cache false".split(),
 }
 # The root of the parts' mean squares is not the whole's; and before any update it is rounding, which depends on the
 # batch, that tells two velocities apart.

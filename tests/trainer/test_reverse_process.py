@@ -106,7 +106,7 @@ def test_a_share_of_the_steps(small_config: Make) -> None:
     trainer = _trainer(small_config, sde=SDEConfig(steps=2, trained_share=0.5), optim=OptimConfig(micro_batch=100))
     rollout = _rollout(trainer)
     assert rollout.transitions is not None
-    kept = trainer.process._trained(0, rollout.transitions)  # type: ignore[attr-defined]
+    kept = trainer.process._trained(0, rollout, rollout.transitions)  # type: ignore[attr-defined]
     assert kept.index.shape == (12, 1) and set(kept.index.flatten().tolist()) == {0, 1}
     losses = [list(step) for step in trainer.process.steps(0, rollout)]
     assert [[loss.weight for loss in step] for step in losses] == [[1.0]]

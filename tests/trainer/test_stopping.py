@@ -105,11 +105,11 @@ def test_a_signal_in_a_rollout_ends_it(whole: Path, tmp_path: Path, monkeypatch:
     """Between two batches: the state before the iteration is saved, though none was due, and the rollout made again."""
     folder, sample, drawn = tmp_path / "run", Trainer._sample, []
 
-    def interrupted(self: Trainer, noise: torch.Tensor, embeddings: Any, iteration: int) -> Any:
+    def interrupted(self: Trainer, noise: torch.Tensor, embeddings: Any, iteration: int, first: int) -> Any:
         drawn.append(iteration)
         if iteration == 1 and len(drawn) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return sample(self, noise, embeddings, iteration)
+        return sample(self, noise, embeddings, iteration, first)
 
     monkeypatch.setattr(Trainer, "_sample", interrupted)
     with pytest.raises(SystemExit, match="stopped after iteration 1, saved"):

@@ -72,8 +72,8 @@ class ModelFamily(Protocol):
     def fuse(self, transformer: ModelMixin) -> FusedKernels | None:
         """Puts the transformer on fused kernels; None where the family has none."""
 
-    def save_lora(self, transformer: ModelMixin, adapter: str, folder: Path) -> None:
-        """Writes an adapter into a folder, as the family's pipeline loads it by `load_lora_weights`."""
+    def save(self, transformer: ModelMixin, adapter: str | None, folder: Path) -> None:
+        """Writes an adapter into a folder, or, where that is None, all weights, as others load them."""
 
     def blocks(self, transformer: ModelMixin) -> Iterable[torch.nn.Module]:
         """The blocks that are worth compiling one by one."""

@@ -15,7 +15,10 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import advflow_ext as af
 from advflow.models.family import LoadedModel
@@ -100,13 +103,23 @@ class SD3:
     def fuse(self, transformer: SD3Transformer2DModel) -> af.TransformerPatch:
         return af.apply_to_sd3(transformer)
 
-    def save_lora(self, transformer: SD3Transformer2DModel, adapter: str, folder: Path) -> None:
-        """Rank and alpha stand in the file's metadata."""
+    def save(self, transformer: SD3Transformer2DModel, adapter: str | None, folder: Path) -> None:
+        """For `load_lora_weights`, with rank and alpha in the file's metadata, or for `from_pretrained`."""
+        if adapter is None:
+            transformer.save_pretrained(folder / "transformer")
+            return
+        metadata = transformer.peft_config[adapter].to_dict()
+        metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
         StableDiffusion3Pipeline.save_lora_weights(
             folder,
             get_peft_model_state_dict(transformer, adapter_name=adapter),
-            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+            transformer_lora_adapter_metadata=metadata,
         )
+        # Of several entries of a file's metadata none has its place; with one, equal runs have equal files.
+        path = folder / "pytorch_lora_weights.safetensors"
+        with safe_open(path, "pt") as written:
+            told = written.metadata()[LORA_ADAPTER_METADATA_KEY]
+        save_file(load_file(path), path, {LORA_ADAPTER_METADATA_KEY: told})
 
     def blocks(self, transformer: SD3Transformer2DModel) -> Iterable[torch.nn.Module]:
         """Diffusers' own compile_repeated_blocks has no list of them."""
