@@ -43,7 +43,7 @@ sanitize: setup ## the operators' tests with the compiled module under AddressSa
 
 test-peers: setup ## the contract of the integrations on the trainers' own code, PEERS=folder with their checkouts
 	@test -d "$(PEERS)" || { echo "PEERS=folder names a folder with checkouts: flow_grpo, DanceGRPO, MixGRPO, Flow-Factory, UniRL, verl-omni"; exit 1; }
-	PEERS="$(abspath $(PEERS))" ADVFLOW_PEERS="$(abspath $(PEERS))" $(BIN)/python -m pytest -q tests/integrations
+	PEERS="$(abspath $(PEERS))" $(BIN)/python -m pytest -q tests/integrations
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
 test-newest: setup-newest ## a part of the tests with the newest torch (a CUDA build of several GB) and diffusers

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-PEERS = "ADVFLOW_PEERS"  # a folder with a checkout of each trainer, under any name
+PEERS = "PEERS"  # a folder with a checkout of each trainer, under any name
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, Sequence[type]]) -> None:

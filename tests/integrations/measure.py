@@ -1,4 +1,4 @@
-"""What an install changes on the real trainers: `ADVFLOW_PEERS=folder python -m tests.integrations.measure`.
+"""What an install changes on the real trainers: `PEERS=folder python -m tests.integrations.measure`.
 
 One thread, CPU time, so that another process on the machine does not count. docs/drop-in.md has what it prints.
 """
