@@ -101,7 +101,7 @@ def transition_deviation_sq_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tenso
 
 
 def transition_deviation_op(v: Tensor, x: Tensor, x_next: Tensor, coef: Tensor) -> Tensor:
-    """``eps`` of :func:`sde_step_op` for a stored ``x_next``: the same bits, without gradient."""
+    """``eps`` of :func:`sde_step_op` for a stored ``x_next``, the deviation over sigma: the same bits, no gradient."""
     eps: Tensor = torch.ops.advflow.transition_deviation.default(*(tensor.detach() for tensor in (v, x, x_next, coef)))
     return eps
 

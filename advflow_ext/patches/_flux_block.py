@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advflow_ext.kernels import triton_ops
 from advflow_ext.nn._identity import is_exactly
 from advflow_ext.patches._diffusers import FluxStock
 from advflow_ext.patches._fused import Module, Norm1, Rotation, Stream, overwriting_gelu, projected
@@ -54,7 +53,7 @@ class FluxBlock(_FluxBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(text, image) after the block, as the block's own forward returns them."""
-        if joint_attention_kwargs or not triton_ops.serves(hidden_states) or self.reason_to_keep(block) is not None:
+        if self.leaves_to_stock(block, hidden_states, joint_attention_kwargs):
             return stock(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         image = self._adaln_zero(block.norm1, hidden_states, temb)
         text = self._adaln_zero(block.norm1_context, encoder_hidden_states, temb)
@@ -98,7 +97,7 @@ class FluxSingleBlock(_FluxBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(text, image) after the block, as the block's own forward returns them."""
-        if joint_attention_kwargs or not triton_ops.serves(hidden_states) or self.reason_to_keep(block) is not None:
+        if self.leaves_to_stock(block, hidden_states, joint_attention_kwargs):
             return stock(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         x = _joined(encoder_hidden_states, hidden_states)
         normed, gate = self._single_norm(block.norm, x, temb)[:2]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from advflow_ext.kernels import triton_ops
 from advflow_ext.nn import gate_residual, gate_residual_layer_norm_modulate, joint_qk_norm, layer_norm_modulate
 from advflow_ext.nn._stamp import stamp
 from advflow_ext.nn.lora import has_hooks
@@ -89,6 +90,10 @@ class FusedBlock(Generic[Known]):
     def reason_to_keep(self, block: Module) -> str | None:
         """Why a block cannot run on the fused ops; None if it can."""
         raise NotImplementedError
+
+    def leaves_to_stock(self, block: Module, x: Tensor, foreign: object) -> bool:
+        """Whether a block runs its own forward on ``x``: given ``foreign`` arguments, without Triton, or kept."""
+        return bool(foreign) or not triton_ops.serves(x) or self.reason_to_keep(block) is not None
 
     def reason_to_keep_attention(self, attn: Module) -> str | None:
         """Why a block's attention keeps its own processor; None if the fused one can take its place."""

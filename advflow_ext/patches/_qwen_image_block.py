@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advflow_ext.kernels import triton_ops
 from advflow_ext.patches._diffusers import RotaryStock
 from advflow_ext.patches._fused import Module, Norm1, Rotation
 from advflow_ext.patches._parts import part
@@ -42,7 +41,7 @@ class QwenImageBlock(RotaryBlock[RotaryStock]):
     ) -> tuple[Tensor, Tensor]:
         """(text, image) after the block, as the block's own forward returns them."""
         foreign = joint_attention_kwargs or modulate_index is not None
-        if foreign or not triton_ops.serves(hidden_states) or self.reason_to_keep(block) is not None:
+        if self.leaves_to_stock(block, hidden_states, foreign):
             given = encoder_hidden_states_mask, temb, image_rotary_emb, joint_attention_kwargs, modulate_index
             return stock(block, hidden_states, encoder_hidden_states, *given)
         image = self._norm1(block.img_norm1, block.img_mod, hidden_states, temb)

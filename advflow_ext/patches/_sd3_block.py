@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advflow_ext.kernels import triton_ops
 from advflow_ext.nn._identity import is_exactly
 from advflow_ext.patches._diffusers import SD3Stock
 from advflow_ext.patches._fused import FusedBlock, Module, Norm1, Stream, projected
@@ -50,7 +49,7 @@ class SD3Block(FusedBlock[SD3Stock]):
         Joint attention's arguments are handed on as they came: the block of diffusers 0.31 takes none.
         """
         foreign = any(joint_attention_kwargs) or any(more.values())
-        if foreign or not triton_ops.serves(hidden_states) or self.reason_to_keep(block) is not None:
+        if self.leaves_to_stock(block, hidden_states, foreign):
             return stock(block, hidden_states, encoder_hidden_states, temb, *joint_attention_kwargs, **more)
         image = self._norm1(block.norm1, hidden_states, temb)
         text = self._norm1(block.norm1_context, encoder_hidden_states, temb)

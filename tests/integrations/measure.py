@@ -9,6 +9,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,30 +27,36 @@ CLIP, REPEATS = 1e-4, 7
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     wanted = sys.argv[1:] or list(TRAINERS)
-    print(
-        "| step | next x, mean | log-prob | loss | gradient | to fp64: gradient, log-ratio | operators | reads | ms |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    begin_table()
     for name in wanted:
         with pytest.MonkeyPatch.context() as monkeypatch:
             TRAINERS[name].load(monkeypatch, "real")
             for sampler in LEVELS:
-                print(f"| {name} {sampler} | {row(TRAINERS[name], sampler)} |", flush=True)
+                cells = row(TRAINERS[name].integration, partial(figures, TRAINERS[name], sampler))
+                print(f"| {name} {sampler} | {cells} |", flush=True)
     if "unirl" in wanted:
         flow_dppo()
 
 
-def row(trainer: Trainer, sampler: str) -> str:
-    before = figures(trainer, sampler)
-    trainer.integration.install()
+def begin_table() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(
+        "| step | next x, mean | log-prob | loss | gradient | to fp64: gradient, log-ratio | operators | reads | ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+
+
+def row(integration: ModuleType, figures: Callable[[], dict[str, Any]]) -> str:
+    """A row of the table, of `figures` before the integration is installed and after."""
+    before = figures()
+    integration.install()
     with pytest.MonkeyPatch.context() as monkeypatch:
         as_on_a_device(monkeypatch)
-        after = figures(trainer, sampler)
-    trainer.integration.uninstall()
-    parts = ["x_next", "mean"], ["log_prob"], ["loss"], ["grad"]
+        after = figures()
+    integration.uninstall()
+    parts = ["x_next", "mean"], ["log_prob"], ["loss"], ["gradient"]
     cells = [", ".join(f"{largest(before[key], after[key]):.1e}" for key in keys) for keys in parts]
     return " | ".join([
         *cells,
@@ -91,7 +99,7 @@ def figures(trainer: Trainer, sampler: str) -> dict[str, Any]:
     torch.maximum(-A * exact.exp(), -A * bounded).mean().backward()
     assert leaf.grad is not None
     return {
-        "x_next": drawn.x_next, "mean": drawn.mean, "log_prob": found.log_prob.detach(), "loss": loss, "grad": grad,
+        "x_next": drawn.x_next, "mean": drawn.mean, "log_prob": found.log_prob.detach(), "loss": loss, "gradient": grad,
         "gradient error": float((grad - leaf.grad).norm() / leaf.grad.norm()),
         "log-ratio error": float(((found.log_prob.double() - old.double()) - exact).abs().max()),
         "count": count, "seconds": least(update),

@@ -6,7 +6,7 @@ One thread, CPU time, so that another process on the machine does not count. doc
 from __future__ import annotations
 
 import sys
-import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,43 +14,20 @@ import torch
 from torch import Tensor
 
 from advflow_ext.conformance import rollout
-from tests.integrations.counting import Count, as_on_a_device
-from tests.integrations.measure import CLIP, largest, least
+from tests.integrations.counting import Count
+from tests.integrations.measure import CLIP, begin_table, least, row
 from tests.integrations.named_steps import NAMED, Named, load_checkout
 
 A = torch.linspace(-1, 3, 8)  # no mean of 0, beside which a loss has no size
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    print(
-        "| step | next x, mean | log-prob | loss | gradient | to fp64: gradient, log-ratio | operators | reads | ms |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    begin_table()
     for name in sys.argv[1:] or [name for name, named in NAMED.items() if named.checkout]:
         with pytest.MonkeyPatch.context() as monkeypatch:
             load_checkout(monkeypatch, NAMED[name])
-            print(f"| {name} | {row(NAMED[name])} |", flush=True)
-
-
-def row(named: Named) -> str:
-    before = figures(named)
-    named.integration.install()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        as_on_a_device(monkeypatch)
-        after = figures(named)
-    named.integration.uninstall()
-    pairs = [(key, largest(before[key], after[key])) for key in ("x_next", "mean", "log_prob", "loss", "gradient")]
-    numbers = {key: f"{value:.1e}" for key, value in pairs}
-    return " | ".join([
-        f"{numbers['x_next']}, {numbers['mean']}",
-        *(numbers[key] for key in ("log_prob", "loss", "gradient")),
-        " -> ".join(f"{each['gradient error']:.1e}, {each['log-ratio error']:.1e}" for each in (before, after)),
-        " -> ".join(f"{each['count'].large}+{each['count'].small}" for each in (before, after)),
-        " -> ".join(str(each["count"].reads) for each in (before, after)),
-        " -> ".join(f"{1000 * each['seconds']:.1f}" for each in (before, after)),
-    ])  # fmt: skip
+            cells = row(NAMED[name].integration, partial(figures, NAMED[name]))
+            print(f"| {name} | {cells} |", flush=True)
 
 
 def figures(named: Named) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import advflow_ext as af
-from advflow_ext.patches import _fused, _sd3_block
+from advflow_ext.kernels import triton_ops
+from advflow_ext.patches import _fused
 from advflow_ext.testing import relative_error
 from tests.nn.kernel_checks import KERNEL_DEVICE, RecordedOps
 
@@ -393,7 +394,7 @@ def test_what_is_not_covered_is_kept_and_said(stock):
 
 
 def test_without_triton_the_stock_blocks_run_and_the_report_says_so(model, stock, monkeypatch):
-    monkeypatch.setattr(_sd3_block.triton_ops, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_ops, "_HAS_TRITON", False)
     with af.apply_to_sd3(model, lora=False) as patch, RecordedOps() as recorded:
         assert patch.kept["blocks"].startswith("Triton does not run on") and not patch.replaced
         for one, other in zip(run(model, inputs()), stock, strict=True):

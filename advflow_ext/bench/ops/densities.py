@@ -23,13 +23,12 @@ from advflow_ext.bench.harness.registry import (
     compare,
     latent_bytes,
 )
+from advflow_ext.bench.ops.kernels import NOISE_LEVEL
 from advflow_ext.bench.ops.losses import AUTOTUNE, TRAINING, generator, step_table, widened_call
 from advflow_ext.bench.ops.scheduler import Scheduler
 from advflow_ext.conformance.awm import awm_log_prob
 from advflow_ext.conformance.rollout import log_prob
 from advflow_ext.conformance.rows import column
-
-NOISE_LEVEL = 0.7
 
 
 def with_gradient(density: Callable[[Arguments], Tensor]) -> Callable[[Arguments], Result]:
