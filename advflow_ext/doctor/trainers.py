@@ -34,8 +34,9 @@ STATES = {
 
 
 def names() -> list[str]:
-    """Of the modules of ``advflow_ext.integrations``, one a trainer."""
-    return [module.name for module in pkgutil.iter_modules(integrations.__path__) if not module.name.startswith("_")]
+    """Of the modules of ``advflow_ext.integrations``, one a trainer; a package there is something else."""
+    modules = pkgutil.iter_modules(integrations.__path__)
+    return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
 
 
 def is_patched(name: str) -> bool:

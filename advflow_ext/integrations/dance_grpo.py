@@ -30,8 +30,8 @@ def install(exact: bool = False) -> None:
 
     exact: not possible by name, as in :func:`advflow_ext.integrations.flow_grpo.install`.
 
-    Raises ValueError for exact=True, RuntimeError where no script is there, where ``flux_step`` is not that of 15cc71d,
-    by signature and by numbers, and where something holds it out of reach.
+    Raises ValueError for exact=True, ImportError where no script is there, RuntimeError where ``flux_step`` is not that
+    of 15cc71d, by signature and by numbers, and where something holds it out of reach.
     """
     if exact:
         raise ValueError(
@@ -41,9 +41,9 @@ def install(exact: bool = False) -> None:
         )
     scripts = [module for module in list(sys.modules.values()) if _is_script(module)]
     if not scripts:
-        raise RuntimeError(
-            f"no module that is imported defines {NAME}; accepted is an install() in the training script of DanceGRPO, "
-            "below its flux_step, such as in the first line of main."
+        raise ImportError(
+            f"DanceGRPO is not to be patched: no module that is imported defines {NAME}; accepted is an install() in its "
+            "training script, below its flux_step, such as in the first line of main."
         )
     fresh = [script for script in scripts if not _patch.replaces(script, NAME)]
     for script in fresh:

@@ -26,6 +26,8 @@ def stand_ins(tmp_path, monkeypatch):
             f"def install(exact=False):\n    {body}\ndef uninstall():\n    print('{name} is as it was')\n"
         )
     (tmp_path / "_private.py").write_text("")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "__init__.py").write_text("")
     monkeypatch.setattr(integrations, "__path__", [str(tmp_path)])
     yield
     for name in STAND_INS:
@@ -44,6 +46,13 @@ def test_a_trainer_is_whatever_module_integrations_has(stand_ins, capsys):
         "advflow_ext.integrations.three.install() refuses what is here: "
         "three.step is (self, x); accepted is (self, x, y) of abc1234."
     )
+
+
+def test_every_trainer_is_tried_and_none_is_here():
+    found = trainers.Attempt().found()
+    assert [each.name for each in found] == trainers.names() and "dance_grpo" in trainers.names()
+    assert {each.state for each in found} == {"absent"}, found
+    assert all(each.sentence for each in found)
 
 
 def test_what_is_patched_here_is_said_and_left_alone(monkeypatch):
