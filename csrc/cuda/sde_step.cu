@@ -77,9 +77,6 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, kVector || kDrawn ? 0 : 3)
     sde_step_kernel(AdvflowSdeStepInputs in, AdvflowRowPlan plan, void* x_next, void* eps, double* partials) {
   advflow_let_next_begin();
   if (kNarrow && !is_narrow(in, kDrawn)) __builtin_unreachable();
-  // Tiles whose loads are in flight together. A thread then has 96 bytes under way whatever the dtype, and no more
-  // registers for it: a word of 16 bits takes half of one.
-  constexpr int kAhead = kVector && kNarrow ? 2 : 1;
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
@@ -90,24 +87,13 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads, kVector || kDrawn ? 0 : 3)
   const Step step = {coef[0], coef[1], sigma, 1.0f / sigma, kDrawn ? in.seeds[row] : 0};
 
   double sums[1] = {};
-  for (int64_t first = begin + int64_t(threadIdx.x) * kAdvflowVec; first < end; first += kAhead * plan.tile) {
-    Raw raw[kAhead];
-#pragma unroll
-    for (int t = 0; t < kAhead; ++t) {
-      const int64_t i = first + t * plan.tile;
-      if (i >= end) break;
-      const int valid = advflow_valid_elements(i, end);
-      raw[t].v = advflow_load8<kVector, true>(in.v, row, i, valid);
-      raw[t].x = advflow_load8<kVector, true>(in.x, row, i, valid);
-      if (!kDrawn && sigma != 0.0f) raw[t].noise = advflow_load8<kVector, true>(in.noise, row, i, valid);
-    }
-#pragma unroll
-    for (int t = 0; t < kAhead; ++t) {
-      const int64_t i = first + t * plan.tile;
-      if (i >= end) break;
-      const int valid = advflow_valid_elements(i, end);
-      step8<kVector, kDrawn>(in, step, raw[t], row, i, valid, x_next, eps, sums[0]);
-    }
+  for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
+    const int valid = advflow_valid_elements(i, end);
+    Raw raw;
+    raw.v = advflow_load8<kVector, true>(in.v, row, i, valid);
+    raw.x = advflow_load8<kVector, true>(in.x, row, i, valid);
+    if (!kDrawn && sigma != 0.0f) raw.noise = advflow_load8<kVector, true>(in.noise, row, i, valid);
+    step8<kVector, kDrawn>(in, step, raw, row, i, valid, x_next, eps, sums[0]);
   }
 
   const double total = advflow_block_sum(sums);
