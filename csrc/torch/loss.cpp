@@ -2,7 +2,8 @@
 // torch tensors and the kernels of a whole loss.
 #include "loss.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>

@@ -1,5 +1,4 @@
 // The gradient of a whole loss, to v alone: its coefficients, handed to residual_grad or transition_grad.
-#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 

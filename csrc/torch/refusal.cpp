@@ -1,6 +1,5 @@
 #include "refusal.h"
 
-#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <string>

@@ -2,7 +2,9 @@
 // torch tensors and the kernels of the loss core.
 #include "residual.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "latents.h"
