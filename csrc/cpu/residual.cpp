@@ -28,8 +28,9 @@ constexpr int kTensors = 5;
 template <typename T>
 using Scratch = T[kTensors][kAdvflowTile];
 
-// One loop over the tensors rather than five calls: the conversions of every
-// dtype are inlined here, and five copies of them are slow to compile.
+// One loop over the tensors rather than five calls, and before it is asked which of
+// them are there: the conversions of every dtype are inlined here, and a copy of
+// them for each tensor, or for each choice of tensors, is slow to compile.
 template <typename T>
 ADVFLOW_INLINE Tile<T> read_tiles(const AdvflowResidualInputs& in, int64_t row, int64_t first, int64_t count,
                                   Scratch<T>& scratch) {
@@ -42,7 +43,7 @@ ADVFLOW_INLINE Tile<T> read_tiles(const AdvflowResidualInputs& in, int64_t row, 
 }
 
 // ---------------------------------------------------------------------------
-// One chunk of one row
+// One tile, by which tensors are there
 
 template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
 ADVFLOW_INLINE void accumulate_lanes(const Tile<T>& tile, int64_t i, int64_t valid, T mix, Lanes<T>* sums) {
@@ -56,62 +57,39 @@ ADVFLOW_INLINE void accumulate_lanes(const Tile<T>& tile, int64_t i, int64_t val
 }
 
 template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
-ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,
-                                double* partial) {
-  alignas(64) Scratch<T> scratch;
-  Lanes<T> chunk[ADVFLOW_RESIDUAL_STATS] = {};
-  const T mix = in.mixes.data ? static_cast<const T*>(in.mixes.data)[row * in.mixes.stride] : T(in.mix);
-  for (int64_t first = begin; first < end; first += kAdvflowTile) {
-    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
-    const Tile<T> tile = read_tiles<T>(in, row, first, count, scratch);
-    Lanes<T> sums[ADVFLOW_RESIDUAL_STATS] = {};
-    int64_t i = 0;
-    for (; i + kAdvflowLanes <= count; i += kAdvflowLanes) {
-      accumulate_lanes<kTarget, kOld, kRef>(tile, i, kAdvflowLanes, mix, sums);
-    }
-    if (i < count) accumulate_lanes<kTarget, kOld, kRef>(tile, i, count - i, mix, sums);
-    for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) chunk[stat] += sums[stat];
+ADVFLOW_INLINE void stats_tile(const Tile<T>& tile, T mix, Lanes<T>* sums) {
+  int64_t i = 0;
+  for (; i + kAdvflowLanes <= tile.count; i += kAdvflowLanes) {
+    accumulate_lanes<kTarget, kOld, kRef>(tile, i, kAdvflowLanes, mix, sums);
   }
-  for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) partial[stat] = double(chunk[stat].sum());
+  if (i < tile.count) accumulate_lanes<kTarget, kOld, kRef>(tile, i, tile.count - i, mix, sums);
 }
 
 template <AdvflowTarget kTarget, bool kOld, bool kRef, typename T>
-ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t row, int64_t begin,
-                               int64_t end) {
-  alignas(64) Scratch<T> scratch;
-  alignas(64) T rounded_later[kAdvflowTile];
+ADVFLOW_INLINE void grad_tile(const Tile<T>& tile, const T* coef, T scale, T* __restrict__ out) {
   const T a = coef[0], b = coef[1], c = coef[2];
-  const T scale = T(2.0 / double(in.elements));
-  for (int64_t first = begin; first < end; first += kAdvflowTile) {
-    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
-    const Tile<T> tile = read_tiles<T>(in, row, first, count, scratch);
-    const int64_t index = row * in.elements + first;
-    const bool in_place = in.v.dtype == advflow_dtype_of<T>();
-    T* __restrict__ out = in_place ? static_cast<T*>(grad) + index : rounded_later;
-    for (int64_t i = 0; i < count; ++i) {
-      const T u = kTarget == ADVFLOW_TARGET_X0 ? tile.noise[i] - tile.target[i] : tile.target[i];
-      const T old = kOld ? tile.old[i] : T(0);
-      const T ref = kRef ? tile.ref[i] : T(0);
-      out[i] =
-          scale * advflow_residual_combine<kTarget == ADVFLOW_TARGET_EPS, kOld, kRef>(tile.v[i], u, old, ref, a, b, c);
-    }
-    if (!in_place) advflow_write_tile(out, grad, in.v.dtype, index, count);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const T u = kTarget == ADVFLOW_TARGET_X0 ? tile.noise[i] - tile.target[i] : tile.target[i];
+    const T old = kOld ? tile.old[i] : T(0);
+    const T ref = kRef ? tile.ref[i] : T(0);
+    out[i] =
+        scale * advflow_residual_combine<kTarget == ADVFLOW_TARGET_EPS, kOld, kRef>(tile.v[i], u, old, ref, a, b, c);
   }
 }
 
 // ---------------------------------------------------------------------------
-// Which tensors are there, then which vector unit
+// One chunk of one row, then which vector unit
 
-#define ADVFLOW_FOR_ANCHORS(function, kTarget, in, ...)           \
-  switch ((in.v_old.data ? 2 : 0) | (in.v_ref.data ? 1 : 0)) {    \
-    case 0:                                                       \
-      return function<kTarget, false, false, T>(in, __VA_ARGS__); \
-    case 1:                                                       \
-      return function<kTarget, false, true, T>(in, __VA_ARGS__);  \
-    case 2:                                                       \
-      return function<kTarget, true, false, T>(in, __VA_ARGS__);  \
-    default:                                                      \
-      return function<kTarget, true, true, T>(in, __VA_ARGS__);   \
+#define ADVFLOW_FOR_ANCHORS(function, kTarget, in, ...)        \
+  switch ((in.v_old.data ? 2 : 0) | (in.v_ref.data ? 1 : 0)) { \
+    case 0:                                                    \
+      return function<kTarget, false, false, T>(__VA_ARGS__);  \
+    case 1:                                                    \
+      return function<kTarget, false, true, T>(__VA_ARGS__);   \
+    case 2:                                                    \
+      return function<kTarget, true, false, T>(__VA_ARGS__);   \
+    default:                                                   \
+      return function<kTarget, true, true, T>(__VA_ARGS__);    \
   }
 
 #define ADVFLOW_FOR_PRESENT(function, in, ...)                            \
@@ -125,14 +103,33 @@ ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& in, const T* coef, v
   }
 
 template <typename T>
-ADVFLOW_INLINE void stats_any(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,
-                              double* partial) {
-  ADVFLOW_FOR_PRESENT(stats_chunk, in, row, begin, end, partial);
+ADVFLOW_INLINE void stats_of(const AdvflowResidualInputs& in, const Tile<T>& tile, T mix, Lanes<T>* sums) {
+  ADVFLOW_FOR_PRESENT(stats_tile, in, tile, mix, sums);
 }
 
 template <typename T>
-ADVFLOW_INLINE void grad_any(const AdvflowResidualInputs& all, const T* coef, void* grad, int64_t row, int64_t begin,
-                             int64_t end) {
+ADVFLOW_INLINE void grad_of(const AdvflowResidualInputs& in, const Tile<T>& tile, const T* coef, T scale, T* out) {
+  ADVFLOW_FOR_PRESENT(grad_tile, in, tile, coef, scale, out);
+}
+
+template <typename T>
+ADVFLOW_INLINE void stats_chunk(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,
+                                double* partial) {
+  alignas(64) Scratch<T> scratch;
+  Lanes<T> chunk[ADVFLOW_RESIDUAL_STATS] = {};
+  const T mix = in.mixes.data ? static_cast<const T*>(in.mixes.data)[row * in.mixes.stride] : T(in.mix);
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    Lanes<T> sums[ADVFLOW_RESIDUAL_STATS] = {};
+    stats_of(in, read_tiles<T>(in, row, first, count, scratch), mix, sums);
+    for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) chunk[stat] += sums[stat];
+  }
+  for (int stat = 0; stat < ADVFLOW_RESIDUAL_STATS; ++stat) partial[stat] = double(chunk[stat].sum());
+}
+
+template <typename T>
+ADVFLOW_INLINE void grad_chunk(const AdvflowResidualInputs& all, const T* coef, void* grad, int64_t row, int64_t begin,
+                               int64_t end) {
   // A tensor whose coefficient is zero is not even read: it may hold anything.
   AdvflowResidualInputs in = all;
   if (coef[1] == T(0)) in.v_old.data = nullptr;
@@ -142,7 +139,17 @@ ADVFLOW_INLINE void grad_any(const AdvflowResidualInputs& all, const T* coef, vo
     std::memset(static_cast<char*>(grad) + (row * in.elements + begin) * size, 0, size_t((end - begin) * size));
     return;
   }
-  ADVFLOW_FOR_PRESENT(grad_chunk, in, coef, grad, row, begin, end);
+  alignas(64) Scratch<T> scratch;
+  alignas(64) T rounded_later[kAdvflowTile];
+  const T scale = T(2.0 / double(in.elements));
+  const bool in_place = in.v.dtype == advflow_dtype_of<T>();
+  for (int64_t first = begin; first < end; first += kAdvflowTile) {
+    const int64_t count = end - first < kAdvflowTile ? end - first : kAdvflowTile;
+    const int64_t index = row * in.elements + first;
+    T* out = in_place ? static_cast<T*>(grad) + index : rounded_later;
+    grad_of(in, read_tiles<T>(in, row, first, count, scratch), coef, scale, out);
+    if (!in_place) advflow_write_tile(out, grad, in.v.dtype, index, count);
+  }
 }
 
 template <typename T>
@@ -154,11 +161,11 @@ struct Kernels {
 #define ADVFLOW_KERNELS_FOR(suffix, T, target)                                                                      \
   target void stats_##suffix(const AdvflowResidualInputs& in, int64_t row, int64_t begin, int64_t end,              \
                              double* partial) {                                                                     \
-    stats_any<T>(in, row, begin, end, partial);                                                                     \
+    stats_chunk<T>(in, row, begin, end, partial);                                                                   \
   }                                                                                                                 \
   target void grad_##suffix(const AdvflowResidualInputs& in, const T* coef, void* grad, int64_t row, int64_t begin, \
                             int64_t end) {                                                                          \
-    grad_any<T>(in, coef, grad, row, begin, end);                                                                   \
+    grad_chunk<T>(in, coef, grad, row, begin, end);                                                                 \
   }
 
 ADVFLOW_KERNELS_FOR(baseline, float, )
