@@ -28,7 +28,7 @@ STEP_VARIANT = r"_kernelILb([01])E(?:Lb([01])ELb([01])E)?"
 class Kernel:
     name: str
     vector: bool
-    tensors: int  # how many it reads, each in words of 16 bytes
+    loads: int  # of words of 16 bytes: one of 16-bit elements, a second for fp32 where a tensor may be that
     scalars: int  # the other loads: coefficients, an upstream gradient, a seed, a mix
     words: int  # of 16 bytes that it writes
     body: str
@@ -43,13 +43,16 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
     vector, *rest = (int(flag or 0) for flag in flags.groups())
     if name == "sde_step":
         drawn, narrow = rest
-        # x_next in one word or, in pairs of lanes, two, and eps, fp32, in two; for two tiles where nothing else is.
-        return Kernel(name, bool(vector), 2 + (not drawn), 3 + drawn, 2 * (1 + 2) if narrow else 3 + 2, body)
+        tensors = 2 + (not drawn)
+        # x_next in one word or, as fp32 and in pairs of lanes, two; eps, fp32, in two.
+        words = 1 + 2 if narrow else 3 + 2
+        return Kernel(name, bool(vector), tensors if narrow else 2 * tensors, 3 + drawn, words, body)
     if name in STEPS:
-        return Kernel(name, bool(vector), 3, 4, 3 if name == "transition_deviation" else 0, body)
+        return Kernel(name, bool(vector), 2 * 3, 4, 3 if name == "transition_deviation" else 0, body)
     target, *anchors = rest
     grad = name == "residual_grad"
-    return Kernel(name, bool(vector), 2 + (target == X0) + sum(anchors), 4 if grad else 1, 3 if grad else 0, body)
+    tensors = 2 + (target == X0) + sum(anchors)
+    return Kernel(name, bool(vector), 2 * tensors, 4 if grad else 1, 3 if grad else 0, body)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,7 @@ def test_vector_kernels_read_each_tensor_in_16_byte_words(built: Build) -> None:
     for kernel in (k for k in built.kernels if k.vector):
         loads = re.findall(r"ld\.global\.(\S+)", kernel.body)
         wide = [load for load in loads if "v4" in load]
-        # One word for 16-bit elements, a second for fp32; where none is fp32, for a second tile.
-        assert len(wide) == 2 * kernel.tensors, kernel.name
+        assert len(wide) == kernel.loads, kernel.name
         assert len(loads) - len(wide) <= kernel.scalars, kernel.name
 
 
