@@ -41,15 +41,15 @@ def _products(
     """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way; ``adapters`` are in ``dtype``."""
     # In the shape given, so that it is the base layer's own product to the bit.
     out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
-    flat = _flat(x)
+    flat = flattened(x)
     products = []
     for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
         products.append(flat @ a.t())
-        out = _with_product(out, products[-1], b.t(), scale)
+        out = with_product(out, products[-1], b.t(), scale)
     return out, products
 
 
-def _with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+def with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """``to + scale left right``, in place where a call is a call.
 
     Traced, torch 2.11 takes an output changed through a view for one without a gradient: every gradient would be 0.
@@ -61,7 +61,7 @@ def _with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tens
     return to
 
 
-def _flat(x: Tensor) -> Tensor:
+def flattened(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
@@ -92,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype, needs = ctx.dtype, ctx.needs_input_grad[5:]
         x, weight, *rest = ctx.saved_tensors
-        shape, grad = grad.shape, _flat(grad)
+        shape, grad = grad.shape, flattened(grad)
         grad_x = None if weight is None else grad @ weight.to(dtype)
         grads: list[Tensor | None] = []
         for pair, scale in enumerate(ctx.scales):
@@ -102,24 +102,24 @@ class _LoraLinear(torch.autograd.Function):
             if needs_a or grad_x is not None:
                 inner = grad @ b
                 if grad_x is not None:
-                    grad_x = _with_product(grad_x, inner, a, scale)
+                    grad_x = with_product(grad_x, inner, a, scale)
                 if needs_a:
-                    grad_a = _weight_gradient(inner, _flat(x), scale, ctx.adapter_dtypes[2 * pair])
+                    grad_a = weight_gradient(inner, flattened(x), scale, ctx.adapter_dtypes[2 * pair])
             grads.append(grad_a)
             of_b = ctx.adapter_dtypes[2 * pair + 1]
-            grads.append(_weight_gradient(grad, product, scale, of_b) if needs_b else None)
+            grads.append(weight_gradient(grad, product, scale, of_b) if needs_b else None)
         if grad_x is not None:
             grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
         return grad_x, None, None, None, None, *grads
 
 
-def _weight_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale left^T right`` in ``dtype``, never rounded in between to less where the device can do so."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         product = torch.mm(left.t(), right, out_dtype=torch.float32)
     else:
         product = torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))
-    return product.mul_(scale).to(dtype)
+    return (product if scale == 1 else product.mul_(scale)).to(dtype)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -146,10 +146,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
 
 
 def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif weight.dtype != dtype:
+    dtype = compute_dtype(x)
+    if weight.dtype != dtype and not autocasts(x):
         raise ValueError(f"x is {dtype} and weight {weight.dtype}; accepted without autocast is one dtype for both.")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         out = F.linear(x, weight, bias)
@@ -167,6 +165,15 @@ def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Seque
     return out
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which a layer multiplies ``x``."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which autocast leaves alone
+
+
 def is_lora_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a PEFT layer with LoRA adapters on a layer of its own."""
     return all(isinstance(getattr(module, name, None), nn.ModuleDict) for name in ("lora_A", "lora_B")) and hasattr(
@@ -181,7 +188,7 @@ def lora_obstacle(layer: PeftLayer) -> str | None:
     """
     if not is_lora_layer(layer) or not is_peft_linear(layer):
         return f"{type(layer).__name__} is not PEFT's LoRA Linear."
-    for name in _active_adapters(layer):
+    for name in _active_names(layer):
         if obstacle := _adapter_obstacle(layer, name):
             return obstacle
         dropout = layer.lora_dropout[name]
@@ -226,8 +233,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _active_adapters(layer: PeftLayer) -> list[str]:
+def _active_names(layer: PeftLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def active_adapters(layer: PeftLayer) -> list[Adapter]:
+    return [
+        Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        for name in _active_names(layer)
+    ]
 
 
 def lora_forward(
@@ -243,10 +257,7 @@ def lora_forward(
     if args or kwargs or getattr(layer, "disable_adapters", True) or lora_obstacle(layer) is not None:
         return (stock or type(layer).forward)(layer, x, *args, **kwargs)
     base = layer.base_layer
-    adapters = [
-        Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-        for name in _active_adapters(layer)
-    ]
+    adapters = active_adapters(layer)
     if not adapters:
         out: Tensor = base(x)
         return out

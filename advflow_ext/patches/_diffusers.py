@@ -39,6 +39,7 @@ class Stock:
     rms_norms: tuple[type[nn.Module], ...]
     feed_forward: type[nn.Module]
     gelu: type[nn.Module]
+    linear: type[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _common() -> dict[str, Any]:
         "rms_norms": (_own(RMSNorm), _own(nn.RMSNorm)),
         "feed_forward": _own(FeedForward),
         "gelu": _own(GELU),
+        "linear": _own(nn.Linear),
     }
 
 

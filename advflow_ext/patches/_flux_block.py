@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advflow_ext.nn._identity import is_exactly
 from advflow_ext.patches._diffusers import FluxStock
-from advflow_ext.patches._fused import Module, Norm1, Rotation, Stream, overwriting_gelu, projected
+from advflow_ext.patches._fused import Module, Norm1, Rotation, overwriting_gelu, projected
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._reasons import class_of, is_plain, reason_to_keep_norms
 from advflow_ext.patches._rotary import RotaryBlock, clipped
@@ -129,8 +129,7 @@ class FluxSingleBlock(_FluxBlock):
     @part("attention")
     def _attention(self, attn: Module, x: Tensor, rotary: Rotary | None) -> Tensor:
         if "qk_norm" in self.ops and self.reason_to_keep_attention(attn) is None:
-            both = Stream(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
-            return self._attend(attn, [both], rotary)
+            return self._attend(attn, [self._image_stream(attn, x)], rotary)
         out: Tensor = attn(hidden_states=x, image_rotary_emb=rotary)
         return out
 

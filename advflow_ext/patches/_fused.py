@@ -17,8 +17,10 @@ from torch.func import functional_call
 
 from advflow_ext.kernels import triton_ops
 from advflow_ext.nn import gate_residual, gate_residual_layer_norm_modulate, joint_qk_norm, layer_norm_modulate
+from advflow_ext.nn._identity import MARK
 from advflow_ext.nn._stamp import stamp
 from advflow_ext.nn.lora import has_hooks
+from advflow_ext.nn.lora_joint import joint_lora_forward
 from advflow_ext.patches._diffusers import Stock
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._reasons import is_plain, reason_to_keep_attention, reason_to_keep_feed_forward
@@ -68,15 +70,18 @@ class Rotation(NamedTuple):
 class FusedBlock(Generic[Known]):
     """Forward passes of blocks of one class with a set of ops in place of theirs; the rest of each stays its own.
 
-    A family writes the forward pass and says what its blocks are made of.
+    A family writes the forward pass and says what its blocks are made of. ``joint_lora``: layers that read one input,
+    LoRA's among them, are one function of it.
     """
 
     name: ClassVar[str]  # of the class
     attentions: ClassVar[tuple[str, ...]] = ("attn",)
     activations: ClassVar[tuple[str, ...]]  # where they are
 
-    def __init__(self, ops: frozenset[str], known: Known, verifier: Verifier | None) -> None:
-        self.ops, self._known, self._verifier = ops, known, verifier
+    def __init__(
+        self, ops: frozenset[str], known: Known, verifier: Verifier | None, *, joint_lora: bool = False
+    ) -> None:
+        self.ops, self._known, self._verifier, self._joint_lora = ops, known, verifier, joint_lora
 
     @property
     def cls(self) -> type[nn.Module]:
@@ -181,6 +186,21 @@ class FusedBlock(Generic[Known]):
         for module in ff.net[1:]:
             h = module(h)
         return h
+
+    def _image_stream(self, attn: Module, x: Tensor) -> Stream:
+        q, k, v = self._projected(x, attn.to_q, attn.to_k, attn.to_v)
+        return Stream(q, k, v, attn.norm_q, attn.norm_k)
+
+    def _text_stream(self, attn: Module, context: Tensor) -> Stream:
+        q, k, v = self._projected(context, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        return Stream(q, k, v, attn.norm_added_q, attn.norm_added_k)
+
+    @part("lora")
+    def _projected(self, x: Tensor, *layers: Module) -> list[Tensor]:
+        """What `layers`, which may be LoRA layers, give for `x`."""
+        # Of those that are neither, the class is somebody else's, or its forward was when the model was patched.
+        ours = all(type(layer) is self._known.linear or hasattr(type(layer), MARK) for layer in layers)
+        return joint_lora_forward(layers, x) if self._joint_lora and ours else [layer(x) for layer in layers]
 
     @part("qk_norm")
     def _joint_qkv(self, attn: Module, *streams: Stream, rotation: Rotation | None = None) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-Part = Literal["qk_norm", "attention", "adaln", "gate", "gelu", "streams"]
+Part = Literal["qk_norm", "attention", "adaln", "gate", "gelu", "lora", "streams"]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 

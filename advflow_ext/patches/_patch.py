@@ -80,6 +80,11 @@ def chosen_ops(flags: dict[str, bool], mode: str, verify: object) -> frozenset[s
     return frozenset(name for name, value in flags.items() if value) - disabled
 
 
+def joins_lora(ops: frozenset[str], mode: str) -> bool:
+    """Whether layers of one input are one function; merged, as they are to "infer", each is a product of its own."""
+    return "lora" in ops and mode == "train"
+
+
 def patch_model(
     model: nn.Module, accepted: str, ops: frozenset[str], mode: str, *families: FusedBlock[Any]
 ) -> TransformerPatch:

@@ -34,9 +34,7 @@ class RotaryBlock(FusedBlock[Known]):
         self, attn: Module, x: Tensor, context: Tensor, rotary: Any, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Of image tokens and text tokens. The two outputs, projected."""
-        text = attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
-        image = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        streams = [Stream(*text, attn.norm_added_q, attn.norm_added_k), Stream(*image, attn.norm_q, attn.norm_k)]
+        streams = [self._text_stream(attn, context), self._image_stream(attn, x)]
         out = self._attend(attn, streams, rotary, mask)
         # One split, so that its backward is one concatenation instead of two zero-filled buffers added up.
         out_context, out = out.split([context.shape[1], x.shape[1]], dim=1)

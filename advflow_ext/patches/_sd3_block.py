@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from advflow_ext.nn._identity import is_exactly
 from advflow_ext.patches._diffusers import SD3Stock
-from advflow_ext.patches._fused import FusedBlock, Module, Norm1, Stream, projected
+from advflow_ext.patches._fused import FusedBlock, Module, Norm1, projected
 from advflow_ext.patches._parts import part
 from advflow_ext.patches._reasons import reason_to_keep_norms
 
@@ -98,10 +98,9 @@ class SD3Block(FusedBlock[SD3Stock]):
         if "qk_norm" not in self.ops or self.reason_to_keep_attention(attn) is not None:
             out = attn(hidden_states=x) if context is None else attn(hidden_states=x, encoder_hidden_states=context)
             return (out, None) if context is None else out
-        streams = [Stream(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)]
+        streams = [self._image_stream(attn, x)]
         if context is not None:
-            text = attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
-            streams.append(Stream(*text, attn.norm_added_q, attn.norm_added_k))
+            streams.append(self._text_stream(attn, context))
         q, k, v = self._joint_qkv(attn, *streams)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = out.transpose(1, 2).flatten(2).to(q.dtype)

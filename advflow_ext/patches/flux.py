@@ -8,7 +8,7 @@ from torch import nn
 
 from advflow_ext.patches._diffusers import flux_classes
 from advflow_ext.patches._flux_block import FluxBlock, FluxSingleBlock
-from advflow_ext.patches._patch import TransformerPatch, chosen_ops, patch_model
+from advflow_ext.patches._patch import TransformerPatch, chosen_ops, joins_lora, patch_model
 from advflow_ext.patches._verify import Verifier
 
 
@@ -36,4 +36,5 @@ def apply_to_flux(
     """
     ops = chosen_ops({"qk_norm": qk_norm, "adaln": adaln, "gate": gate, "gelu": gelu, "lora": lora}, mode, verify)
     given = ops - {"lora"}, flux_classes(), Verifier() if verify else None
-    return patch_model(model, "a FLUX.1 transformer", ops, mode, FluxBlock(*given), FluxSingleBlock(*given))
+    blocks = [cls(*given, joint_lora=joins_lora(ops, mode)) for cls in (FluxBlock, FluxSingleBlock)]
+    return patch_model(model, "a FLUX.1 transformer", ops, mode, *blocks)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from advflow_ext.patches._diffusers import qwen_image_classes
-from advflow_ext.patches._patch import TransformerPatch, chosen_ops, patch_model
+from advflow_ext.patches._patch import TransformerPatch, chosen_ops, joins_lora, patch_model
 from advflow_ext.patches._qwen_image_block import QwenImageBlock
 from advflow_ext.patches._verify import Verifier
 
@@ -35,5 +35,6 @@ def apply_to_qwen_image(
     ImportError without diffusers, with one that is too old, or with one whose blocks take other arguments.
     """
     ops = chosen_ops({"qk_norm": qk_norm, "adaln": adaln, "gate": gate, "gelu": gelu, "lora": lora}, mode, verify)
-    fused = QwenImageBlock(ops - {"lora"}, qwen_image_classes(), Verifier() if verify else None)
+    known, verifier = qwen_image_classes(), Verifier() if verify else None
+    fused = QwenImageBlock(ops - {"lora"}, known, verifier, joint_lora=joins_lora(ops, mode))
     return patch_model(model, "a Qwen-Image transformer", ops, mode, fused)

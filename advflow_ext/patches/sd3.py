@@ -15,6 +15,7 @@ from advflow_ext.patches._patch import (
     block_method,
     chosen_ops,
     is_patched,
+    joins_lora,
     lora_method,
     note_missing_triton,
     patch_model,
@@ -58,7 +59,8 @@ def apply_to_sd3(
         gate: gated residuals, with ``adaln`` fused with the layer norm that follows
             (:func:`advflow_ext.nn.gate_residual_layer_norm_modulate`).
         gelu: the activation overwrites its input where nothing will be differentiated.
-        lora: PEFT's LoRA linear layers (:func:`advflow_ext.nn.lora.lora_forward`).
+        lora: PEFT's LoRA linear layers (:func:`advflow_ext.nn.lora.lora_forward`); with ``qk_norm``, and to train,
+            queries, keys and values of one token stream as one function, where they are such layers or frozen.
         mode: "infer" runs LoRA layers, where no gradient is asked for, on weights their one active adapter is merged
             into, which are kept beside the base's and computed anew when it changes. Inside torch.compile they run
             unmerged: :class:`advflow_ext.PolicySet` merges there, too, and for several policies. Needs a model.
@@ -77,7 +79,8 @@ def apply_to_sd3(
     ops = chosen_ops({"qk_norm": qk_norm, "adaln": adaln, "gate": gate, "gelu": gelu, "lora": lora}, mode, verify)
     if mode == "infer" and model is None:
         raise ValueError("mode is 'infer' without a model; accepted for the classes is 'train'.")
-    fused = SD3Block(ops - {"lora"}, sd3_classes(), Verifier() if verify else None)
+    known, verifier = sd3_classes(), Verifier() if verify else None
+    fused = SD3Block(ops - {"lora"}, known, verifier, joint_lora=joins_lora(ops, mode))
     if model is None:
         return _patch_classes(ops, fused)
     return patch_model(model, "an SD3 transformer", ops, mode, fused)

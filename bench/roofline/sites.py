@@ -46,6 +46,7 @@ _SITES: dict[Part, str] = {
     "adaln": ADALN,
     "gate": GATE,
     "gelu": GELU,
+    "lora": LORA,
     "streams": STREAMS,
 }
 _FILES = (_fused, _rotary, _sd3_block, _flux_block, _qwen_image_block)

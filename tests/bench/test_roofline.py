@@ -231,6 +231,7 @@ def test_the_parts_of_a_patched_block_are_marked_and_nothing_else_is_guessed() -
     assert site("FusedBlock._modulate.<locals>.fused") == site("projected") == ADALN
     assert site("FusedBlock._feed_forward.<locals>.stock") == site("_gated") == GATE
     assert site("FusedBlock._joint_qkv.<locals>.fused") == QK_NORM and site("SD3Block._attention") == JOINT
+    assert site("FusedBlock._projected") == LORA
     assert site("FluxSingleBlock._attention") == JOINT and site("_projected_together") == STREAMS
     with pytest.raises(ValueError, match=r"FusedBlock\._new of a patched block issues operators"):
         site("FusedBlock._new.<locals>.fused")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,17 @@ def run(model: nn.Module, given: dict[str, Tensor], call: Callable[..., tuple[Te
     pattern = torch.arange(out.numel(), device=out.device).remainder(5).sub(2).view(out.shape).to(out.dtype)
     (out * pattern).sum().backward()
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None and p.grad.any())]
+
+
+def backward_nodes(out: Tensor) -> Counter[str]:
+    """How many nodes of each name the backward pass of `out` has."""
+    seen, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = FLOAT32_ERROR) -> None:

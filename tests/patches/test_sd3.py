@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, Joi
 from diffusers.models.normalization import RMSNorm
 from peft import get_peft_model, get_peft_model_state_dict
 
-from tests.patches.sd3_models import adapters, assert_same, inputs, run, tiny, transformer
+from tests.patches.sd3_models import adapters, assert_same, backward_nodes, inputs, run, tiny, transformer
 
 HALF_PRECISION_RATIO = 1.5
 
@@ -91,10 +91,20 @@ def test_each_op_alone_and_all_but_each(model, stock, off):
             assert_same(run(model, inputs()), stock)
 
 
-def test_no_grad_equals_grad(model, stock):
-    with af.apply_to_sd3(model), torch.no_grad():
-        out = model(**inputs(), return_dict=False)[0]
-    assert_same([out], stock[:1])
+def test_no_grad_equals_grad_to_the_bit(model, stock):
+    with af.apply_to_sd3(model):
+        learner = run(model, inputs())[0]
+        with torch.no_grad():
+            rollout = model(**inputs(), return_dict=False)[0]
+    assert torch.equal(learner, rollout)
+    assert_same([rollout], stock[:1])
+
+
+def test_projections_of_one_stream_are_one_function(model):
+    """Of image and text in three blocks; after attention each layer is on its own, in the last the image's alone."""
+    with af.apply_to_sd3(model, verify=False):
+        nodes = backward_nodes(model(**inputs(), return_dict=False)[0])
+    assert (nodes["_JointLoraBackward"], nodes["_LoraLinearBackward"]) == (3 * 2, 3 + 2)
 
 
 @contextmanager
@@ -293,6 +303,8 @@ def test_other_norms_are_kept_and_said(norm, reason):
         ("norm2_context", "transformer_blocks.1"),
         ("attn", "transformer_blocks.1.attn"),
         ("attn.norm_q", "transformer_blocks.1.attn"),
+        ("attn.to_q", None),
+        ("attn.add_v_proj", None),
         ("ff", None),
         ("ff.net.0", None),
         ("ff.net.0.proj", None),

@@ -140,6 +140,7 @@ def test_somebody_else_s_class_of_the_same_name_keeps_its_computation(disguise: 
         (FeedForward, {"ff"}),
         (JointTransformerBlock, {""}),
         (LoraLinear, {"attn.to_q"}),
+        (nn.Linear, set()),
     ],
 )
 def test_a_class_whose_forward_was_exchanged_keeps_it(
