@@ -305,7 +305,7 @@ def test_gradients_survive_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_compiles_to_one_graph(backend: str, autocast: bool) -> None:
     torch._dynamo.reset()
     layers, x = projections(0, 1, alpha_pattern={"1": 5}), normal(2, 6, FEATURES).requires_grad_()
