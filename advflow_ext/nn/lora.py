@@ -7,119 +7,19 @@ is never imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from advflow_ext.nn._identity import is_peft_linear
 from advflow_ext.nn._stamp import stamp
+from advflow_ext.nn.low_rank import Adapter, Base, low_rank_linears
 from advflow_ext.reference.lora_linear import lora_linear_arguments
 
 PeftLayer = Any  # an nn.Module that `is_lora_layer`; what such a module holds is known by its names alone
-
-
-class Adapter(NamedTuple):
-    """One low-rank term ``scale (x A^T) B^T``: ``a`` is ``[r, in]``, ``b`` is ``[out, r]``."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-def _products(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    scales: tuple[float, ...],
-    adapters: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output ``[..., out]``, and every ``x A^T`` ``[N, r]`` on the way; ``adapters`` are in ``dtype``."""
-    # In the shape given, so that it is the base layer's own product to the bit.
-    out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
-    flat = flattened(x)
-    products = []
-    for a, b, scale in zip(adapters[::2], adapters[1::2], scales, strict=True):
-        products.append(flat @ a.t())
-        out = with_product(out, products[-1], b.t(), scale)
-    return out, products
-
-
-def with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``to + scale left right``, in place where a call is a call.
-
-    Traced, torch 2.11 takes an output changed through a view for one without a gradient: every gradient would be 0.
-    """
-    rows = to.view(-1, to.shape[-1])
-    if torch.compiler.is_compiling():
-        return torch.addmm(rows, left, right, alpha=scale).view(to.shape)
-    rows.addmm_(left, right, alpha=scale)
-    return to
-
-
-def flattened(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-class _LoraLinear(torch.autograd.Function):
-    """``x`` ``[..., in]`` in ``dtype``; ``adapters`` are a_1, b_1, a_2, b_2, ..., with one of ``scales`` a pair."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        scales: tuple[float, ...],
-        *adapters: Tensor,
-    ) -> Tensor:
-        cast = [adapter.to(dtype) for adapter in adapters]
-        out, products = _products(x, weight, bias, dtype, scales, cast)
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        kept = [product if needed else None for product, needed in zip(products, needs[1::2], strict=True)]
-        # The weight is saved by reference and cast again in the backward pass; the adapters are small.
-        ctx.save_for_backward(x if any(needs[::2]) else None, weight if needs_x else None, *cast, *kept)
-        ctx.dtype, ctx.scales, ctx.adapter_dtypes = dtype, scales, [adapter.dtype for adapter in adapters]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dtype, needs = ctx.dtype, ctx.needs_input_grad[5:]
-        x, weight, *rest = ctx.saved_tensors
-        shape, grad = grad.shape, flattened(grad)
-        grad_x = None if weight is None else grad @ weight.to(dtype)
-        grads: list[Tensor | None] = []
-        for pair, scale in enumerate(ctx.scales):
-            a, b, product = rest[2 * pair], rest[2 * pair + 1], rest[2 * len(ctx.scales) + pair]
-            needs_a, needs_b = needs[2 * pair], needs[2 * pair + 1]
-            grad_a = None
-            if needs_a or grad_x is not None:
-                inner = grad @ b
-                if grad_x is not None:
-                    grad_x = with_product(grad_x, inner, a, scale)
-                if needs_a:
-                    grad_a = weight_gradient(inner, flattened(x), scale, ctx.adapter_dtypes[2 * pair])
-            grads.append(grad_a)
-            of_b = ctx.adapter_dtypes[2 * pair + 1]
-            grads.append(weight_gradient(grad, product, scale, of_b) if needs_b else None)
-        if grad_x is not None:
-            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
-        return grad_x, None, None, None, None, *grads
-
-
-def weight_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale left^T right`` in ``dtype``, never rounded in between to less where the device can do so."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))
-    return (product if scale == 1 else product.mul_(scale)).to(dtype)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -154,15 +54,7 @@ def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Seque
         for a, b, scale in adapters:
             out = (out + F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
         return out
-    x = x.to(dtype)
-    scales = tuple(adapter.scale for adapter in adapters)
-    tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
-    # Dynamo cannot trace a Function of this signature where no gradient is asked for.
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
-        out = _LoraLinear.apply(x, weight, bias, dtype, scales, *tensors)
-    else:
-        out, _ = _products(x, weight, bias, dtype, scales, [tensor.to(dtype) for tensor in tensors])
-    return out
+    return low_rank_linears(x, [Base(weight, bias)], [(0, adapter) for adapter in adapters], dtype)[0]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
