@@ -37,6 +37,16 @@ __device__ Word advflow_load(const Word* address) {
   return kLastUse ? __ldcs(address) : __ldg(address);
 }
 
+// kStreaming marks writes that are the first to leave the cache, for the sake of what else is in it.
+template <bool kStreaming, typename Word>
+__device__ void advflow_store(Word* address, Word word) {
+  if (kStreaming) {
+    __stcs(address, word);
+  } else {
+    *address = word;
+  }
+}
+
 // Elements `i` to `i` + 7 of a row.
 template <bool kVector, bool kLastUse>
 __device__ AdvflowRaw8 advflow_load8(const AdvflowTensor& tensor, int64_t row, int64_t i, int valid) {
@@ -97,7 +107,8 @@ __device__ inline AdvflowRaw8 advflow_pack8(const float* in, AdvflowDtype dtype)
 
 // Two neighbouring lanes' 32 bytes each, when both store eight fp32 in a row: lane by lane, 16 bytes at a time, every
 // access would fill one half of each of its 32-byte sectors. Here both lanes write the even one's, then the odd one's.
-__device__ inline void advflow_store_pair(uint4* address, const AdvflowRaw8& raw) {
+template <bool kStreaming>
+__device__ void advflow_store_pair(uint4* address, const AdvflowRaw8& raw) {
   const unsigned lane = threadIdx.x % 32;
   const bool odd = lane % 2 != 0;
   uint32_t own[4], others[4];
@@ -109,16 +120,16 @@ __device__ inline void advflow_store_pair(uint4* address, const AdvflowRaw8& raw
   const uint4 mine = make_uint4(own[0], own[1], own[2], own[3]);
   const uint4 theirs = make_uint4(others[0], others[1], others[2], others[3]);
   uint4* even = odd ? address - 1 : address;  // this lane's half of the even lane's bytes
-  even[0] = odd ? theirs : mine;
-  even[2] = odd ? mine : theirs;
+  advflow_store<kStreaming>(even, odd ? theirs : mine);
+  advflow_store<kStreaming>(even + 2, odd ? mine : theirs);
 }
 
-template <bool kVector>
+template <bool kVector, bool kStreaming = false>
 __device__ void advflow_store8(void* data, AdvflowDtype dtype, int64_t index, int valid, const AdvflowRaw8& raw) {
   if (kVector) {
     uint4* address = reinterpret_cast<uint4*>(static_cast<char*>(data) + index * advflow_element_size(dtype));
-    if (dtype == ADVFLOW_FLOAT32) return advflow_store_pair(address, raw);
-    *address = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+    if (dtype == ADVFLOW_FLOAT32) return advflow_store_pair<kStreaming>(address, raw);
+    advflow_store<kStreaming>(address, make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]));
   } else if (dtype == ADVFLOW_FLOAT32) {
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {

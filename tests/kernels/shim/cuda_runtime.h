@@ -206,6 +206,11 @@ T __ldcs(const T* address) {
   return __ldg(address);
 }
 
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
 inline void __syncthreads() { advflow_shim::wait(advflow_shim::block.barrier, blockDim.x); }
 
 template <typename T>
