@@ -19,7 +19,7 @@ from advflow.shapes.request import Item, Relation, Request, to_metadata
 from advflow.shapes.scene import Drawn, render, sample_scene
 from advflow.shapes.score import score_image, score_objects
 
-SCENES = 14  # of each category
+SCENES = 9  # of each category
 RED_CIRCLE, BLUE_SQUARE = Item("circle", "red"), Item("square", "blue")
 BOTH = Request((RED_CIRCLE, BLUE_SQUARE))
 
