@@ -39,7 +39,7 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
     if request.aligned in ("row", "column"):
         yield "the other direction", replace(request, aligned="column" if request.aligned == "row" else "row")
     if request.absent:
-        yield "what should not be there", replace(request, items=(*request.items, *request.absent), absent=())
+        yield "not left out", replace(request, items=(*request.items, *request.absent), absent=())
 
 
 def _with_first(request: Request, item: Item) -> Request:

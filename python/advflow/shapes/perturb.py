@@ -51,8 +51,37 @@ def wobble(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, places[0].clip(0, height - 1), places[1].clip(0, width - 1)]
 
 
+def gloss(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Objects as if of plastic: dark towards the outline, a highlight above the middle."""
+    drawn = _drawn(image)
+    depth = ndimage.distance_transform_edt(drawn)
+    light = image * (0.65 + 0.35 * np.minimum(depth / 24, 1))
+    highlight = np.clip(ndimage.shift(depth, (-12, -12), order=1) / max(float(depth.max()), 1.0) - 0.6, 0, 0.4)
+    return _clip(np.where(drawn, light + highlight * (1 - light), image))
+
+
+def shadow(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A soft grey shadow to the lower right of everything."""
+    drawn = _drawn(image)
+    cast = ndimage.gaussian_filter(ndimage.shift(drawn.astype(np.float32), (10, 10), order=0), 5)
+    return _clip(np.where(drawn, image, image * (1 - 0.45 * cast)))
+
+
+def contour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A dark line of six pixels around everything."""
+    soft = ndimage.gaussian_filter(image, (0, 1, 1))
+    steps = np.hypot(ndimage.sobel(soft, 1), ndimage.sobel(soft, 2)).max(0)
+    return _clip(np.where(ndimage.binary_dilation(steps > 0.5), 0.1, image))
+
+
+def _drawn(image: np.ndarray) -> np.ndarray:
+    """What is not like the top left corner."""
+    return np.asarray((np.abs(image - image[:, :1, :1]) > 0.15).any(0))
+
+
 PERTURBATIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "noise": noise, "blur": blur, "shading": shading, "texture": texture, "jpeg": jpeg, "wobble": wobble,
+    "gloss": gloss, "shadow": shadow, "contour": contour,
 }  # fmt: skip
 
 
