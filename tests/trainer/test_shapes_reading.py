@@ -54,14 +54,20 @@ def test_they_are_read_through_what_models_do_to_drawings(kind: str, scenes: lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PERTURBATIONS)
-def test_every_category_is_read_through_each_perturbation(kind: str) -> None:
+def test_every_category_is_read_through_every_perturbation() -> None:
     rng = np.random.default_rng(13)
+    read = defaultdict(list)
     for category in CATEGORIES:
         of_category = [prompt.request for prompt in training_prompts() if prompt.category == category]
-        requests = [of_category[rng.integers(len(of_category))] for _ in range(60)]
-        images = [PERTURBATIONS[kind](render(sample_scene(request, rng)), rng) for request in requests]
-        assert share_read(list(zip(requests, images, strict=True))) >= 0.9, category
+        for request in (of_category[rng.integers(len(of_category))] for _ in range(24)):
+            image = render(sample_scene(request, rng))
+            for kind, perturb in PERTURBATIONS.items():
+                strict = score_image(perturb(image, rng), request).strict
+                read[category].append(strict)
+                read[kind].append(strict)
+    shares = {name: float(np.mean(each)) for name, each in read.items()}
+    print(shares)
+    assert min(shares.values()) >= 0.95
 
 
 @pytest.mark.parametrize(
@@ -184,6 +190,13 @@ def test_specks_and_lines_are_no_objects() -> None:
     ring, hole = render([circle]), render([Drawn("circle", "black", 0.5, 0.5, 0.36)])
     ring[:, hole[0] < 0.5] = 0.97
     assert find_objects(ring) == []
+
+
+def test_an_object_may_fill_the_one_around_it() -> None:
+    square, circle = Drawn("square", "blue", 0.5, 0.5, 0.5), Drawn("circle", "red", 0.5, 0.5, 0.41)
+    request = Request(BOTH.items, (Relation("inside", 0, 1),))
+    assert score_image(render([square, circle]), request).strict
+    assert score_image(render([square, Drawn("circle", "red", 0.5, 0.29, 0.2)]), request).partial < 1
 
 
 def test_every_answer_at_once_is_worth_less_than_one() -> None:

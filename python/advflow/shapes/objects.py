@@ -14,9 +14,8 @@ _SIDE = 256  # pixels of what is looked at: larger images are averaged down, whi
 LEAST_AREA = 0.003  # of the image; a circle of 0.06 of its side
 _BACKGROUND_RIM = 0.2  # of the image's rim: what holds more of it is background, whatever its colour
 _BACKGROUND_DISTANCE = 0.1  # in a channel, from the rim's median colour
-_LEAST_SOLID = 0.3  # of the outline's inside; below it something is a line around something else, or around nothing
 _SMOOTH = 5  # pixels of 256: a pixel has the colour that most of this square around it have
-_THICK = 7  # pixels of 256: the soft rim of one colour may look like another, and is thinner than this
+_THICK = 7  # pixels of 256: a contour, and the soft rim of one colour that looks like another, are thinner than this
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,8 @@ def _components(of_color: np.ndarray, color: str, scale: float) -> list[Found]:
         if areas[number] < LEAST_AREA * labels.size or on_rim[number] > _BACKGROUND_RIM:
             continue
         mask = labels[box] == number
-        whole = ndimage.binary_fill_holes(mask)
-        if mask.sum() >= _LEAST_SOLID * whole.sum() and _is_thick(mask, scale):
-            found.append(_describe(whole, color, box, labels.shape))
+        if _is_thick(mask, scale):
+            found.append(_describe(ndimage.binary_fill_holes(mask), color, box, labels.shape))
     return found
 
 
