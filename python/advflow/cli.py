@@ -41,6 +41,7 @@ examples:
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
   advflow export --run runs/tiny --out tuned          what a run has learnt, as diffusers loads it
   advflow report --run runs/tiny                      write report.html again
+  advflow shapes --out shapes                         prompts of the shapes rule as files, and a page of examples
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
 
@@ -97,6 +98,7 @@ def _parser() -> Parser:
     commands.add_subcommand("sample", _sample_parser(), help="draw images from a run, or from its base")
     commands.add_subcommand("export", _export_parser(), help="write a run's model as diffusers loads it")
     commands.add_subcommand("report", _report_parser(), help="write a run's report.html")
+    commands.add_subcommand("shapes", _shapes_parser(), help="write the prompts of the shapes rule, and examples")
     commands.add_subcommand("pretrain", _pretrain_parser(), help="pretrain the embedded world's pipeline from nothing")
     return parser
 
@@ -150,6 +152,14 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def _report_parser() -> Parser:
     parser = Parser(description="Write report.html of a run, finished or not.")
     parser.add_argument("--run", type=str, required=True, help="folder of a run")
+    return parser
+
+
+def _shapes_parser() -> Parser:
+    parser = Parser(description="Write train.jsonl and held_out.jsonl, prompts for the reward `shapes`, and sheet.png.")
+    parser.add_argument("--out", type=str, required=True, help="a new folder")
+    parser.add_argument("--per_category", type=int, default=128, help="at most so many prompts of each category")
+    parser.add_argument("--seed", type=int, default=0, help="which ones, and which scenes")
     return parser
 
 
@@ -230,9 +240,7 @@ def _check_sample(arguments: Namespace) -> None:
 
 
 def _export(arguments: Namespace) -> None:
-    out = Path(arguments.out)
-    if out.exists() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out is {arguments.out!r}; accepted is a new folder in one that exists")
+    out = _new_folder(arguments.out)
     config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.run.inference import load_run
@@ -241,12 +249,28 @@ def _export(arguments: Namespace) -> None:
     print(f"wrote {', '.join(str(path) for path in sorted(out.iterdir()))}")
 
 
+def _new_folder(name: str) -> Path:
+    out = Path(name)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {name!r}; accepted is a new folder in one that exists")
+    return out
+
+
 def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
     with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
         load_plugins(plugins_of(Path(arguments.run) / CONFIG))
     print(f"report: {write_report(Path(arguments.run))}")
+
+
+def _shapes(arguments: Namespace) -> None:
+    if arguments.per_category < 1:
+        raise ValueError(f"--per_category is {arguments.per_category}; accepted: 1 or more")
+    out = _new_folder(arguments.out)
+    from advflow.shapes.files import write_folder
+
+    print(f"wrote {', '.join(map(str, write_folder(out, arguments.per_category, arguments.seed)))}")
 
 
 def _pretrain(arguments: Namespace) -> None:
@@ -278,6 +302,7 @@ _COMMANDS = {
     "sample": _sample,
     "export": _export,
     "report": _report,
+    "shapes": _shapes,
     "pretrain": _pretrain,
 }
 

@@ -28,7 +28,7 @@ USERS = FLOORS[-3] + FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
 TRAINER_FLOORS = (
     ("settings",),
     ("core", "samplers"),
-    ("world", "models", "algorithms"),
+    ("world", "shapes", "models", "algorithms"),
     ("data", "control", "policies"),
     ("rewards", "processes"),
     ("run",),

@@ -145,8 +145,8 @@ def test_the_error_comes_first_and_where_to_look_last(capsys: pytest.CaptureFixt
     ("words", "sentence"),
     [
         (["tran"], "advflow: there is no command 'tran'; did you mean 'train'?"),
-        (["zoom"], "advflow: there is no command 'zoom'; accepted: train, eval, sample, export, report, pretrain"),
-        ([], "advflow: no command is given; accepted: train, eval, sample, export, report, pretrain"),
+        (["zoom"], "advflow: there is no command 'zoom'; accepted: train, eval, sample, export, report, shapes,"),
+        ([], "advflow: no command is given; accepted: train, eval, sample, export, report, shapes, pretrain"),
         (["eval"], "advflow: eval is given without --run"),
         (["eval", "--ru", "x"], "advflow eval: there is no option --ru; did you mean '--run'?"),
         (["sample", "--run", "x"], "advflow: sample is given without --prompt"),
@@ -249,7 +249,7 @@ def test_help_lists_what_is_built_in(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "one that is built in: sd35_medium, tiny" in said and "--data.reward_args" in said
+    assert "one that is built in: sd35_medium, shapes, tiny" in said and "--data.reward_args" in said
 
 
 def test_the_command_line_needs_no_torch() -> None:

@@ -112,8 +112,8 @@ def test_a_file_that_is_none_is_named(field: str, content: bytes, sentence: str,
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        (".", "data.prompts is '.', a folder; accepted: \"embedded\", a text file with one prompt a line or a .jsonl"),
-        ("nowhere.txt", "data.prompts is 'nowhere.txt', where there is no file; accepted: \"embedded\", a text file"),
+        (".", 'data.prompts is \'.\', a folder; accepted: "embedded", "shapes", a text file with one prompt a line'),
+        ("nowhere.txt", 'data.prompts is \'nowhere.txt\', where there is no file; accepted: "embedded", "shapes", a'),
         ("embeded", "data.prompts is 'embeded', where there is no file; did you mean 'embedded'? accepted: "),
     ],
 )

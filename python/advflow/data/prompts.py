@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.data.prompt_files import read_prompts
-from advflow.settings.data import EMBEDDED, DataConfig
+from advflow.settings.data import EMBEDDED, SHAPES, DataConfig
+from advflow.shapes import prompts as shapes
+from advflow.shapes.request import to_metadata
 from advflow.world.captions import held_out_captions, training_captions
 from advflow.world.scene import Caption
 
@@ -32,19 +35,19 @@ class PromptSource:
 
 
 def load_training_prompts(name: str) -> PromptSource:
-    """The embedded world's training prompts, every category as likely as the others, or those of a file."""
-    if name != EMBEDDED:
+    """The training prompts that are built in under a name, every category as likely as the others, or a file's."""
+    if name not in _TRAINING:
         prompts = list(read_prompts(name, "data.prompts"))
         return PromptSource(prompts, torch.ones(len(prompts)))
-    prompts = _of_captions(training_captions())
+    prompts = _TRAINING[name]()
     sizes = Counter(prompt.category for prompt in prompts)
     return PromptSource(prompts, torch.tensor([1.0 / sizes[prompt.category] for prompt in prompts]))
 
 
 def load_eval_prompts(name: str, per_category: int) -> list[Prompt]:
-    """The first `per_category` of each category of the embedded world's held-out prompts, or of those of a file."""
-    if name == EMBEDDED:
-        return _of_captions(held_out_captions(per_category))
+    """The first `per_category` of each category of the held-out prompts that are built in under a name, or a file's."""
+    if name in _HELD_OUT:
+        return _HELD_OUT[name](per_category)
     seen: Counter[str] = Counter()
     chosen = []
     for prompt in read_prompts(name, "data.eval_prompts"):
@@ -58,14 +61,31 @@ def _of_captions(captions: list[Caption]) -> list[Prompt]:
     return [Prompt(caption.text, caption.category) for caption in captions]
 
 
+def _of_shapes(prompts: Iterable[shapes.ShapesPrompt]) -> list[Prompt]:
+    return [Prompt(each.text, each.category, to_metadata(each.request)) for each in prompts]
+
+
+_TRAINING: dict[str, Callable[[], list[Prompt]]] = {
+    EMBEDDED: lambda: _of_captions(training_captions()),
+    SHAPES: lambda: _of_shapes(shapes.training_prompts()),
+}
+_HELD_OUT: dict[str, Callable[[int], list[Prompt]]] = {
+    EMBEDDED: lambda count: _of_captions(held_out_captions(count)),
+    SHAPES: lambda count: _of_shapes(shapes.held_out_prompts(count)),
+}
+_CHECKED = 64  # held-out prompts of a category that is built in
+
+
 def check_prompts(data: DataConfig, check: Callable[[Prompt], None]) -> list[str]:
     """Refuses prompts that `check` does not know; returns what else should be said about the files, a sentence each.
 
     Raises ValueError naming the field, the file, the line and the prompt.
     """
     remarks = []
-    training = _with_lines(data.prompts, "data.prompts", training_captions())
-    held_out = _with_lines(data.eval_prompts, "data.eval_prompts", held_out_captions())
+    training = _with_lines(data.prompts, "data.prompts", _TRAINING)
+    held_out = _with_lines(
+        data.eval_prompts, "data.eval_prompts", {name: partial(make, _CHECKED) for name, make in _HELD_OUT.items()}
+    )
     for field, path, prompts in (
         ("data.prompts", data.prompts, training),
         ("data.eval_prompts", data.eval_prompts, held_out),
@@ -88,8 +108,8 @@ def check_prompts(data: DataConfig, check: Callable[[Prompt], None]) -> list[str
     return remarks
 
 
-def _with_lines(name: str, field: str, captions: list[Caption]) -> dict[Prompt, list[int]]:
-    """The prompts of a setting and the lines that hold each; line 0 for `captions`, the embedded world's."""
-    if name == EMBEDDED:
-        return {prompt: [0] for prompt in _of_captions(captions)}
+def _with_lines(name: str, field: str, built_in: Mapping[str, Callable[[], list[Prompt]]]) -> dict[Prompt, list[int]]:
+    """The prompts of a setting and the lines that hold each; line 0 for those that are built in."""
+    if name in built_in:
+        return {prompt: [0] for prompt in built_in[name]()}
     return read_prompts(name, field)

@@ -13,16 +13,21 @@ Solver: TypeAlias = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]  # name
 EMBEDDED = "embedded"
 """What stands for the embedded world where a setting names a file or a folder."""
 
+SHAPES = "shapes"
+"""What stands for the prompts of `advflow.shapes` where a setting names a file."""
+
 
 @dataclass
 class DataConfig:
     """What is asked of the model and how its answers are scored.
 
     Args:
-        prompts: "embedded" (training prompts of the embedded world), a text file with one prompt a line, or a .jsonl
-            file with one object a line, as GenEval's: its "prompt", its "tag" as category, all else for the reward.
-        eval_prompts: "embedded" (its held-out prompts) or such a file.
-        reward: "embedded", "pickscore", a plugin's, or a dotted path "package.module:Class"; see advflow.rewards.
+        prompts: "embedded" (training prompts of the embedded world), "shapes" (those of the shapes rule), a text file
+            with one prompt a line, or a .jsonl file with one object a line, as GenEval's: its "prompt", its "tag" as
+            category, all else for the reward.
+        eval_prompts: "embedded" or "shapes" (their held-out prompts), or such a file.
+        reward: "embedded", "pickscore", "shapes", a plugin's, or a dotted path "package.module:Class"; see
+            advflow.rewards.
         reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`; a plugin's may have
             a section of its own instead.
     """

@@ -86,6 +86,7 @@ METHODS = Choices[Method](
 REWARDS = Choices[Choice](
     embedded=Choice("advflow.rewards.embedded:EmbeddedReward"),
     pickscore=Choice("advflow.rewards.pickscore:PickScore"),
+    shapes=Choice("advflow.rewards.shapes:ShapesReward"),
 )
 """`data.reward`."""
 
