@@ -16,6 +16,7 @@ from advflow.core.device import pick_device
 from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
+from advflow.models.adapters import read_adapter
 from advflow.models.encoding import PromptEncoder
 from advflow.models.family import make_family
 from advflow.policies import follow, make_policies, velocity_of
@@ -50,6 +51,7 @@ class Trainer:
         self.prompts.require(config.rollout.prompts)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
+        start = read_adapter(config.model)
         data = config.data
         self.reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
         for remark in check_prompts(data, self.reward.check):
@@ -64,7 +66,7 @@ class Trainer:
         self.latents = model.latents
         self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
         self.eval_conditioning = model.encode([prompt.text for prompt in self.eval_prompts])
-        self.policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
+        self.policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed, start)
         self.sigmas = self.latents.sigmas(config.rollout.steps)
         self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
         self._make_process()
