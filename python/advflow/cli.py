@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
+from advflow.core.files import NO_ROOM
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
 from advflow.settings.numbers import WrongSetting
@@ -59,6 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         if not _is_refusal(error):
             raise
         raise SystemExit(f"advflow {command}: {error}") from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        further = "; make room and go on with --resume, what was saved is whole" if command == "train" else ""
+        raise SystemExit(f"advflow {command}: {error.strerror}: {error.filename}{further}") from error
     except KeyboardInterrupt:
         raise SystemExit(f"advflow {command}: interrupted") from None
 
@@ -235,9 +241,11 @@ def _export(arguments: Namespace) -> None:
         raise ValueError(f"--out is {arguments.out!r}; accepted is a new folder in one that exists")
     config = load_run_config(arguments.run)
     _quiet_libraries()
+    from advflow.core.tensor_files import as_os_errors
     from advflow.run.inference import load_run
 
-    load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
+    with as_os_errors(out):
+        load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
     print(f"wrote {', '.join(str(path) for path in sorted(out.iterdir()))}")
 
 

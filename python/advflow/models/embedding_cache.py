@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from advflow.core.files import written_aside
 from advflow.core.progress import show_progress
 from advflow.core.ranks import Ranks
+from advflow.core.tensor_files import as_os_errors
 from advflow.models.family import TEXTS_AT_A_TIME
 
 _ROWS = "rows"  # in the metadata of a file, the checksums of each text and of its embeddings
@@ -134,7 +135,8 @@ class EmbeddingCache:
         digests = [_digest({name: t[row : row + 1] for name, t in tensors.items()}) for row in range(len(texts))]
         path = self._folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.safetensors"
         # Another run may be making the same file.
-        with written_aside(path, path.with_name(f".{path.stem}.{os.getpid()}.partial")) as scratch:
+        own = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+        with as_os_errors(path), written_aside(path, own) as scratch:
             scratch.touch()
             mode = scratch.stat().st_mode
             save_file(tensors, scratch, {_ROWS: json.dumps(list(zip(keys, digests, strict=True)))})
