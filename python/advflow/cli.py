@@ -22,7 +22,7 @@ from advflow.settings.plugins import load_plugins
 from advflow.settings.sources import (
     load_run_config,
     named_plugins,
-    plugins_of,
+    plugins_of_run,
     resolve_configs,
     to_config,
     train_parser,
@@ -76,7 +76,7 @@ def _parse(words: list[str]) -> Namespace:
     if arguments.subcommand == "train" and arguments.train.resume:
         own = Path(arguments.train.out) / CONFIG
         if own.is_file():
-            load_plugins(plugins_of(own))
+            load_plugins(plugins_of_run(own.parent))
             words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
             arguments = _parser().parse_args(words)
     return arguments
@@ -253,7 +253,7 @@ def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
     with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
-        load_plugins(plugins_of(Path(arguments.run) / CONFIG))
+        load_plugins(plugins_of_run(Path(arguments.run)))
     print(f"report: {write_report(Path(arguments.run))}")
 
 

@@ -168,7 +168,9 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3
     """
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            pipeline_folder(config.pipeline), dtype=dtypes, use_safetensors=True
+        )
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model.pipeline is {config.pipeline!r}, which cannot be loaded: {reason}") from error

@@ -154,7 +154,14 @@ def _find(name: str) -> Any:
         raise ValueError(
             f"data.reward {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
         )
+    _require_reward_class(name, found)
     return found
+
+
+def _require_reward_class(name: str, found: object) -> None:
+    """Before anything is called: a name in a file of settings must not be that of any function there is."""
+    if not isinstance(found, type) or not any("__call__" in vars(each) for each in found.__mro__):
+        raise ValueError(f"the reward {name!r} is {_described(found)}; accepted: a class with a method __call__")
 
 
 def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:
