@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from advflow.cli import main
 from advflow.core import files as core_files
 from advflow.core.files import append_line, write_atomically
 from advflow.run import checkpoint
-from advflow.run.checkpoint import checkpoints, load_newest, save_checkpoint
+from advflow.run.checkpoint import load_newest, save_checkpoint
 
 from tests.trainer.runs import SMALL, assert_same_run, files
 
@@ -220,12 +221,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_resume_ends_with_the_bits_of_the_run_that_nobody_killed(case: int, whole: Path, tmp_path: Path) -> None:
     """Forty kills in thirty runs, by a seeded schedule: at a call, at a file operation, within a write, at any time."""
     chosen, folder = random.Random(case), tmp_path / "run"
-    for _ in range(KILLED_TIMES[case]):
-        kind = chosen.choice(list(KINDS))
-        number = chosen.randint(1, KINDS[kind][1] or 400)
-        code = _in_a_process(folder, kind, number)
-        print(f"kill {kind} {number}: exit {code}, {[path.name for path in checkpoints(folder / 'checkpoints')]}")
-        assert code in (0, -signal.SIGKILL)
+    kind = chosen.choice(list(KINDS))
+    number = chosen.randint(1, KINDS[kind][1] or 400)
+    while (code := _in_a_process(folder, kind, number)) == 0:  # it was over before it was killed
+        shutil.rmtree(folder)
+        number = number // 2
+    assert code == -signal.SIGKILL
+    if KILLED_TIMES[case] == 2:  # and once more, while it finds out where it was
+        assert _in_a_process(folder, "operation", chosen.randint(1, 20)) == -signal.SIGKILL
     assert _in_a_process(folder) == 0
     assert_same_run(whole, folder)
     for name in ("checkpoints/000004", "samples"):
