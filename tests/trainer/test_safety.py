@@ -114,14 +114,17 @@ def test_settings_name_no_class_to_be_made(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("os:system", {"command": "touch pwned"}), ("subprocess:Popen", {"args": "touch pwned", "shell": True})],
+    ("name", "arguments", "fault"),
+    [
+        ("os:system", {"command": "touch pwned"}, "is no class"),
+        ("subprocess:Popen", {"args": "touch pwned", "shell": True}, "has no method __call__"),
+    ],
 )
 def test_a_reward_is_a_class_that_scores(
-    name: str, arguments: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, arguments: dict[str, object], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"the reward '{name}' is a .*; accepted: a class with a method __call__"):
+    with pytest.raises(ValueError, match=f"data.reward '{name}' {fault}; accepted: a class with __call__"):
         load_reward(name, arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -160,8 +160,11 @@ def _find(name: str) -> Any:
 
 def _require_reward_class(name: str, found: object) -> None:
     """Before anything is called: a name in a file of settings must not be that of any function there is."""
-    if not isinstance(found, type) or not any("__call__" in vars(each) for each in found.__mro__):
-        raise ValueError(f"the reward {name!r} is {_described(found)}; accepted: a class with a method __call__")
+    fault = "is no class" if not isinstance(found, type) else ""
+    if isinstance(found, type) and not any("__call__" in vars(each) for each in found.__mro__):
+        fault = "has no method __call__"
+    if fault:
+        raise ValueError(f"data.reward {name!r} {fault}; accepted: a class with __call__")
 
 
 def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:
