@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in NO_ROOM:
             raise
         further = "; make room and go on with --resume, what was saved is whole" if command == "train" else ""
-        raise SystemExit(f"advflow {command}: {error.strerror}: {error.filename}{further}") from error
+        place = f": {error.filename}" if error.filename else ""
+        raise SystemExit(f"advflow {command}: {error.strerror}{place}{further}") from error
     except KeyboardInterrupt:
         raise SystemExit(f"advflow {command}: interrupted") from None
 

@@ -76,9 +76,9 @@ class RunLog:
             "categories": result.categories,
             "unscored": result.unscored,
         }
-        self._append(EVALS, row)
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
         write_atomically(self._folder / SAMPLES / f"{iteration:06d}.png", as_png(picture))
+        self._append(EVALS, row)  # last: an evaluation that has its row is not made again
         self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
         for name, value in result.categories.items():
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
