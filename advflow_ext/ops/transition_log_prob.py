@@ -43,7 +43,7 @@ def transition_log_prob(
     A deterministic step has log-probability 0 and no gradient, as trainers want that evaluate through the same call at
     noise level 0. One native launch, and one more for the gradient, which is rounded once, to v's dtype. A transition
     with a non-finite input, and on CUDA and under torch.compile one outside the table, has a non-finite log-probability
-    and zero gradient. On CPU, one float64 latent makes eps float64. No GPU has run it in this form.
+    and zero gradient. On CPU, one float64 latent makes eps float64.
 
     Raises ValueError, naming argument, value and what is accepted, and on CPU for a step outside the table.
     """
@@ -72,7 +72,7 @@ def transition_noise(v_old: Tensor, x: Tensor, x_next: Tensor, table: StepTable,
     For a rollout that was not made by :func:`sde_step`, which returns the same bits for its own. x_next is the latent
     as it was stored, after any rounding. Shaped like v_old, in float32 (float64 as soon as a latent is float64 on CPU),
     contiguous, without gradient; 0 for a deterministic step. Arguments and errors as in :func:`transition_log_prob`. A
-    trainer that kept means rather than velocities has both in :func:`from_means`. No GPU has run it in this form.
+    trainer that kept means rather than velocities has both in :func:`from_means`.
     """
     if not _native.serves(v_old, x, x_next, index):
         return reference.transition_noise(v_old, x, x_next, table, index)

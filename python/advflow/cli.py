@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
+from advflow.core.files import NO_ROOM
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
 from advflow.settings.numbers import WrongSetting
@@ -21,7 +22,7 @@ from advflow.settings.plugins import load_plugins
 from advflow.settings.sources import (
     load_run_config,
     named_plugins,
-    plugins_of,
+    plugins_of_run,
     resolve_configs,
     to_config,
     train_parser,
@@ -60,6 +61,12 @@ def main(argv: list[str] | None = None) -> None:
         if not _is_refusal(error):
             raise
         raise SystemExit(f"advflow {command}: {error}") from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        further = "; make room and go on with --resume, what was saved is whole" if command == "train" else ""
+        place = f": {error.filename}" if error.filename else ""
+        raise SystemExit(f"advflow {command}: {error.strerror}{place}{further}") from error
     except KeyboardInterrupt:
         raise SystemExit(f"advflow {command}: interrupted") from None
 
@@ -71,7 +78,7 @@ def _parse(words: list[str]) -> Namespace:
     if arguments.subcommand == "train" and arguments.train.resume:
         own = Path(arguments.train.out) / CONFIG
         if own.is_file():
-            load_plugins(plugins_of(own))
+            load_plugins(plugins_of_run(own.parent))
             words = [*resolve_configs(words, base=own), "--out", arguments.train.out]
             arguments = _parser().parse_args(words)
     return arguments
@@ -243,9 +250,11 @@ def _export(arguments: Namespace) -> None:
     out = _new_folder(arguments.out)
     config = load_run_config(arguments.run)
     _quiet_libraries()
+    from advflow.core.tensor_files import as_os_errors
     from advflow.run.inference import load_run
 
-    load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
+    with as_os_errors(out):
+        load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
     print(f"wrote {', '.join(str(path) for path in sorted(out.iterdir()))}")
 
 
@@ -260,7 +269,7 @@ def _report(arguments: Namespace) -> None:
     from advflow.report import write_report
 
     with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
-        load_plugins(plugins_of(Path(arguments.run) / CONFIG))
+        load_plugins(plugins_of_run(Path(arguments.run)))
     print(f"report: {write_report(Path(arguments.run))}")
 
 

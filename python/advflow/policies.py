@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 import advflow_ext as af
 from advflow.algorithms.batch import Needs
+from advflow.models.adapters import Adapter
 from advflow.models.family import FusedKernels, ModelFamily
 from advflow.samplers.sampling import Conditioning, Velocity
 from advflow.settings.model import ModelConfig, RuntimeConfig
@@ -57,9 +58,17 @@ class Policies(Protocol):
 
 
 def make_policies(
-    family: ModelFamily, transformer: ModelMixin, config: ModelConfig, runtime: RuntimeConfig, seed: int
+    family: ModelFamily,
+    transformer: ModelMixin,
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    seed: int,
+    start: Adapter | None = None,
 ) -> Policies:
-    """Sets up the three policies, equal at first, on a freshly loaded transformer. `seed` is for new adapters."""
+    """Sets up the three policies on a freshly loaded transformer: all equal, or, with `start`, two of them with it.
+
+    `seed` is for new adapters. Raises ValueError for a `start` that does not fit.
+    """
     transformer.requires_grad_(False)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -69,7 +78,7 @@ def make_policies(
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policies = LoraPolicies(family, transformer, config, runtime)
+            policies = LoraPolicies(family, transformer, config, runtime, start)
     return GraphedPolicies(policies) if runtime.cuda_graphs else policies
 
 
@@ -125,12 +134,20 @@ class FullPolicies:
 
 
 class LoraPolicies:
-    """Two PEFT adapters on one frozen base; the reference is the base with its adapters switched off."""
+    """Two PEFT adapters on one frozen base; the reference is the base with its adapters switched off.
+
+    Also where they start from one that was given, as in flow_grpo, DiffusionNFT and Flow-Factory.
+    """
 
     _ADAPTERS = ("learner", "rollout")  # named after their roles
 
     def __init__(
-        self, family: ModelFamily, transformer: ModelMixin, config: ModelConfig, runtime: RuntimeConfig
+        self,
+        family: ModelFamily,
+        transformer: ModelMixin,
+        config: ModelConfig,
+        runtime: RuntimeConfig,
+        start: Adapter | None = None,
     ) -> None:
         self.family, self._transformer, self._merge = family, transformer, runtime.merge_lora
         self.all_merged = runtime.merge_lora == "all"
@@ -148,9 +165,12 @@ class LoraPolicies:
         roles = {adapter: adapter for adapter in self._ADAPTERS} | {"reference": None}
         self._policies = af.PolicySet(transformer, roles, merged_bytes=int(runtime.merged_gigabytes * 1e9))
         self.learner, self.rollout = (self._policies.parameters(adapter) for adapter in self._ADAPTERS)
+        for learner in self.learner:
+            learner.data = learner.data.float()
+        if start is not None:
+            start.load_into(transformer, "learner")
         with torch.no_grad():
             for learner, rollout in zip(self.learner, self.rollout, strict=True):
-                learner.data = learner.data.float()
                 rollout.data = learner.data.clone()
                 learner.requires_grad_(True)
                 rollout.requires_grad_(False)

@@ -14,7 +14,6 @@ from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import ForwardBatch
 from advflow.control.reference import ReferenceControl
 from advflow.core.provenance import STARTS
-from advflow.models.encoding import PromptEncoder
 from advflow.models.sd3 import SD3, load_pipeline
 from advflow.policies import Policies, follow, make_policies, velocity_of
 from advflow.processes.metrics import join_metrics
@@ -121,7 +120,7 @@ def _velocities(policies: Policies, trainer: Trainer) -> dict[str, torch.Tensor]
     t = torch.tensor([0.3, 0.9])
     roles = ("learner", "rollout", "reference")
     with torch.no_grad():
-        return {r: velocity_of(policies, r)(x, t, trainer.encode([0, 1])) for r in roles}  # type: ignore[arg-type]
+        return {r: velocity_of(policies, r)(x, t, trainer.conditioning[:2]) for r in roles}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [ModelConfig(), LORA], ids=["full", "lora"])
@@ -155,14 +154,6 @@ def test_rollout_decay_schedules_of_diffusion_nft() -> None:
     default, ocr = RolloutPolicyConfig(0.001, 0, 0.5), RolloutPolicyConfig(0.0075, 75, 0.999)
     assert [rollout_decay(default, s) for s in (0, 100, 500, 9999)] == pytest.approx([0, 0.1, 0.5, 0.5])
     assert [rollout_decay(ocr, s) for s in (0, 75, 175, 9999)] == pytest.approx([0, 0, 0.75, 0.999])
-
-
-def test_many_prompts_are_encoded_as_they_are_drawn(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = Trainer(small_config())
-    monkeypatch.setattr(PromptEncoder, "PRECOMPUTED_AT_MOST", 1)
-    lazy = Trainer(small_config())
-    for a, b in zip(vars(stored.encode([5, 2])).values(), vars(lazy.encode([5, 2])).values(), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_metrics_of_micro_batches_are_joined_by_what_they_are() -> None:

@@ -9,6 +9,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from advflow.core.files import append_line
+
 STARTS = "starts.jsonl"
 
 
@@ -36,8 +38,7 @@ def record_start(folder: Path, iteration: int) -> None:
         "versions": versions(),
         "commit": commit(),
     }
-    with (folder / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(folder / STARTS, json.dumps(row))
 
 
 def _git(folder: Path, *words: str) -> str:

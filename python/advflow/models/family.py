@@ -39,13 +39,33 @@ class Latents(Protocol):
         """Images [B, 3, H, W] in [0, 1], fp32. A sample that is not finite decodes to mid grey."""
 
 
+TEXTS_AT_A_TIME = 64  # that text encoders are given
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What `encode` returns as what a file can hold, so that the text encoders are needed once.
+
+    `identity`, a checksum, differs where anything does that decides what `encode` says of a text: weights, tokenizers,
+    precision, length. `tensors` have a row for each text; `conditioning` makes what `encode` returns of them.
+    """
+
+    identity: Callable[[], str]
+    tensors: Callable[[Any], dict[str, torch.Tensor]]
+    conditioning: Callable[[dict[str, torch.Tensor]], Conditioning]
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline's parts. `encode`, which holds on to its text encoders, makes of texts what the policies are told."""
+    """A pipeline's parts. `encode`, which holds on to its text encoders, makes of texts what the policies are told.
+
+    Without a `stored` form many prompts are encoded whenever they are asked for.
+    """
 
     transformer: ModelMixin
     latents: Latents
     encode: Callable[[Sequence[str]], Conditioning]
+    stored: StoredForm | None = None
 
 
 class ModelFamily(Protocol):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -21,11 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import advflow_ext as af
-from advflow.models.family import LoadedModel
+from advflow.models.family import TEXTS_AT_A_TIME, LoadedModel, StoredForm
 from advflow.settings.data import EMBEDDED
 from advflow.settings.model import ModelConfig
-
-_TEXTS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ class SD3:
         def encode(texts: Sequence[str]) -> PromptEmbeddings:
             return encode_prompts(pipeline, texts, config.max_sequence_length)
 
-        return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config.resolution), encode)
+        stored = StoredForm(
+            lambda: text_identity(pipeline, config.max_sequence_length),
+            lambda said: {"tokens": said.tokens, "pooled": said.pooled},
+            lambda tensors: PromptEmbeddings(**tensors),
+        )
+        return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config.resolution), encode, stored)
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return t * 1000.0
@@ -162,7 +168,9 @@ def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3
     """
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder(config.pipeline), dtype=dtypes)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            pipeline_folder(config.pipeline), dtype=dtypes, use_safetensors=True
+        )
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model.pipeline is {config.pipeline!r}, which cannot be loaded: {reason}") from error
@@ -177,9 +185,9 @@ def encode_prompts(
     """Encodes `texts` with all text encoders of the pipeline."""
     tokens: list[torch.Tensor] = []
     pooled: list[torch.Tensor] = []
-    for start in range(0, len(texts), _TEXTS_AT_A_TIME):
+    for start in range(0, len(texts), TEXTS_AT_A_TIME):
         chunk_tokens, _, chunk_pooled, _ = pipeline.encode_prompt(
-            list(texts[start : start + _TEXTS_AT_A_TIME]),
+            list(texts[start : start + TEXTS_AT_A_TIME]),
             None,
             None,
             do_classifier_free_guidance=False,
@@ -188,6 +196,22 @@ def encode_prompts(
         tokens.append(chunk_tokens)
         pooled.append(chunk_pooled)
     return PromptEmbeddings(torch.cat(tokens), torch.cat(pooled))
+
+
+def text_identity(pipeline: StableDiffusion3Pipeline, max_sequence_length: int) -> str:
+    """A checksum of all that decides what `encode_prompts` returns, the code aside but for its versions."""
+    digest = hashlib.sha256(f"{max_sequence_length} {diffusers.__version__} {transformers.__version__}".encode())
+    for number in ("", "_2", "_3"):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{number}") for part in ("tokenizer", "text_encoder"))
+        if encoder is None:
+            continue
+        words = tokenizer.backend_tokenizer.to_str()
+        digest.update(f"{type(tokenizer).__name__} {tokenizer.model_max_length} {words}".encode())
+        digest.update(f"{type(encoder).__name__} {encoder.config.to_json_string()} {encoder.device.type}".encode())
+        for name, weight in encoder.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:

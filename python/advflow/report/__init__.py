@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from advflow.core.files import write_atomically
 from advflow.report.data import load_run
 from advflow.report.page import render
 
@@ -19,7 +19,5 @@ def write_report(folder: Path) -> Path:
     """
     page = render(load_run(folder))
     path = folder / "report.html"
-    scratch = folder / ".report.html.partial"
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, path)  # a browser that reloads never sees half a page
+    write_atomically(path, page)  # a browser that reloads never sees half a page
     return path

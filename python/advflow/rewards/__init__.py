@@ -154,7 +154,17 @@ def _find(name: str) -> Any:
         raise ValueError(
             f"data.reward {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
         )
+    _require_reward_class(name, found)
     return found
+
+
+def _require_reward_class(name: str, found: object) -> None:
+    """Before anything is called: a name in a file of settings must not be that of any function there is."""
+    fault = "is no class" if not isinstance(found, type) else ""
+    if isinstance(found, type) and not any("__call__" in vars(each) for each in found.__mro__):
+        fault = "has no method __call__"
+    if fault:
+        raise ValueError(f"data.reward {name!r} {fault}; accepted: a class with __call__")
 
 
 def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:

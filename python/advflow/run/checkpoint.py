@@ -20,11 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from advflow.core.files import flush_to_disk, write_atomically
+from advflow.core.tensor_files import as_os_errors
 from advflow.run.state import Part
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 _DIGEST = "sha256"
+_PARTIAL = ".partial"
 
 
 class DamagedCheckpoint(ValueError):
@@ -54,26 +57,42 @@ def save_checkpoint(
 ) -> Path:
     """Writes `parts`, the state after `iteration` iterations, and what `export` writes; removes what is not `kept`."""
     target = folder / checkpoint_name(iteration)
-    scratch = folder / f".{target.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = folder / f".{target.name}{_PARTIAL}"
+    _remove_partial(folder)
+    try:
+        with as_os_errors(scratch):
+            _write(scratch, iteration, parts, export)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)  # it takes room that others may lack
+        raise
+    flush_to_disk(folder)
+    for stale in checkpoints(folder)[: -kept.newest]:
+        if not kept.keeps(stale):
+            # Under another name first: a checkpoint half removed must not be taken for one that is damaged.
+            shutil.rmtree(stale.rename(folder / f".{stale.name}{_PARTIAL}"))
+    return target
+
+
+def _write(scratch: Path, iteration: int, parts: Mapping[str, Part], export: Callable[[Path], None] | None) -> None:
     scratch.mkdir(parents=True)
     tensors, others = _flatten(parts)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / _TENSORS)
     if export is not None:
         export(scratch)
     stored = {"iteration": iteration, "parts": others}
-    (scratch / _STATE).write_text(json.dumps(stored | {_DIGEST: _digest(scratch, stored)}))
+    write_atomically(scratch / _STATE, json.dumps(stored | {_DIGEST: _digest(scratch, stored)}))
     for path in _files(scratch):
         shutil.copymode(scratch / _STATE, path)  # safetensors leaves its files to their owner alone
     for path in (*scratch.rglob("*"), scratch):
-        _flush_to_disk(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-    _flush_to_disk(folder)
-    for stale in checkpoints(folder)[: -kept.newest]:
-        if not kept.keeps(stale):
-            shutil.rmtree(stale)
-    return target
+        flush_to_disk(path)
+
+
+def _remove_partial(folder: Path) -> None:
+    """What kills have left of checkpoints that were being written or removed."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(path)
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -194,11 +213,3 @@ def _flatten(parts: Mapping[str, Part]) -> tuple[dict[str, torch.Tensor], dict[s
         tensors |= {f"{part}.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
         others[part] = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
     return tensors, others
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "checkpoints_kept",
     "checkpoints_kept_every",
+    "data.embeddings_cache",
     "evaluation.every",
 )
 """Settings that `--resume` may change: how long, where, and how often something is written down."""

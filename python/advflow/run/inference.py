@@ -11,6 +11,7 @@ import torch
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
 from advflow.data.prompts import load_eval_prompts
+from advflow.models.adapters import read_adapter
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
 from advflow.rewards import load_reward
@@ -44,8 +45,9 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     device = pick_device(config.device)
     family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
     family.check(config.model)
+    start = read_adapter(config.model) if base else None  # a checkpoint holds what has become of it
     model = family.load(config.model, device)
-    policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
+    policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed, start)
     if chosen is not None:
         load_checkpoint(chosen, weights_of(policies), only=True)
     elif not base:

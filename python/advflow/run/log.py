@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from advflow.core.files import write_atomically
+from advflow.core.files import append_line, write_atomically
 
 if TYPE_CHECKING:  # the report reads these files without loading any model code
     from advflow.models.family import FusedKernels
@@ -41,7 +42,7 @@ class RunLog:
         found: dict[str, dict[str, Any]] = {"replaced": {}, "kept": {}}
         if kernels is not None:
             found = {"replaced": dict(kernels.replaced), "kept": dict(kernels.kept)}
-        (self._folder / KERNELS).write_text(json.dumps(found, indent=2) + "\n")
+        write_atomically(self._folder / KERNELS, json.dumps(found, indent=2) + "\n")
         told = [f"{op} in {count} modules" for op, count in found["replaced"].items()] or ["none"]
         names: dict[str, list[str]] = {}
         for name, reason in found["kept"].items():
@@ -75,9 +76,9 @@ class RunLog:
             "categories": result.categories,
             "unscored": result.unscored,
         }
-        self._append(EVALS, row)
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
-        picture.save(self._folder / SAMPLES / f"{iteration:06d}.png")
+        write_atomically(self._folder / SAMPLES / f"{iteration:06d}.png", as_png(picture))
+        self._append(EVALS, row)  # last: an evaluation that has its row is not made again
         self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
         for name, value in result.categories.items():
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
@@ -85,14 +86,13 @@ class RunLog:
 
     def sample_prompts(self, prompts: list[str]) -> None:
         """Notes the prompts of the sample grids, in the order of their images."""
-        (self._folder / SAMPLES / SAMPLE_PROMPTS).write_text(json.dumps(prompts), encoding="utf-8")
+        write_atomically(self._folder / SAMPLES / SAMPLE_PROMPTS, json.dumps(prompts))
 
     def close(self) -> None:
         self._tensorboard.close()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self._folder / name).open("a") as handle:
-            handle.write(to_json(row) + "\n")
+        append_line(self._folder / name, to_json(row))
 
 
 class NoLog(RunLog):
@@ -167,6 +167,12 @@ def image_grid(images: torch.Tensor, columns: int) -> Image.Image:
         row, column = divmod(index, columns)
         canvas.paste(tile, (gap + column * cell_width, gap + row * cell_height))
     return canvas
+
+
+def as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

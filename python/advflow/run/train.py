@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from advflow.algorithms import check_settings
 from advflow.core.ranks import Ranks
-from advflow.run.checkpoint import load_newest
+from advflow.run.checkpoint import checkpoints, load_newest
 from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
 from advflow.run.interrupt import StopRequest
 from advflow.run.run import CHECKPOINTS, Run
@@ -28,8 +29,9 @@ def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict
     with FolderLock(folder) as lock:
         if ranks.first and not new:
             lock.take()
+        settings = _without_start(config) if resume and checkpoints(folder / CHECKPOINTS) else config
         # One process alone can stop between two batches; several must agree on when, which they do between iterations.
-        trainer = Trainer(config, stop.check) if ranks.size == 1 else Trainer(config, ranks=ranks)
+        trainer = Trainer(settings, stop.check) if ranks.size == 1 else Trainer(settings, ranks=ranks)
         first = _restore(trainer, folder) if resume else 0
         ranks.wait()
         if ranks.first:
@@ -40,6 +42,11 @@ def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict
             write_config(config)
         ranks.wait()
         return Run(trainer, first, stop).finish()
+
+
+def _without_start(config: TrainConfig) -> TrainConfig:
+    """A checkpoint holds what has become of `model.lora_start`, which may be gone by then."""
+    return replace(config, model=replace(config.model, lora_start=None))
 
 
 def _restore(trainer: Trainer, folder: Path) -> int:

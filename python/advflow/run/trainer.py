@@ -13,10 +13,12 @@ from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
+from advflow.core.files import require_folder
 from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
-from advflow.models.encoding import PromptEncoder
+from advflow.models.adapters import read_adapter
+from advflow.models.encoding import Encoder
 from advflow.models.family import make_family
 from advflow.policies import follow, make_policies, velocity_of
 from advflow.processes.forward import Draws, ForwardProcess
@@ -50,8 +52,11 @@ class Trainer:
         self.prompts.require(config.rollout.prompts)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
+        start = read_adapter(config.model)
         data = config.data
         self.reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
+        if data.embeddings_cache is not None:
+            require_folder(data.embeddings_cache, "data.embeddings_cache")
         for remark in check_prompts(data, self.reward.check):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
@@ -62,9 +67,12 @@ class Trainer:
             )
         model = family.load(config.model, self.device)
         self.latents = model.latents
-        self.encode = PromptEncoder(model.encode, [prompt.text for prompt in self.prompts.prompts], self.device)
-        self.eval_conditioning = model.encode([prompt.text for prompt in self.eval_prompts])
-        self.policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed)
+        encode = Encoder(model, data.embeddings_cache, self.device, self.ranks)
+        self.conditioning = encode([prompt.text for prompt in self.prompts.prompts], "data.prompts")
+        self.eval_conditioning = encode([prompt.text for prompt in self.eval_prompts], "data.eval_prompts")
+        transformer = model.transformer
+        del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
+        self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start)
         self.sigmas = self.latents.sigmas(config.rollout.steps)
         self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
         self._make_process()
@@ -190,7 +198,7 @@ class Trainer:
         """What the policies are told of the images `rows`, of prompts `chosen`; other prompts are not encoded."""
         group = self.config.rollout.images_per_prompt
         first, last = rows.start // group, -(-rows.stop // group)
-        return self.encode(chosen[first:last])[torch.arange(rows.start, rows.stop) // group - first]
+        return self.conditioning[torch.tensor(chosen[first:last])][torch.arange(rows.start, rows.stop) // group - first]
 
     @torch.no_grad()
     def _sample(

@@ -26,6 +26,8 @@ class DataConfig:
             with one prompt a line, or a .jsonl file with one object a line, as GenEval's: its "prompt", its "tag" as
             category, all else for the reward.
         eval_prompts: "embedded" or "shapes" (their held-out prompts), or such a file.
+        embeddings_cache: folder that keeps what the text encoders say of each prompt, for this run and others; null:
+            in memory for up to 2,048 prompts, for more in advflow/embeddings below $XDG_CACHE_HOME or ~/.cache.
         reward: "embedded", "pickscore", "shapes", a plugin's, or a dotted path "package.module:Class"; see
             advflow.rewards.
         reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`; a plugin's may have
@@ -34,6 +36,7 @@ class DataConfig:
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
+    embeddings_cache: str | None = None
     reward: str = "embedded"
     reward_args: dict[str, Any] = field(default_factory=dict)
 

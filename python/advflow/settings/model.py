@@ -24,6 +24,9 @@ class ModelConfig:
         lora_rank: rank of the adapters.
         lora_alpha: scale of the adapters; their output is multiplied by alpha / rank.
         lora_targets: module names that get an adapter; null: those of the family.
+        lora_start: adapter that learner and rollout policy begin with, a folder or .safetensors file of diffusers, PEFT
+            or another run; the reference is the base without it. Its rank, alpha and targets must be those above. null:
+            a new one.
         dtype: precision of the frozen weights and of the forward passes; what is trained is always fp32.
         resolution: side of the square images in pixels.
         max_sequence_length: tokens a prompt is padded or cut to.
@@ -36,6 +39,7 @@ class ModelConfig:
     lora_rank: int = 32
     lora_alpha: int = 64
     lora_targets: list[str] | None = None
+    lora_start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     resolution: int = 32
     max_sequence_length: int = 12
@@ -44,6 +48,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, "1 or more")
         require(self.lora_alpha >= 1, "model.lora_alpha", self.lora_alpha, "1 or more")
+        if self.lora_start is not None:
+            require(self.trainable == "lora", "model.lora_start", self.lora_start, "null, or model.trainable lora")
         require(self.resolution >= 8, "model.resolution", self.resolution, "8 or more pixels")
         require(self.max_sequence_length >= 1, "model.max_sequence_length", self.max_sequence_length, "1 or more")
 

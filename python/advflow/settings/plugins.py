@@ -1,4 +1,4 @@
-"""Modules that add to what a run chooses by name."""
+"""Modules that add to what a run chooses by name, and which of them a run may have imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+from advflow.settings.yaml_files import CONFIG
 
 
 def load_plugins(names: Iterable[str]) -> None:
@@ -23,6 +26,27 @@ def load_plugins(names: Iterable[str]) -> None:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # the module is there; one that it imports is not
             raise ValueError(f"plugins holds {name!r}, and there is no module {error.name!r}") from error
+
+
+def refuse_code_of(run: Path, modules: Iterable[str]) -> None:
+    """Raises ValueError for a module that would be imported from the folder of a run, whose config names it.
+
+    A run that somebody else has made may name code, but only code that is here already: it does not bring its own.
+    """
+    look_in_current_folder()
+    home = run.resolve()
+    for module in modules:
+        for entry in sys.path:
+            place = Path(entry, *module.split("."))
+            if any(
+                found.resolve().is_relative_to(home)
+                for found in (place, *place.parent.glob(f"{place.name}.*"))
+                if found.exists()
+            ):
+                raise ValueError(
+                    f"{run / CONFIG} names the module {module!r}, which lies in the run's own folder; code that comes "
+                    "with a run is not imported: accepted is a module that is installed or in another current folder"
+                )
 
 
 def look_in_current_folder() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -10,7 +12,7 @@ from jsonargparse import Namespace
 
 from advflow.settings.arguments import Parser
 from advflow.settings.config import TrainConfig, config_class
-from advflow.settings.plugins import load_plugins
+from advflow.settings.plugins import load_plugins, refuse_code_of
 from advflow.settings.registry import METHODS
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.yaml_files import CONFIG, read_yaml
@@ -60,10 +62,11 @@ def named_plugins(argv: list[str]) -> list[str]:
     files, rest = _take_option("--config", argv[1:])
     if given := _take_option(_PLUGINS, rest)[0]:
         return [name for name in given[-1].strip("[]").replace(" ", "").split(",") if name]
+    found: list[list[str]] = []
     if "--resume" in rest:
-        out = _take_option("--out", rest)[0] or [TrainConfig.out]
-        files = [str(Path(out[-1]) / CONFIG), *files]
-    found = [plugins_of(Path(name)) for name in files if Path(name).is_file()]
+        out = Path((_take_option("--out", rest)[0] or [TrainConfig.out])[-1])
+        found += [plugins_of_run(out)] if (out / CONFIG).is_file() else []
+    found += [plugins_of(Path(name)) for name in files if Path(name).is_file()]
     return next((names for names in reversed(found) if names), [])
 
 
@@ -74,6 +77,30 @@ def plugins_of(file: Path) -> list[str]:
     except ValueError:
         return []
     return plugins if isinstance(plugins, list) else []
+
+
+def plugins_of_run(folder: Path) -> list[str]:
+    """The plugins that a run's config names. Raises ValueError where it names code that lies in the run's folder."""
+    file = folder / CONFIG
+    try:
+        settings = read_yaml(file, "--run")
+    except ValueError:  # said by who parses it
+        return []
+    refuse_code_of(folder, _modules_in(settings))
+    return plugins_of(file)
+
+
+def _modules_in(value: object) -> Iterator[str]:
+    """The modules that settings name: as "module:Class", and the plugins."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            own = name == "plugins" and isinstance(each, list)
+            yield from [module for module in each if isinstance(module, str)] if own else _modules_in(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _modules_in(each)
+    elif isinstance(value, str) and (found := re.fullmatch(r"([\w.]+):\w+", value)):
+        yield found[1]
 
 
 def _as_list(words: list[str]) -> list[str]:
@@ -130,7 +157,7 @@ def load_run_config(run: str) -> TrainConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"--run is {run!r}; there is no {path}")
-    load_plugins(plugins_of(path))
+    load_plugins(plugins_of_run(Path(run)))
     parser = train_parser()
     parser.exit_on_error = False
     return to_config(parser, parser.parse_path(path, field="--run"))

@@ -58,4 +58,7 @@ def _problem(error: yaml.YAMLError) -> str:
     problem = " ".join(str(getattr(error, "problem", None) or error).split())
     if "'\\t'" in problem:
         problem = "a tab where spaces belong"
+    elif tag := re.fullmatch(r"could not determine a constructor for the tag '(?P<tag>.*)'", problem):
+        name = tag["tag"].replace("tag:yaml.org,2002:", "!!")
+        problem = f"the tag {name}; accepted are plain values: settings make no objects and run no code"
     return problem if mark is None else f"line {mark.line + 1}: {problem}"
