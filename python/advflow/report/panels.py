@@ -62,6 +62,14 @@ GROUPS: dict[str, list[Panel]] = {
         ),
         Panel("min_curvature", "Smallest curvature", "of a sample's loss in v", worst=min),
     ],
+    "Curriculum": [
+        Panel("candidate_reward", "Candidates' reward", "mean over one image a candidate prompt"),
+        Panel("capability_mean", "Capability", "moving average of that", smoothed=False),
+        Panel("capability_std", "Capability deviation", "moving one, between candidates", smoothed=False),
+        Panel("kept_distance", "Distance of kept prompts", "from the capability, in its deviations"),
+        Panel("two_sided_groups", "Two-sided groups", "share with rewards on both sides of the capability"),
+        Panel("sign_flips", "Sign flips", "share of images whose advantage changes its sign by it"),
+    ],
     "Time": [
         Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
         Panel("seconds_train", "Update", "optimiser steps", unit=" s"),
@@ -73,6 +81,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("invalid_steps", "Invalid steps", "dropped: not a stochastic step of the sampler", fault=True),
         Panel("broken_images", "Broken images", "not finite", fault=True),
         Panel("unscored_images", "Unscored images", "whose reward was not finite", fault=True),
+        Panel("unscored_candidates", "Unscored candidates", "whose one image has no finite reward", fault=True),
         Panel("skipped_steps", "Skipped steps", "gradient not finite", fault=True),
     ],
 }
