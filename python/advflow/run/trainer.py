@@ -12,6 +12,7 @@ import advflow_ext as af
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
+from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
@@ -30,6 +31,7 @@ from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
+from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS
 
@@ -87,6 +89,8 @@ class Trainer:
             "optimizer": OptimizerState(self.optimizer, self.policies.learner),
             "reference": self.reference_control,
         }
+        if self.gamma_control is not None:
+            self.parts["gamma"] = self.gamma_control
         self.curriculum: Curriculum | None = None
         if config.capability.candidates is not None:
             rollout = config.rollout
@@ -117,11 +121,21 @@ class Trainer:
         # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
         adapts = config.process == "forward" and algorithm.needs.reference
         self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
+        self.gamma_control: GammaControl | None = None
+        if isinstance(config.method, AdvantageFlowConfig) and config.method.gamma == "auto":
+            self.gamma_control = GammaControl(config.method.target_move)
         self.process: Process
         if config.process == "forward":
             draws = Draws(config.draws, self.latents, sigmas, config.seed)
             self.process = ForwardProcess(
-                policies, algorithm, draws, self.sampler, sigmas, self.reference_control, config.optim
+                policies,
+                algorithm,
+                draws,
+                self.sampler,
+                sigmas,
+                self.reference_control,
+                self.gamma_control,
+                config.optim,
             )
         else:
             steps = STOCHASTIC_SAMPLERS.make(
@@ -270,15 +284,20 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
+        if self.gamma_control is not None:
+            done = iteration * self.config.updates
+            rho, rate = rollout_decay(self.config.rollout_policy, done), self._rate(max(done - 1, 0))
+            row |= self.gamma_control.update(join_metrics(updates[0]), rho, rate / self.config.optim.lr)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:
         config = self.config
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(
-                config.optim, iteration * config.updates + update, config.iterations * config.updates
-            )
+            parameters["lr"] = self._rate(iteration * config.updates + update)
         self.optimizer.step()
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config.optim, step, self.config.iterations * self.config.updates)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
