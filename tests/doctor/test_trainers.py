@@ -46,6 +46,13 @@ def test_a_trainer_is_whatever_module_integrations_has(stand_ins, capsys):
     )
 
 
+def test_all_that_are_here_are_trainers():
+    """Whatever else lies beside them has no install(), and would end the process that tries it."""
+    assert trainers.names() == ["dance_grpo", "flow_factory", "flow_grpo", "mix_grpo", "unirl", "verl_omni"]
+    found = list(trainers.attempts(trainers.names()))
+    assert [each.state for each in found if each.state not in ("known", "refused", "absent")] == []
+
+
 def test_what_is_patched_here_is_said_and_left_alone(monkeypatch):
     owner = ModuleType("a_trainer")
     exec("def step(x):\n    return x", vars(owner))
