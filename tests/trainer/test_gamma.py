@@ -32,7 +32,7 @@ def test_gamma_grows_where_the_learner_goes_too_far_and_shrinks_where_it_does_no
     row = control.update(measured(0.04 * 1.2, 0.5), rho=0.5, rate=1.0)
     assert row == {"gamma": 1.1, "learner_move": pytest.approx(0.048)}
     assert control.gamma == pytest.approx(1.1 * 1.2**0.25)
-    control.update(measured(0.04 / 1.2, 0.1, target_error=3.0), rho=0.1, rate=1.0)  # the same length in other units
+    control.update(measured(0.04 / 1.2, 0.2, target_error=3.0), rho=0.2, rate=1.0)  # the same length in other units
     assert control.gamma == pytest.approx(1.1)
     control.update(measured(0.004, 0.5), rho=0.5, rate=0.1)  # a tenth of the rate goes a tenth of the way
     assert control.gamma == pytest.approx(1.1)
@@ -51,7 +51,7 @@ def test_gamma_moves_by_a_bounded_factor_within_bounds() -> None:
 @pytest.mark.parametrize(
     ("first", "rho", "rate"),
     [
-        (measured(1.0, 0.04), 0.04, 1.0),  # a rollout policy that has all but become the learner
+        (measured(1.0, 0.19), 0.19, 1.0),  # a rollout policy that has all but become the learner
         (measured(0.0, 0.5), 0.5, 1.0),  # no usable sample
         ({"rollout_deviation": math.nan, "target_error": math.nan}, 0.5, 1.0),
         (measured(1.0, 0.5), 0.5, 0.0),

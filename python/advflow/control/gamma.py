@@ -8,7 +8,7 @@ from collections.abc import Mapping
 _START = 1.1  # the best of the paper's sweep
 _LEAST, _MOST = 0.1, 10.0
 _GAIN = 0.25  # so at most 28 % an iteration
-_LEAST_RHO = 0.05  # below it a rollout policy is too near its learner for what lies between them to be measured
+_LEAST_RHO = 0.2  # below it what is between the two is the last step alone, whose length Adam decides, not gamma
 
 
 class GammaControl:

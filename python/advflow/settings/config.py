@@ -118,6 +118,13 @@ class TrainConfig:
                 f"sde.{name} is {reach}; with rollout.steps={self.rollout.steps} at most {self.rollout.steps - 1} is "
                 "accepted (the last step ends at sigma 0, where it has no density)"
             )
+        whole = self.rollout.batch % self.rollout.images_per_prompt == 0
+        require(
+            whole or not self.sde.shared_anchor,
+            "rollout.batch",
+            self.rollout.batch,
+            f"a multiple of rollout.images_per_prompt, {self.rollout.images_per_prompt}, with sde.shared_anchor",
+        )
         if self.rollout.images % self.optim.steps_per_iteration:
             raise ValueError(
                 f"optim.steps_per_iteration is {self.optim.steps_per_iteration}; accepted are divisors of the "

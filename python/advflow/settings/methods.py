@@ -27,7 +27,7 @@ class AdvantageFlowConfig:
     """
 
     gamma: float | Literal["1-A", "beta(beta-A)", "auto"] = 1.1
-    target_move: float = 0.04
+    target_move: float = 0.035
     lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
