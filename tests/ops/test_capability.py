@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -119,12 +120,14 @@ def test_misuse_of_a_tracker_is_said_in_a_sentence(call, sentence):
 
 
 # Eight scores, five on one rank and three on the other, one of them without a number; then one rank has none at all.
+# Forked, so that torch is loaded once.
 TWO_RANKS = """
-import sys, torch
-from torch import distributed
+import os, sys, torch
 import advflow_ext as af
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+from torch import distributed
+child = os.fork()
+rank = 0 if child else 1
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 mine = torch.tensor([[1.0, 2, 4, 5, float("nan")], [0.0, 2, 7]][rank])
 states = []
 for tracker in (af.CapabilityTracker(), af.CapabilityTracker(process_group=distributed.group.WORLD),
@@ -132,17 +135,16 @@ for tracker in (af.CapabilityTracker(), af.CapabilityTracker(process_group=distr
     tracker.observe(mine)
     tracker.observe(torch.tensor([6.0] * rank))
     states.append([tracker.mean.item(), tracker.variance.item()])
-print(states)
+if child:
+    os.waitpid(child, 0)
+print(states, flush=True)
 """
 
 
 def test_ranks_have_one_state_or_one_each(tmp_path):
-    command = [sys.executable, "-c", TWO_RANKS]
-    jobs = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    ranks = [eval(job.communicate(timeout=120)[0]) for job in jobs]
+    job = [sys.executable, "-c", TWO_RANKS, str(tmp_path / "meet")]
+    said = subprocess.run(job, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
+    ranks = [json.loads(line) for line in said.splitlines()[::-1]]  # the first waits for the second
     together = tracker_of([1.0, 2, 4, 5, 0, 2, 7], [6.0])
     for shared, of_group, _ in ranks:
         assert shared == of_group == ranks[0][0]

@@ -94,18 +94,21 @@ def test_the_way_that_is_measured_is_the_learner_s_and_a_checkpoint_holds_where_
     small_config: Make, tmp_path: Path
 ) -> None:
     """From the rollout policy before it followed by a half, on the next iteration's images."""
-    config = small_config(
-        advantage_flow=AdvantageFlowConfig(gamma="auto", target_move=1e-3),
-        optim=OptimConfig(micro_batch=5, warmup=0),
-        rollout_policy=RolloutPolicyConfig(rate=1.0),
+    trainer = Trainer(
+        small_config(
+            advantage_flow=AdvantageFlowConfig(gamma="auto", target_move=1e-3),
+            optim=OptimConfig(micro_batch=12, warmup=0),
+            rollout_policy=RolloutPolicyConfig(rate=1.0),
+        )
     )
-    trainer = Trainer(config)
     rows = [trainer.iterate(iteration) for iteration in range(2)]
     assert rows[0]["gamma"] == rows[1]["gamma"] == 1.1 and "learner_move" not in rows[0]
     expected = math.sqrt(rows[1]["rollout_deviation"] / rows[1]["target_error"]) / 0.5
     assert rows[1]["learner_move"] == pytest.approx(expected)
-    other = Trainer(config)
-    assert load_checkpoint(save_checkpoint(tmp_path, 2, trainer.parts), other.parts) == 2
-    whole, resumed = (each.iterate(2) for each in (trainer, other))
+    saved = save_checkpoint(tmp_path, 2, trainer.parts)
+    whole = trainer.iterate(2)
+    assert trainer.gamma_control is not None and trainer.gamma_control.gamma > whole["gamma"]
+    assert load_checkpoint(saved, trainer.parts) == 2
+    resumed = trainer.iterate(2)
     assert resumed["gamma"] == whole["gamma"] == pytest.approx(1.1 * math.exp(0.25))  # a small target was asked for
     assert resumed["loss"] == whole["loss"] and resumed["learner_move"] == whole["learner_move"]
