@@ -6,6 +6,7 @@ from advflow_ext.contract.step_table import StepTable
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
 from advflow_ext.ops.awm import awm_log_prob, awm_loss
+from advflow_ext.ops.capability import CapabilityTracker, CrossLevelAdvantages, cross_level_advantages
 from advflow_ext.ops.diffusion_nft import diffusion_nft_loss
 from advflow_ext.ops.distillation import distillation_loss
 from advflow_ext.ops.flow_awr import flow_awr_loss
@@ -42,6 +43,8 @@ __version__ = "0.1.0" + _native.LABEL
 __all__ = [
     "AWMLoss",
     "AdvantageFlowLoss",
+    "CapabilityTracker",
+    "CrossLevelAdvantages",
     "CudaGraphs",
     "DiffusionNFTLoss",
     "DistillationLoss",
@@ -64,6 +67,7 @@ __all__ = [
     "apply_to_sd3",
     "awm_log_prob",
     "awm_loss",
+    "cross_level_advantages",
     "diffusion_nft_loss",
     "distillation_loss",
     "flow_awr_loss",

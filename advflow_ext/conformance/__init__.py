@@ -9,6 +9,7 @@ in float64: the bench times them as its "public" rows.
 
 from __future__ import annotations
 
+from advflow_ext.conformance.ada_grpo import ada_grpo
 from advflow_ext.conformance.advantage_flow import advantage_flow
 from advflow_ext.conformance.awm import awm
 from advflow_ext.conformance.dance_grpo import dance_grpo
@@ -28,7 +29,7 @@ from advflow_ext.conformance.verl_omni import verl_omni
 TRAINERS = (
     flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, flow_factory, unirl_flow_dppo,
     earlier_unirl_flow_dppo, flow_dppo_paper, verl_omni,
-    diffusion_nft, awm, flow_awr, orw_cfm, advantage_flow,
+    diffusion_nft, awm, flow_awr, ada_grpo, orw_cfm, advantage_flow,
 )  # fmt: skip
 
 

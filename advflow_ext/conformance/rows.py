@@ -34,6 +34,7 @@ SOURCES = {
     "AWM": "scxue/advantage_weighted_matching @be51372",
     "FlowAWR": "Fuzm7/FlowAWR @05e993a",
     "FlowAWR paper": "arXiv 2606.30376",
+    "AdaGRPO": "Bujiazi/GRPO-Series @d0ddaa4",
     "ORW-CFM": "markerthu/orw-cfm @de9c766",
     "AdvantageFlow": "arXiv 2605.26013",
     "MeanFlowAdvantage": "arXiv 2609.37670",

@@ -6,10 +6,12 @@ import contextlib
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from advflow_ext import integrations
 from advflow_ext.integrations._patching import Patch
@@ -34,9 +36,11 @@ STATES = {
 
 
 def names() -> list[str]:
-    """Of the modules of ``advflow_ext.integrations``, one a trainer; a package there is something else."""
-    modules = pkgutil.iter_modules(integrations.__path__)
-    return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
+    """Of the modules of ``advflow_ext.integrations`` that have an ``install()``, one a trainer; none is imported."""
+    modules = [module for module in pkgutil.iter_modules(integrations.__path__) if not module.ispkg]
+    folder = Path(integrations.__path__[0])
+    sources = {module.name: (folder / f"{module.name}.py").read_text(encoding="utf-8") for module in modules}
+    return [name for name, source in sources.items() if re.search(r"^def install\(", source, re.MULTILINE)]
 
 
 def is_patched(name: str) -> bool:

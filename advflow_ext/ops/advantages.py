@@ -9,7 +9,7 @@ from advflow_ext.contract.checks import require_choice, require_flag, require_gr
 from advflow_ext.contract.numbers import Number, Numbers
 
 _DEFAULT_EPS = {"batch_rms": 1e-8, "group_std": 1e-4, "raw_global_std": 1e-4}
-_HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow
+HEADROOM = 2.0**-10  # a power of two: sums and differences of rewards near the largest number do not overflow
 _CLIP_MODES = ("clip", "recentre", "scale", "clip_divide", "tanh")
 
 
@@ -52,9 +52,9 @@ def group_advantages(
     Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, unknown names, clip or eps out of range.
     """
     bound, eps = _check_arguments(rewards, group_size, norm, clip, clip_mode, eps, ddof)
-    floor = (_DEFAULT_EPS[norm] if eps is None else eps) * _HEADROOM
+    floor = (_DEFAULT_EPS[norm] if eps is None else eps) * HEADROOM
 
-    raw, centred, finite = _groups(rewards, group_size)
+    raw, centred, finite = groups_of(rewards, group_size)
 
     if norm == "batch_rms":
         scale = _rms(centred, finite, ddof, over_batch=True).clamp(min=floor)
@@ -101,7 +101,7 @@ def softmax_advantages(
 
     Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, an unknown norm, and numbers out of range.
     """
-    _check_rewards(rewards, group_size)
+    check_rewards(rewards, group_size)
     require_choice("norm", norm, ("raw_global_std", "group_std", "none"))
     numbers = Numbers(rewards, torch.float64, per_sample=False)
     temperature = numbers.read("temperature", temperature, low=0.0, exclusive=True)
@@ -110,15 +110,15 @@ def softmax_advantages(
     if clip is not None:
         clip = numbers.read("clip", clip, low=0.0, exclusive=True)
     require_flag("scale_by_std", scale_by_std)
-    floor = numbers.read("eps", eps, low=0.0) * _HEADROOM
+    floor = numbers.read("eps", eps, low=0.0) * HEADROOM
 
-    raw, centred, finite = _groups(rewards, group_size)
-    scaled = centred / _HEADROOM
+    raw, centred, finite = groups_of(rewards, group_size)
+    scaled = centred / HEADROOM
     if norm != "none":
         std = _raw_std(raw, finite, 0) if norm == "raw_global_std" else _rms(centred, finite, 0, over_batch=False)
         scaled = torch.where(centred == 0, 0, centred / (std + floor))
     if clip_rewards is not None:
-        scaled = _clamped(scaled, clip_rewards)
+        scaled = clamped(scaled, clip_rewards)
 
     largest = torch.where(finite, scaled, -torch.inf).amax(1, keepdim=True)
     weights = torch.where(finite, ((scaled - largest) / temperature).exp(), 0)
@@ -131,16 +131,16 @@ def softmax_advantages(
     else:
         advantages = advantages * count
     if clip is not None:
-        advantages = _clamped(advantages, clip)
+        advantages = clamped(advantages, clip)
     return advantages.flatten().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
-def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def groups_of(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The rewards, the same centred in their groups, and which are finite (the others are 0 in both). All [L, K].
 
-    Both times :data:`_HEADROOM`.
+    Both times :data:`HEADROOM`.
     """
-    raw = rewards.detach().double().view(-1, group_size) * _HEADROOM
+    raw = rewards.detach().double().view(-1, group_size) * HEADROOM
     finite = raw.isfinite()
     raw = torch.where(finite, raw, 0)
     # Measured from a member of the group, equal rewards centre to exact zeros, which the mean's rounding would spoil.
@@ -177,13 +177,13 @@ def _bound(advantages: Tensor, finite: Tensor, clip: Number, mode: str) -> Tenso
     if mode == "scale":
         largest = advantages.abs().amax(1, keepdim=True)
         return advantages * torch.where(largest > clip, clip / largest, 1)
-    clipped = _clamped(advantages, clip)
+    clipped = clamped(advantages, clip)
     if mode == "recentre":
         return _centre(clipped, finite)
     return clipped / clip if mode == "clip_divide" else clipped
 
 
-def _clamped(values: Tensor, bound: Number) -> Tensor:
+def clamped(values: Tensor, bound: Number) -> Tensor:
     return torch.clamp(values, -bound, bound)  # type: ignore[arg-type]  # two numbers or two tensors
 
 
@@ -191,7 +191,7 @@ def _check_arguments(
     rewards: Tensor, group_size: int, norm: str, clip: Number | None, clip_mode: str, eps: Number | None, ddof: int
 ) -> tuple[Number | None, Number | None]:
     """clip and eps, ready to compute with."""
-    _check_rewards(rewards, group_size)
+    check_rewards(rewards, group_size)
     require_choice("norm", norm, tuple(_DEFAULT_EPS))
     require_choice("clip_mode", clip_mode, _CLIP_MODES)
     numbers = Numbers(rewards, torch.float64, per_sample=False)
@@ -204,7 +204,7 @@ def _check_arguments(
     return clip, eps
 
 
-def _check_rewards(rewards: Tensor, group_size: int) -> None:
+def check_rewards(rewards: Tensor, group_size: int) -> None:
     if not isinstance(rewards, Tensor) or rewards.is_complex():
         kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(f"rewards is {kind}; accepted is a real torch.Tensor of shape [L*K].")

@@ -18,6 +18,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 
+_WHERE_ON = (
+    "gamma",
+    "learner_move",
+    "candidate_reward",
+    "capability_mean",
+    "kept_distance",
+    "two_sided_groups",
+    "sign_flips",
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -57,15 +67,16 @@ def _collect(label: str, folder: Path) -> dict[str, Any]:
         "seed": config["seed"],
         "config": config | {"out": None},
         "iterations": [row["iteration"] for row in evals],
+        "images": [row["images"] for row in evals],
         "held_out": [row["overall"] for row in evals],
         "categories": [row["categories"] for row in evals],
         "grad_norm": [row["grad_norm"] for row in metrics],
         "reward": [row["reward"] for row in metrics],
-        # Methods of the reverse process do not log the one, runs without a target not the other.
+        # Logged by some methods and settings alone, and not in every iteration.
         **{
-            name: [row[name] for row in metrics]
-            for name in ("reference_deviation", "reference_scale")
-            if name in metrics[0]
+            name: [row.get(name) for row in metrics]
+            for name in ("reference_deviation", "reference_scale", *_WHERE_ON)
+            if any(name in row for row in metrics)
         },
         "summary": json.loads(summary.read_text()) if summary.is_file() else None,
     }

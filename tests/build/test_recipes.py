@@ -1,4 +1,4 @@
-"""docs/recipes.md: its two steps, as they stand there, teach a small model what a reward likes."""
+"""docs/recipes.md: its steps, as they stand there, teach a small model what a reward likes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.build.test_docs import blocks
 
 GROUP, PROMPTS = 8, 16
-FORWARD, REVERSE = blocks("docs/recipes.md")
+FORWARD, REVERSE, CURRICULUM = blocks("docs/recipes.md")
 
 
 class Policy(nn.Module):
@@ -69,6 +69,19 @@ def test_the_reverse_step_learns() -> None:
         rewards.append(found.mean())
     assert torch.stack(rewards[-10:]).mean() - torch.stack(rewards[:10]).mean() > 0.5
     assert metrics.as_dict()["max_abs_log_ratio"] == 0  # the optimizer steps once a rollout
+
+
+def test_the_step_that_chooses_its_prompts_learns() -> None:
+    step, policy, means = step_of(CURRICULUM, "curriculum_step"), start(), []
+    reference, optimizer = copy.deepcopy(policy), torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    tracker = step.__globals__["tracker"]
+    for _ in range(80):
+        rollout, candidates = copy.deepcopy(policy), torch.randn(80, 2)
+        scores, found, metrics = step(policy, rollout, reference, sample, reward, candidates, optimizer)
+        means.append(scores.mean())
+        assert found.two_sided.shape == (8,) and tracker.mean.isfinite()
+    assert torch.stack(means[-10:]).mean() - torch.stack(means[:10]).mean() > 1
+    assert metrics.as_dict()["nonconvex_samples"] == 0
 
 
 def start() -> Policy:

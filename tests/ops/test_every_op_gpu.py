@@ -70,6 +70,22 @@ def test_advantages_do_not_wait_for_the_device(norm, device):
     torch.testing.assert_close(advantages.cpu(), af.group_advantages(rewards.cpu(), 8, norm=norm))
 
 
+def test_capability_does_not_wait_for_the_device(device):
+    scores, rewards = torch.rand(10, device=device), torch.rand(24, device=device)
+    trackers = [af.CapabilityTracker(), af.CapabilityTracker()]
+    with no_waiting(device):
+        for _ in range(2):
+            trackers[0].observe(scores)
+        kept = trackers[0].pick(scores, 3)
+        out = af.cross_level_advantages(rewards, 8, mean=trackers[0].mean, variance=trackers[0].variance)
+    for _ in range(2):
+        trackers[1].observe(scores.cpu())
+    assert torch.equal(kept.cpu(), trackers[1].pick(scores.cpu(), 3))
+    known = af.cross_level_advantages(rewards.cpu(), 8, mean=trackers[1].mean, variance=trackers[1].variance)
+    for ours, theirs in zip(out, known, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
 @every_op
 def test_work_is_ordered_on_the_current_stream(name, device):
     late = Drawing((8, 65_536), torch.bfloat16, device, seed=1).inputs(name)

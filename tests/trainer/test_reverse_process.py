@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -16,6 +17,7 @@ from advflow.samplers.dpm import MultistepDPM
 from advflow.samplers.euler import euler_step
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.data import RolloutConfig
+from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
@@ -65,6 +67,17 @@ def test_a_window_must_leave_the_last_step_alone(small_config: Make) -> None:
         _trainer(small_config, sde=SDEConfig(steps=3))
 
 
+def test_a_shared_anchor_needs_one_branch_and_whole_groups(small_config: Make) -> None:
+    with pytest.raises(ValueError, match=r"sde.shared_anchor is True; accepted: False, or sde.window branch with"):
+        SDEConfig(window="branch", steps=2, shared_anchor=True)
+    with pytest.raises(ValueError, match=r"rollout.batch is 6; accepted: a multiple of rollout.images_per_prompt, 4"):
+        _trainer(
+            small_config,
+            sde=SDEConfig(window="branch", steps=1, shared_anchor=True),
+            rollout=RolloutConfig(prompts=3, images_per_prompt=4, steps=3, batch=6),
+        )
+
+
 def _rollout(trainer: Trainer) -> Experience:
     rollout, _ = trainer.roll_out(0)
     assert rollout.transitions is not None
@@ -76,6 +89,29 @@ def test_a_branch_starts_from_one_trajectory(small_config: Make) -> None:
     groups = rollout.transitions.x[:, 0].unflatten(0, (-1, 4))  # type: ignore[union-attr]
     assert torch.equal(groups, groups[:, :1].expand_as(groups))
     assert not torch.equal(rollout.x0[0], rollout.x0[1])
+
+
+def test_a_shared_anchor_is_one_pass_a_group_and_the_same_gradient(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 groups of 4 in micro-batches of 5, with a pull to the reference: the weighted sum of a group's latents is all
+    that its gradient depends on."""
+    branch = SDEConfig(window="branch", steps=1, within=2, anchor="replay")
+    rows, sizes = [], []
+    for sde in (branch, replace(branch, shared_anchor=True)):
+        trainer = _trainer(small_config, sde=sde, flow_grpo=FlowGRPOConfig(kl_weight=0.1))
+        passes: list[int] = []
+        velocity = trainer.policies.family.velocity
+        monkeypatch.setattr(
+            trainer.policies.family,
+            "velocity",
+            lambda *given, v=velocity, p=passes: p.append(len(given[1])) or v(*given),
+        )
+        rows.append(trainer.iterate(0))
+        sizes.append(sum(passes))
+    for name in ("reward", "loss", "grad_norm", "mean_kl_ref", "max_abs_log_ratio", "advantage_rms"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-5), name
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_stored_steps_lead_to_the_images(small_config: Make) -> None:

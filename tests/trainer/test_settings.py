@@ -22,6 +22,8 @@ ZERO_IS_FINE = {
     "rollout_policy.start",
     "rollout_policy.maximum",
     "runtime.merged_gigabytes",
+    "capability.decay",
+    "capability.weight",
     "advantage_flow.gamma",
     "advantage_flow.lam",
     "advantage_flow.offset",

@@ -64,7 +64,7 @@ class ForwardBatch:
     """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B].
 
     `group_size` is how many images a prompt has, `reference_scale` multiplies the weight that the settings give to the
-    reference.
+    reference, `rollout_weight` is that of the rollout policy where the settings leave it to the run.
     """
 
     v: torch.Tensor
@@ -77,6 +77,7 @@ class ForwardBatch:
     advantages: torch.Tensor
     group_size: int
     reference_scale: float
+    rollout_weight: float = 1.0
 
 
 @dataclass(frozen=True)

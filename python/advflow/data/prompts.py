@@ -25,10 +25,10 @@ class PromptSource:
     prompts: list[Prompt]
     weights: torch.Tensor
 
-    def require(self, count: int) -> None:
-        """Refuses to draw more prompts in an iteration than there are."""
+    def require(self, name: str, count: int) -> None:
+        """Refuses a setting that would draw more prompts in an iteration than there are."""
         if count > len(self.prompts):
-            raise ValueError(f"rollout.prompts is {count}; data.prompts has only {len(self.prompts)} different prompts")
+            raise ValueError(f"{name} is {count}; data.prompts has only {len(self.prompts)} different prompts")
 
     def draw(self, count: int, rng: torch.Generator) -> list[int]:
         return torch.multinomial(self.weights, count, generator=rng).tolist()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from advflow.algorithms import ForwardAlgorithm
 from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
+from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
 from advflow.models.family import Latents
@@ -73,9 +74,11 @@ class ForwardProcess:
         sampler: Sampler,
         sigmas: list[float],
         control: ReferenceControl,
+        gamma: GammaControl | None,
         optim: OptimConfig,
     ) -> None:
-        self._policies, self._algorithm, self._draws, self._control = policies, algorithm, draws, control
+        self._policies, self._algorithm, self._draws = policies, algorithm, draws
+        self._control, self._gamma = control, gamma
         self._sampler, self._sigmas, self._optim = sampler, sigmas, optim
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
@@ -119,4 +122,5 @@ class ForwardProcess:
         )
         rewards, advantages = experience.rewards[rows], experience.advantages[rows]
         group = experience.images_per_prompt
-        return ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, group, self._control.scale)
+        batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, rewards, advantages, group, self._control.scale)
+        return batch if self._gamma is None else replace(batch, rollout_weight=self._gamma.gamma)

@@ -65,6 +65,16 @@ class StochasticSampler:
     def window(self, iteration: int) -> list[int]:
         return stochastic_steps(self._config, len(self._sigmas) - 1, iteration, self._seed)
 
+    def _anchors(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places among `images`, numbered over the iteration, that one pass of the network is made for, and for each
+        image which of them stands for it: itself, or the first of its group where that begins in one state."""
+        places = torch.arange(len(images), device=images.device)
+        if not self._config.shared_anchor:
+            return places, places
+        groups, anchor_of = torch.unique(images // self._rollout.images_per_prompt, return_inverse=True)
+        first = torch.full((len(groups),), len(images), device=images.device)
+        return first.scatter_reduce(0, anchor_of, places, "amin"), anchor_of
+
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         """Lets the images of a group start from the first one's `noise` [N, C, H, W] where the method wants that."""
         if self._config.shared_noise or self._config.window == "branch":
@@ -89,10 +99,14 @@ class StochasticSampler:
         table = self.table(window)
         first = iteration * self._rollout.images + first_image
         generators = [generator(self._seed, "sde", first + place) for place in range(len(noise))]
-        x = noise.float()
+        images = torch.arange(len(noise), device=noise.device)
+        anchors, anchor_of = self._anchors(images + first_image)
+        x, told = noise.float()[anchors], conditioning[anchors]
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
-            v = velocity(x, torch.full((len(x),), sigma, device=x.device), conditioning)
+            v = velocity(x, torch.full((len(x),), sigma, device=x.device), told)
+            if step in window and len(x) < len(noise):  # here the images of a group part
+                x, v, told = x[anchor_of], v[anchor_of], conditioning
             if step in window:
                 drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
                 out = af.sde_step(v, x, table, step, drawn.to(x.device))
@@ -103,6 +117,10 @@ class StochasticSampler:
         before, v_old, eps = (torch.stack(tensors, 1) for tensors in zip(*kept, strict=True))
         index = torch.tensor(window, device=x.device).expand(len(x), -1)
         return x, Transitions(before, v_old, eps, index, table)
+
+
+def _rows(velocity: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if velocity is None else velocity[rows]
 
 
 def join(parts: list[Transitions]) -> Transitions:
@@ -183,7 +201,11 @@ class ReverseProcess(StochasticSampler):
         """Evaluates the policies where the chosen steps began, all steps in one forward pass."""
         x, index = steps.x[image, step], steps.index[image, step]
         t = torch.tensor(self._sigmas, device=x.device)[index]
-        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x, t, experience.conditioning[image])
+        anchors, anchor_of = self._anchors(image + experience.rows.start)
+        told = experience.conditioning[image[anchors]]
+        v, replayed, v_ref = policy_velocities(self._policies, self._needs, x[anchors], t[anchors], told)
+        if len(anchors) < len(x):
+            v, replayed, v_ref = v[anchor_of], _rows(replayed, anchor_of), _rows(v_ref, anchor_of)
         v_old, eps = steps.v_old[image, step], steps.eps[image, step]
         if replayed is not None:
             # The latent after the step stays what it was, so the noise that explains it moves with the mean.

@@ -70,9 +70,12 @@ class Run:
 
     @property
     def images(self) -> int | None:
-        """Training images drawn so far."""
+        """Training images drawn so far, those of candidate prompts among them."""
         prompts, group = (self.config.get(f"rollout.{name}") for name in ("prompts", "images_per_prompt"))
-        return self.done * prompts * group if isinstance(prompts, int) and isinstance(group, int) else None
+        candidates = self.config.get("capability.candidates") or 0
+        return (
+            self.done * (prompts * group + candidates) if isinstance(prompts, int) and isinstance(group, int) else None
+        )
 
     @property
     def seconds(self) -> float | None:

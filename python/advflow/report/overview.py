@@ -55,7 +55,7 @@ def _stats(run: Run) -> str:
     rollout, update, both = times_text(*run.iteration_seconds) if run.iteration_seconds else (DASH, DASH, DASH)
     images = run.images
     cells = [
-        ("Images trained on", DASH if images is None else f"{images:,}", _groups_text(run)),
+        ("Images drawn", DASH if images is None else f"{images:,}", _groups_text(run)),
         ("Wall time", duration_text(run.seconds), _time_text(run)),
         ("Per iteration", both, f"{rollout} rollout + {update} update" if run.iteration_seconds else ""),
         ("Best held-out", score_text(best and best[0]), f"at iteration {best[1]:,}" if best else ""),
@@ -100,6 +100,9 @@ def _method_cells(run: Run) -> list[tuple[str, str, str]]:
         cells.append(("Draws of (t, noise)", each, _section_text(run, "draws", but=("per_image",))))
     if "advantage.norm" in config:
         cells.append(("Advantages", plain(config["advantage.norm"]), _section_text(run, "advantage", but=("norm",))))
+    if config.get("capability.candidates") is not None:
+        chosen = f"{plain(config.get('capability.select'))} of {config['capability.candidates']}"
+        cells.append(("Curriculum", chosen, _section_text(run, "capability", but=("select", "candidates"))))
     return cells
 
 
@@ -113,7 +116,9 @@ def _section_text(run: Run, section: str, but: tuple[str, ...] = ()) -> str:
 
 def _groups_text(run: Run) -> str:
     prompts, group = (run.config.get(f"rollout.{name}") for name in ("prompts", "images_per_prompt"))
-    return f"{prompts} prompts \N{MULTIPLICATION SIGN} {group} a round" if prompts and group else ""
+    candidates = run.config.get("capability.candidates")
+    also = f" + {candidates} of candidates" if candidates else ""
+    return f"{prompts} prompts \N{MULTIPLICATION SIGN} {group}{also} a round" if prompts and group else ""
 
 
 def _remarks(run: Run) -> str:

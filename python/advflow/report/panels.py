@@ -34,6 +34,8 @@ GROUPS: dict[str, list[Panel]] = {
     ],
     "Distance from other policies": [
         Panel("rollout_deviation", "Rollout deviation", "mean square of v \N{MINUS SIGN} v_old"),
+        Panel("learner_move", "Learner's move", "from the rollout policy in an iteration, in target errors"),
+        Panel("gamma", "Gamma", "weight of the rollout policy, by target_move", smoothed=False),
         Panel("reference_deviation", "Reference deviation", "mean square of v \N{MINUS SIGN} v_ref"),
         Panel("reference_scale", "Reference pull", "weight over what was set; see target_deviation"),
         Panel("rollout_policy_rho", "Rollout policy rho", "share of itself the rollout policy keeps", smoothed=False),
@@ -62,6 +64,14 @@ GROUPS: dict[str, list[Panel]] = {
         ),
         Panel("min_curvature", "Smallest curvature", "of a sample's loss in v", worst=min),
     ],
+    "Curriculum": [
+        Panel("candidate_reward", "Candidates' reward", "mean over one image a candidate prompt"),
+        Panel("capability_mean", "Capability", "moving average of that", smoothed=False),
+        Panel("capability_std", "Capability deviation", "moving one, between candidates", smoothed=False),
+        Panel("kept_distance", "Distance of kept prompts", "from the capability, in its deviations"),
+        Panel("two_sided_groups", "Two-sided groups", "share with rewards on both sides of the capability"),
+        Panel("sign_flips", "Sign flips", "share of images whose advantage changes its sign by it"),
+    ],
     "Time": [
         Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
         Panel("seconds_train", "Update", "optimiser steps", unit=" s"),
@@ -73,6 +83,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("invalid_steps", "Invalid steps", "dropped: not a stochastic step of the sampler", fault=True),
         Panel("broken_images", "Broken images", "not finite", fault=True),
         Panel("unscored_images", "Unscored images", "whose reward was not finite", fault=True),
+        Panel("unscored_candidates", "Unscored candidates", "whose one image has no finite reward", fault=True),
         Panel("skipped_steps", "Skipped steps", "gradient not finite", fault=True),
     ],
 }

@@ -125,7 +125,7 @@ class Run:
             )
         seconds = time.monotonic() - self._started
         shown = list(range(len(self._grid)))
-        self._log.evaluation(self._done, self._done * self._config.rollout.images, seconds, result, shown)
+        self._log.evaluation(self._done, self._done * self._config.images, seconds, result, shown)
         return f"{result.overall:.3f}" + (f" ({result.unscored} unscored)" if result.unscored else "")
 
     def _require_usable_images(self, row: dict[str, float]) -> None:

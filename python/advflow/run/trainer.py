@@ -11,6 +11,8 @@ import torch
 import advflow_ext as af
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
+from advflow.control.capability import Curriculum
+from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
@@ -26,10 +28,12 @@ from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_rank
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards import load_reward
+from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
+from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS
 
@@ -49,7 +53,9 @@ class Trainer:
         self._check_shares()
         self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
-        self.prompts.require(config.rollout.prompts)
+        self.prompts.require("rollout.prompts", config.rollout.prompts)
+        if config.capability.candidates is not None:
+            self.prompts.require("capability.candidates", config.capability.candidates)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
         start = read_adapter(config.model)
@@ -75,6 +81,7 @@ class Trainer:
         self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start)
         self.sigmas = self.latents.sigmas(config.rollout.steps)
         self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
+        self.sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
         self._make_process()
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -90,6 +97,15 @@ class Trainer:
             "optimizer": OptimizerState(self.optimizer, self.policies.learner),
             "reference": self.reference_control,
         }
+        if self.gamma_control is not None:
+            self.parts["gamma"] = self.gamma_control
+        self.curriculum: Curriculum | None = None
+        if config.capability.candidates is not None:
+            rollout = config.rollout
+            self.curriculum = Curriculum(
+                config.capability, rollout.prompts, rollout.images_per_prompt, config.advantage
+            )
+            self.parts["capability"] = self.curriculum
 
     def _check_shares(self) -> None:
         """Refuses more processes than images, and groups in two processes where a loss compares within groups."""
@@ -113,12 +129,21 @@ class Trainer:
         # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
         adapts = config.process == "forward" and algorithm.needs.reference
         self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
+        self.gamma_control: GammaControl | None = None
+        if isinstance(config.method, AdvantageFlowConfig) and config.method.gamma == "auto":
+            self.gamma_control = GammaControl(config.method.target_move)
         self.process: Process
         if config.process == "forward":
             draws = Draws(config.draws, self.latents, sigmas, config.seed)
-            sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
             self.process = ForwardProcess(
-                policies, algorithm, draws, sampler, sigmas, self.reference_control, config.optim
+                policies,
+                algorithm,
+                draws,
+                self.sampler,
+                sigmas,
+                self.reference_control,
+                self.gamma_control,
+                config.optim,
             )
         else:
             steps = STOCHASTIC_SAMPLERS.make(
@@ -163,7 +188,7 @@ class Trainer:
         """Samples this process's share of the iteration's images from the rollout policy and scores them."""
         config, ranks = self.config.rollout, self.ranks
         group, rows = config.images_per_prompt, ranks.share(config.images)
-        chosen = self.prompts.draw(config.prompts, generator(self.config.seed, "prompts", iteration))
+        chosen = self._choose_prompts(iteration)
         prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)][rows]
         conditioning = self._conditioning(chosen, rows)
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
@@ -179,6 +204,9 @@ class Trainer:
         broken, unscored, reward, score = map(ranks.gather, (broken, unscored, scores.reward, scores.score))
         rewards = reward.masked_fill(broken | unscored, torch.nan)
         advantages = self._advantages(rewards)
+        of_curriculum: dict[str, float] = {}
+        if self.curriculum is not None:
+            advantages, of_curriculum = self.curriculum.fuse(rewards, advantages)
         groups = rewards.view(-1, group)
         row = {
             "reward": finite_mean(rewards),
@@ -188,11 +216,32 @@ class Trainer:
             "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
             "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
             "advantage_rms": advantages.square().mean().sqrt().item(),
-        }
+        } | of_curriculum
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
         return Experience(x0, rewards, advantages, conditioning, group, rows, config.images, transitions), row
+
+    def _choose_prompts(self, iteration: int) -> list[int]:
+        """The numbers of the prompts that this iteration learns from."""
+        config, seed, count = self.config.rollout, self.config.seed, self.config.capability.candidates
+        drawn = self.prompts.draw(count or config.prompts, generator(seed, "prompts", iteration))
+        if self.curriculum is None:
+            return drawn
+        scores = score_candidates(
+            velocity_of(self.policies, config.policy, for_images=True),
+            self.latents,
+            [self.prompts.prompts[i] for i in drawn],
+            self.encode(drawn[self.ranks.share(len(drawn))]),
+            self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
+            self.reward,
+            self.sigmas,
+            self.sampler,
+            config.batch,
+            self._between_batches,
+            self.ranks,
+        )
+        return [drawn[place] for place in self.curriculum.choose(scores)]
 
     def _conditioning(self, chosen: list[int], rows: slice) -> Conditioning:
         """What the policies are told of the images `rows`, of prompts `chosen`; other prompts are not encoded."""
@@ -243,15 +292,20 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
+        if self.gamma_control is not None:
+            done = iteration * self.config.updates
+            rho, rate = rollout_decay(self.config.rollout_policy, done), self._rate(max(done - 1, 0))
+            row |= self.gamma_control.update(join_metrics(updates[0]), rho, rate / self.config.optim.lr)
         return row | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": len(updates) - len(norms)}
 
     def _step(self, iteration: int, update: int) -> None:
         config = self.config
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(
-                config.optim, iteration * config.updates + update, config.iterations * config.updates
-            )
+            parameters["lr"] = self._rate(iteration * config.updates + update)
         self.optimizer.step()
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config.optim, step, self.config.iterations * self.config.updates)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

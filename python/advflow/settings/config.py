@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from advflow.settings.capability import CapabilityConfig
 from advflow.settings.data import AdvantageConfig, DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import (
     AdvantageFlowConfig,
@@ -60,6 +61,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    capability: CapabilityConfig = field(default_factory=CapabilityConfig)
     draws: DrawConfig = field(default_factory=DrawConfig)
     sde: SDEConfig = field(default_factory=SDEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -85,6 +87,13 @@ class TrainConfig:
         require(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "1 or more")
         every = self.checkpoints_kept_every
         require(every is None or every >= 1, "checkpoints_kept_every", every, "null, or 1 or more")
+        candidates, kept = self.capability.candidates, self.rollout.prompts
+        require(
+            candidates is None or candidates >= kept,
+            "capability.candidates",
+            candidates,
+            f"rollout.prompts, {kept}, or more, or null",
+        )
         if self.process == "reverse":
             self._require_stochastic_steps()
         else:
@@ -109,6 +118,13 @@ class TrainConfig:
                 f"sde.{name} is {reach}; with rollout.steps={self.rollout.steps} at most {self.rollout.steps - 1} is "
                 "accepted (the last step ends at sigma 0, where it has no density)"
             )
+        whole = self.rollout.batch % self.rollout.images_per_prompt == 0
+        require(
+            whole or not self.sde.shared_anchor,
+            "rollout.batch",
+            self.rollout.batch,
+            f"a multiple of rollout.images_per_prompt, {self.rollout.images_per_prompt}, with sde.shared_anchor",
+        )
         if self.rollout.images % self.optim.steps_per_iteration:
             raise ValueError(
                 f"optim.steps_per_iteration is {self.optim.steps_per_iteration}; accepted are divisors of the "
@@ -128,6 +144,11 @@ class TrainConfig:
     def process(self) -> Literal["forward", "reverse"]:
         """What the algorithm learns from."""
         return METHODS[self.algorithm].process
+
+    @property
+    def images(self) -> int:
+        """Images drawn in an iteration, those of candidate prompts among them."""
+        return self.rollout.images + (self.capability.candidates or 0)
 
     @property
     def updates(self) -> int:

@@ -13,7 +13,11 @@ class AdvantageFlowConfig:
     """AdvantageFlow; see `advflow_ext.advantage_flow_loss`.
 
     Args:
-        gamma: rollout regularisation, a number, "1-A" or "beta(beta-A)".
+        gamma: rollout regularisation, a number, "1-A", "beta(beta-A)", or "auto": begins at 1.1 and moves so that the
+            learner goes `target_move` away from the policy whose images it learns from; larger for a sample that would
+            be left with a curvature below 0.1. Needs a rollout policy that keeps something of itself (rollout_policy).
+        target_move: of gamma "auto": root of the mean <(v - v_old)^2> over the mean <(v - u)^2>, at the highest
+            learning rate; in proportion to the rate at a smaller one.
         lam: reference regularisation; 1e-3 in the paper.
         weighting: "prediction" (t^2), "velocity" (1) or "adaptive" (t^2 over the detached prediction error).
         beta: weight of the data term.
@@ -22,7 +26,8 @@ class AdvantageFlowConfig:
             itself as the weight. The paper has none.
     """
 
-    gamma: float | Literal["1-A", "beta(beta-A)"] = 1.1
+    gamma: float | Literal["1-A", "beta(beta-A)", "auto"] = 1.1
+    target_move: float = 0.035
     lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
@@ -34,8 +39,9 @@ class AdvantageFlowConfig:
             isinstance(self.gamma, str) or self.gamma >= 0,
             "advantage_flow.gamma",
             self.gamma,
-            'zero, a positive number, "1-A" or "beta(beta-A)"',
+            'zero, a positive number, "1-A", "beta(beta-A)" or "auto"',
         )
+        require(self.target_move > 0, "advantage_flow.target_move", self.target_move, "a positive number")
         require(self.offset >= 0, "advantage_flow.offset", self.offset, "zero or a positive number")
 
 

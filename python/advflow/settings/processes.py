@@ -27,6 +27,9 @@ class SDEConfig:
         within: the steps that "random", "random_window" and "branch" choose from; null is the first half.
         shift_every: iterations after which a sliding window moves on by one step.
         shared_noise: all images of a group start from the same noise (DanceGRPO).
+        shared_anchor: of window "branch" with one step: up to it a group is one trajectory, and at it all losses of its
+            images are one pass of the network, forward and backward (AdaGRPO's sampler, which parts at four steps in
+            turn). Needs a rollout.batch that splits no group.
         trained_share: share of an image's stochastic steps that are learnt from, drawn anew for each image.
         anchor: "stored" keeps the rollout's own velocities as v_old; "replay" computes them again in the batches
             that training uses, for networks whose output depends on the batch.
@@ -40,6 +43,7 @@ class SDEConfig:
     within: int | None = None
     shift_every: int = 25
     shared_noise: bool = False
+    shared_anchor: bool = False
     trained_share: float = 1.0
     anchor: Literal["stored", "replay"] = "stored"
     epochs: int = 1
@@ -49,6 +53,9 @@ class SDEConfig:
         require(self.steps >= 1, "sde.steps", self.steps, "1 or more")
         require(self.within is None or self.within >= self.steps, "sde.within", self.within, "sde.steps or more")
         require(self.shift_every >= 1, "sde.shift_every", self.shift_every, "1 or more")
+        alone = self.window == "branch" and self.steps == 1
+        accepted = "False, or sde.window branch with sde.steps 1"
+        require(alone or not self.shared_anchor, "sde.shared_anchor", self.shared_anchor, accepted)
         require(0 < self.trained_share <= 1, "sde.trained_share", self.trained_share, "a number in (0, 1]")
         require(self.epochs >= 1, "sde.epochs", self.epochs, "1 or more")
 

@@ -1,0 +1,49 @@
+"""AdvantageFlow's gamma, which tunes itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+_START = 1.1  # the best of the paper's sweep
+_LEAST, _MOST = 0.1, 10.0
+_GAIN = 0.25  # so at most 28 % an iteration
+_LEAST_RHO = 0.2  # below it what is between the two is the last step alone, whose length Adam decides, not gamma
+
+
+class GammaControl:
+    """Moves gamma so that a learner goes a target's length away from the policy whose images it learns from.
+
+    gamma is an inverse step: what the paper aims at has (1 + A / gamma) times the rollout policy's density. What is
+    held is the root of <(v - v_old)^2> over <(v - u)^2>, v being the learner as an iteration leaves it and v_old the
+    policy that drew its images. It has no unit, so that it means the same whatever the reward and the latents. It is
+    measured in the next iteration, before the first update, when the rollout policy has come nearer: as far as
+    velocities are linear in weights, rho times the distance is left. A smaller learning rate shortens the way by
+    itself, and so the target with it.
+
+    `gamma` is all the state there is.
+    """
+
+    def __init__(self, target: float) -> None:
+        self._target = target
+        self.gamma = _START
+
+    def state_dict(self) -> dict[str, float]:
+        return {"gamma": self.gamma}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.gamma = float(state["gamma"])
+
+    def update(self, first: Mapping[str, float], rho: float, rate: float) -> dict[str, float]:
+        """Takes note of the metrics of an iteration's first update; returns what belongs into its log.
+
+        Of the iteration before, `rho` is the rollout policy's, `rate` the share of the highest learning rate.
+        """
+        used, deviation = self.gamma, first["rollout_deviation"]
+        # 0 is what a loss reports that had no usable sample: nothing was measured, so nothing is concluded.
+        if rho < _LEAST_RHO or rate <= 0 or not deviation > 0:
+            return {"gamma": used}
+        move = math.sqrt(deviation / first["target_error"]) / rho
+        error = min(max(math.log(move / (self._target * rate)), -1.0), 1.0)
+        self.gamma = min(max(used * math.exp(_GAIN * error), _LEAST), _MOST)
+        return {"gamma": used, "learner_move": move}

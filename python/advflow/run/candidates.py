@@ -1,0 +1,42 @@
+"""One deterministic image for each candidate prompt, and what it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from advflow.core.ranks import Ranks
+from advflow.data.prompt import Prompt
+from advflow.models.family import Latents
+from advflow.rewards import Reward
+from advflow.samplers.sampling import Conditioning, Sampler, Velocity, sample_latents
+
+
+def score_candidates(
+    velocity: Velocity,
+    latents: Latents,
+    prompts: list[Prompt],
+    conditioning: Conditioning,
+    noise: torch.Tensor,
+    reward: Reward,
+    sigmas: list[float],
+    sampler: Sampler,
+    batch: int,
+    between_batches: Callable[[], None],
+    ranks: Ranks,
+) -> torch.Tensor:
+    """The rewards [N] of the images that `prompts` get from `noise` [N, ...]; NaN where one has none.
+
+    Each of `ranks` draws and scores its share, of which alone `conditioning` is; all are returned the whole.
+    """
+    own = ranks.share(len(prompts))
+    rewards = [torch.empty(0)]
+    for start in range(own.start, own.stop, batch):
+        between_batches()
+        rows = slice(start, min(start + batch, own.stop))
+        of_share = slice(rows.start - own.start, rows.stop - own.start)
+        x0 = sample_latents(velocity, noise[rows], sigmas, conditioning[of_share], sampler)
+        broken = ~x0.flatten(1).isfinite().all(1).cpu()
+        rewards.append(reward(latents.decode(x0), prompts[rows]).reward.masked_fill(broken, torch.nan))
+    return ranks.gather(torch.cat(rewards))
