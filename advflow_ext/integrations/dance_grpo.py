@@ -42,8 +42,8 @@ def install(exact: bool = False) -> None:
     scripts = [module for module in list(sys.modules.values()) if _is_script(module)]
     if not scripts:
         raise ImportError(
-            f"DanceGRPO is not to be patched: no module that is imported defines {NAME}; accepted is an install() in its "
-            "training script, below its flux_step, such as in the first line of main."
+            f"DanceGRPO is not to be patched: no module that is imported defines {NAME}; accepted is an install() in "
+            "its training script, below its flux_step, such as in the first line of main."
         )
     fresh = [script for script in scripts if not _patch.replaces(script, NAME)]
     for script in fresh:

@@ -58,7 +58,7 @@ def test_a_script_that_is_imported_later_is_replaced_by_another_call(monkeypatch
 
 
 def test_without_a_script():
-    why = r"^DanceGRPO is not to be patched: no module that is imported defines flux_step; accepted is an install\(\) in "
+    why = r"^DanceGRPO is not to be patched: no module that is imported defines flux_step; accepted is an install\(\)"
     with pytest.raises(ImportError, match=why):
         dance_grpo.install()
 

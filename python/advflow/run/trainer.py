@@ -232,7 +232,7 @@ class Trainer:
             velocity_of(self.policies, config.policy, for_images=True),
             self.latents,
             [self.prompts.prompts[i] for i in drawn],
-            self.encode(drawn[self.ranks.share(len(drawn))]),
+            self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)],
             self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
             self.reward,
             self.sigmas,
