@@ -66,7 +66,7 @@ class RunLog:
 
     def evaluation(self, iteration: int, images_seen: int, seconds: float, result: Evaluation, grid: list[int]) -> None:
         """Appends one evaluation and saves the images number `grid` as a picture."""
-        row = {
+        row: dict[str, Any] = {
             "iteration": iteration,
             "images": images_seen,
             "seconds": round(seconds, 2),
@@ -75,12 +75,16 @@ class RunLog:
             "categories": result.categories,
             "unscored": result.unscored,
         }
+        if result.each:
+            row["rewards"] = {name: vars(each) for name, each in result.each.items()}
         self._append(EVALS, row)
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
         picture.save(self._folder / SAMPLES / f"{iteration:06d}.png")
         self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
         for name, value in result.categories.items():
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
+        for name, each in result.each.items():
+            self._tensorboard.add_scalar(f"held_out_rewards/{name}", each.overall, iteration)
         self._tensorboard.flush()
 
     def sample_prompts(self, prompts: list[str]) -> None:

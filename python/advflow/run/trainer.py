@@ -23,7 +23,7 @@ from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
-from advflow.rewards import load_reward
+from advflow.rewards.several import load_rewards
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.sampling import Conditioning
@@ -51,8 +51,9 @@ class Trainer:
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
         data = config.data
-        self.reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
-        for remark in check_prompts(data, self.reward.check):
+        self.rewards = load_rewards(config.data, lambda name: config.section(REWARDS, name))
+        self.learnt = self.rewards.learnt()
+        for remark in check_prompts(data, self.learnt.check, self.rewards.check):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         if len(self.eval_prompts) < self.ranks.size:
@@ -142,7 +143,7 @@ class Trainer:
             self.latents,
             self.eval_prompts,
             self.eval_conditioning,
-            self.reward,
+            self.rewards,
             self.eval_sigmas,
             self.config.rollout.batch,
             self.device,
@@ -161,20 +162,21 @@ class Trainer:
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
         x0, transitions = self._sample(self.process.starting_noise(noise)[rows], conditioning, iteration, rows.start)
         images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.reward(images, prompts)
+        scores = self.learnt(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
         if transitions is not None:
             transitions.x[broken.to(x0.device)] = 0.0
-        unscored = ~scores.reward.isfinite() & ~broken
-        broken, unscored, reward, score = map(ranks.gather, (broken, unscored, scores.reward, scores.score))
-        rewards = reward.masked_fill(broken | unscored, torch.nan)
+        broken, reward, score = map(ranks.gather, (broken, scores.reward, scores.score))
+        reward = reward.masked_fill(broken[:, None], torch.nan)
+        rewards = self.learnt.combine(reward, group, self.config.advantage.combine)
+        unscored = ~rewards.isfinite() & ~broken
         advantages = self._advantages(rewards)
         groups = rewards.view(-1, group)
-        row = {
-            "reward": finite_mean(rewards),
-            "score": finite_mean(score),
+        row = self.learnt.means(reward, broken) | {
+            "reward": finite_mean(self.learnt.total(reward)),
+            "score": finite_mean(self.learnt.total(score)),
             "broken_images": int(broken.sum()),
             "unscored_images": int(unscored.sum()),
             "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
