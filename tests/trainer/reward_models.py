@@ -43,7 +43,8 @@ def save_mask2former(folder: Path, classes: int = 80) -> str:
     )  # fmt: skip
     config = Mask2FormerConfig(
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=8,
-        dim_feedforward=8, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=12, num_labels=classes,
+        dim_feedforward=8, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=12,
+        num_labels=classes,
     )  # fmt: skip
     torch.manual_seed(2)
     model = Mask2FormerForUniversalSegmentation(config)

@@ -52,7 +52,9 @@ def test_what_is_wanted_is_quoted_or_in_the_metadata() -> None:
 
 def test_a_missing_package_is_a_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    with pytest.raises(ValueError, match=r"^the reward 'ocr' needs the package rapidocr, which is .*\"advflow\[ocr\]\""):
+    with pytest.raises(
+        ValueError, match=r"^the reward 'ocr' needs the package rapidocr, which is .*\"advflow\[ocr\]\""
+    ):
         load_reward("ocr")
 
 

@@ -85,7 +85,9 @@ def grouped_panels(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     present = dict.fromkeys(key for row in rows for key in row)
     groups = {name: [panel for panel in panels if panel.key in present] for name, panels in GROUPS.items()}
     rewards = [key for key in present if key.startswith(_EACH_REWARD)]
-    groups = {"Each reward": [Panel(key, key.removeprefix(_EACH_REWARD), "mean of the rollout") for key in rewards]} | groups
+    groups = {
+        "Each reward": [Panel(key, key.removeprefix(_EACH_REWARD), "mean of the rollout") for key in rewards]
+    } | groups
     groups["Faults"] += [
         Panel(key, f"Unscored by {key.removeprefix(_EACH_UNSCORED)}", "images whose reward was not finite", fault=True)
         for key in present

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -45,7 +47,7 @@ class Aesthetic:
 def rating_head(widths: tuple[int, ...]) -> nn.Sequential:
     """Linear layers, numbered as published: there a dropout stands behind each of the first three."""
     layers: list[nn.Module] = []
-    for place, (width, following) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (width, following) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(width, following))
         if place < 3:
             layers.append(nn.Identity())

@@ -35,8 +35,10 @@ class Clip:
 
     def cosines(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """Of each of the images [B, 3, H, W] in [0, 1] and the text at its place: fp32 [B] on the CPU."""
-        return (self.images(list(eight_bit(images))) * self.texts(texts)).sum(-1).float().cpu()
+        cosines: torch.Tensor = (self.images(list(eight_bit(images))) * self.texts(texts)).sum(-1)
+        return cosines.float().cpu()
 
 
 def _unit(embeddings: torch.Tensor) -> torch.Tensor:
-    return embeddings / torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    lengths: torch.Tensor = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    return embeddings / lengths

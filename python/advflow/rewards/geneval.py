@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from advflow.data.prompt import Prompt
 from advflow.rewards import Scores, WrongArgument
 from advflow.rewards.clip import VIT_L_14, Clip
 from advflow.rewards.geneval_detector import Detector
-from advflow.rewards.geneval_rules import COLORS, Found, Verdict, judge, read_request
+from advflow.rewards.geneval_rules import COLORS, Found, judge, read_request
 from advflow.rewards.images import eight_bit, pictures
 
 _DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -45,9 +46,10 @@ class GenEval:
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         requests = [read_request(prompt) for prompt in prompts]
         found = self._detect(eight_bit(images), [request.counting for request in requests])
-        verdicts: list[Verdict] = []
-        for picture, request, objects in zip(pictures(images), requests, found, strict=True):
-            verdicts.append(judge(request, objects, lambda name, of, picture=picture: self._color(picture, name, of)))
+        verdicts = [
+            judge(request, objects, partial(self._color, picture))
+            for picture, request, objects in zip(pictures(images), requests, found, strict=True)
+        ]
         return Scores(
             reward=torch.tensor([float(each.strict) if self._strict else each.partial for each in verdicts]),
             score=torch.tensor([float(each.correct) for each in verdicts]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch.nn import functional
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
@@ -9,6 +12,9 @@ from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 from advflow.rewards import WrongArgument
 from advflow.rewards.geneval_rules import CLASSES, Found
 from advflow.rewards.loading import frozen, pretrained
+
+Sizes: TypeAlias = tuple[Sequence[int], tuple[int, int], Sequence[int]]
+"""(height, width) of what the model was given, of the image in it, and of the image itself."""
 
 _MOST_FOUND = 100  # in an image
 _MOST_OF_A_CLASS = 16
@@ -32,7 +38,7 @@ class Detector:
         output = self._model(**inputs)
         # Where the image lies in what the model was given, the rest of which is padding.
         height, width = (int(inputs["pixel_mask"][0].amax(side).sum()) for side in (1, 0))
-        size = (inputs["pixel_values"].shape[-2:], (height, width), images.shape[-2:])
+        size = inputs["pixel_values"].shape[-2:], (height, width), images.shape[-2:]
         return [
             _found(classes, masks, size, _SURE[counted])
             for classes, masks, counted in zip(
@@ -42,7 +48,10 @@ class Detector:
 
 
 def _found(
-    class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple[torch.Size, tuple[int, int], torch.Size], sure: float
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size: Sizes,
+    sure: float,
 ) -> dict[str, list[Found]]:
     """Objects surer than `sure` of one image, of class logits [Q, 81] and mask logits [Q, h, w]."""
     scores, places = class_logits.float().softmax(-1)[:, :-1].flatten().topk(min(_MOST_FOUND, class_logits.shape[0]))
@@ -59,7 +68,7 @@ def _found(
     return {name: objects for name, objects in found.items() if objects}
 
 
-def _at_size(logits: torch.Tensor, size: tuple[torch.Size, tuple[int, int], torch.Size]) -> torch.Tensor:
+def _at_size(logits: torch.Tensor, size: Sizes) -> torch.Tensor:
     """Mask logits [N, h, w] at the image's own size [N, H, W]: enlarged, rid of the padding, resized back."""
     if not len(logits):
         return logits.new_zeros(0, *size[2])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ _POSITION_THRESHOLD = 0.1
 
 @dataclass(frozen=True)
 class Clause:
-    """`count` objects of a class, of a colour, or placed with respect to those of an earlier clause, number `target`."""
+    """`count` objects of a class, of a colour, or placed with respect to those of the earlier clause `target`."""
 
     name: str
     count: int
@@ -98,11 +97,11 @@ def _clause(prompt: Prompt, values: object, place: int) -> Clause:
     match values["position"]:
         case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < place:
             return Clause(name, count, color, relation, target)
-    raise _unknown(prompt, f"has the position {values['position']!r:.40}, where a relation and an earlier object belong")
+    raise _unknown(prompt, f"has the position {values['position']!r:.40}, where relation and earlier object belong")
 
 
 def _unknown(prompt: Prompt, problem: str) -> UnknownPrompt:
-    return UnknownPrompt(f"the reward 'geneval' needs the metadata of GenEval's files, and {prompt.text!r:.60} {problem}")
+    return UnknownPrompt(f"the reward 'geneval' needs the metadata of GenEval's files; {prompt.text!r:.60} {problem}")
 
 
 def judge(request: Request, objects: Objects, colors: Callable[[str, Sequence[Found]], list[str]]) -> Verdict:
@@ -168,5 +167,3 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
         return set()
     x, y = beyond / np.linalg.norm(offset)
     return {name for name, along in zip(RELATIONS, (-x, x, -y, y), strict=True) if along > 0.5}
-
-

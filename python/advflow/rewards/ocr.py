@@ -16,8 +16,8 @@ class OCR:
     """1 - edit distance / length of what is wanted, in [0, 1], as in flow_grpo, DiffusionNFT and Flow-Factory.
 
     All that is read counts as one text, without spaces and in lower case. What is wanted stands in the prompt between
-    the first two quotation marks ("), or in its metadata under "text_to_read". It is read by RapidOCR, whose models come
-    with its package; there by PaddleOCR, of whose models these are a port.
+    the first two quotation marks ("), or in its metadata under "text_to_read". Here RapidOCR reads, whose models come
+    with its package; there PaddleOCR, from which they are.
 
     Raises ValueError where it is not installed.
     """

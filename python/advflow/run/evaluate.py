@@ -82,8 +82,8 @@ def evaluate(
     categories = [prompt.category for prompt in prompts]
     whole = _summary(rewards.total(reward), rewards.total(score), categories)
     columns = zip(rewards.names, reward.unbind(1), score.unbind(1), strict=True)
-    each = {name: _summary(*of_one, categories) for name, *of_one in columns} if len(rewards.names) > 1 else {}
-    return Evaluation(**vars(whole), images=in_order, each=each)
+    each = {name: _summary(its_reward, its_score, categories) for name, its_reward, its_score in columns}
+    return Evaluation(**vars(whole), images=in_order, each=each if len(each) > 1 else {})
 
 
 def _summary(reward: torch.Tensor, score: torch.Tensor, names: list[str]) -> HeldOut:
