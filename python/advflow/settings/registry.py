@@ -92,6 +92,7 @@ REWARDS = Choices[Choice](
     clipscore=Choice("advflow.rewards.clipscore:CLIPScore"),
     hpsv2=Choice("advflow.rewards.hpsv2:HPSv2"),
     aesthetic=Choice("advflow.rewards.aesthetic:Aesthetic"),
+    imagereward=Choice("advflow.rewards.imagereward:ImageReward"),
     ocr=Choice("advflow.rewards.ocr:OCR"),
     geneval=Choice("advflow.rewards.geneval:GenEval"),
 )
