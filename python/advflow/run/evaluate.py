@@ -33,10 +33,17 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Evaluation(HeldOut):
-    """Of the rewards' weighted sum, and, where there are several, of each by its name. `images` [N, 3, H, W]."""
+class Evaluation:
+    """The same of the rewards' weighted sum, and of `each` by its name where there are several.
 
+    `images` [N, 3, H, W] are what was scored.
+    """
+
+    overall: float
+    reward: float
+    categories: dict[str, float]
     images: torch.Tensor
+    unscored: int = 0
     each: dict[str, HeldOut] = field(default_factory=dict)
 
 
@@ -83,7 +90,9 @@ def evaluate(
     whole = _summary(rewards.total(reward), rewards.total(score), categories)
     columns = zip(rewards.names, reward.unbind(1), score.unbind(1), strict=True)
     each = {name: _summary(its_reward, its_score, categories) for name, its_reward, its_score in columns}
-    return Evaluation(**vars(whole), images=in_order, each=each if len(each) > 1 else {})
+    return Evaluation(
+        whole.overall, whole.reward, whole.categories, in_order, whole.unscored, each if len(each) > 1 else {}
+    )
 
 
 def _summary(reward: torch.Tensor, score: torch.Tensor, names: list[str]) -> HeldOut:
