@@ -199,6 +199,8 @@ def _train(arguments: Namespace) -> None:
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
         print(f"  {category:<18} {_score(summary['base_categories'][category])} -> {_score(score)}")
+    for name, score in summary["final_rewards"].items():
+        print(f"  reward {name:<11} {_score(summary['base_rewards'][name])} -> {_score(score)}")
     if summary["best_score"] > summary["final_score"]:
         print(f"best: {summary['best_score']:.3f} after iteration {summary['best_iteration']}, kept as a checkpoint")
     print(f"report: {report}")
@@ -218,6 +220,8 @@ def _eval(arguments: Namespace) -> None:
     print(f"overall {result.overall:.4f}")
     for category, score in result.categories.items():
         print(f"  {category:<18} {score:.4f}")
+    for name, each in result.each.items():
+        print(f"  reward {name:<11} {each.overall:.4f}" + (f" ({each.unscored} unscored)" if each.unscored else ""))
     if result.unscored:
         print(f"{result.unscored} images got no finite score and count in no mean")
 

@@ -205,6 +205,15 @@ def test_the_reward_of_the_pages_is_one() -> None:
     assert reward(torch.full((2, 3, 4, 4), 0.5), prompts).reward.tolist() == [0.75, 0.75]
 
 
+def test_the_table_of_rewards_is_that_of_the_registry() -> None:
+    pytest.importorskip("jsonargparse")
+    from advflow.settings.registry import REWARDS
+
+    table = (DOCS / "rewards.md").read_text().partition("|---|")[2].partition("\n\n")[0]
+    named = [row.partition("`")[2].partition("`")[0] for row in table.split("\n")[1:]]
+    assert named == [*REWARDS, "module:Class"]
+
+
 def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 

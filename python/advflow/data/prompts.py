@@ -76,23 +76,26 @@ _HELD_OUT: dict[str, Callable[[int], list[Prompt]]] = {
 _CHECKED = 64  # held-out prompts of a category that is built in
 
 
-def check_prompts(data: DataConfig, check: Callable[[Prompt], None]) -> list[str]:
-    """Refuses prompts that `check` does not know; returns what else should be said about the files, a sentence each.
+def check_prompts(
+    data: DataConfig, check: Callable[[Prompt], None], check_held_out: Callable[[Prompt], None] | None = None
+) -> list[str]:
+    """Refuses prompts that `check` does not know, of held-out ones what `check_held_out` does not where there is one.
 
-    Raises ValueError naming the field, the file, the line and the prompt.
+    Returns what else should be said about the files, a sentence each. Raises ValueError naming the field, the file, the
+    line and the prompt.
     """
     remarks = []
     training = _with_lines(data.prompts, "data.prompts", _TRAINING)
     held_out = _with_lines(
         data.eval_prompts, "data.eval_prompts", {name: partial(make, _CHECKED) for name, make in _HELD_OUT.items()}
     )
-    for field, path, prompts in (
-        ("data.prompts", data.prompts, training),
-        ("data.eval_prompts", data.eval_prompts, held_out),
+    for field, path, prompts, known in (
+        ("data.prompts", data.prompts, training, check),
+        ("data.eval_prompts", data.eval_prompts, held_out, check_held_out or check),
     ):
         for prompt, (line, *_) in prompts.items():
             try:
-                check(prompt)
+                known(prompt)
             except UnknownPrompt as error:
                 place = f", line {line}" if line else ""
                 raise ValueError(f"{field} is {path!r}{place}: {error}") from error

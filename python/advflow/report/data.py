@@ -107,6 +107,15 @@ class Run:
         return list(dict.fromkeys(name for row in self.evals for name in row["categories"]))
 
     @property
+    def rewards(self) -> list[str]:
+        """Names of several rewards that were evaluated, in their order; none of one alone."""
+        return list(dict.fromkeys(name for row in self.evals for name in row["rewards"]))
+
+    def reward_scores(self, name: str) -> list[float | None]:
+        """Held-out score of one of several rewards in every evaluation."""
+        return [number(row["rewards"].get(name, {}).get("overall")) for row in self.evals]
+
+    @property
     def best(self) -> tuple[float, int] | None:
         """The highest overall held-out score and the iteration that first reached it."""
         pairs = zip(self.scores(), self.evals, strict=True)
@@ -134,7 +143,7 @@ def load_run(folder: Path) -> Run:
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{path} is not the config of a run: it does not say how many iterations")
     evals = [
-        row | {"categories": categories if isinstance(categories := row.get("categories"), dict) else {}}
+        row | {name: value if isinstance(value := row.get(name), dict) else {} for name in ("categories", "rewards")}
         for row in _numbered(read_rows(folder / EVALS))
     ]
     summary = _load_json(folder / "summary.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from html import escape
 
-from advflow.report.charts import Chart, Series, draw_both, swatch, value_axis
+from advflow.report.charts import Chart, Series, draw, draw_both, swatch, value_axis
 from advflow.report.data import Grid, Run, evenly_spaced, number
 from advflow.report.text import DASH, direction, duration_text, gain_text, readable, score_text
 
@@ -46,6 +46,35 @@ def held_out_section(run: Run) -> tuple[str, list[Chart]]:
         f'<figure class="card"><div class="legend">{buttons}</div>'
         f"{draw_both(chart, 420, 340)}</figure>\n{_evaluation_table(run)}\n</section>"
     ), [chart]
+
+
+def held_out_rewards_section(run: Run) -> tuple[str, list[Chart]]:
+    """A chart for each of several rewards."""
+    charts = [
+        Chart(
+            key=f"held_out/{name}",
+            label=f"Held-out score of {name} by iteration, at last {score_text(run.reward_scores(name)[-1])}",
+            x=[row["iteration"] for row in run.evals],
+            series=[Series(name, run.reward_scores(name))],
+            x_label="",
+            notes=_evaluation_notes(run),
+            markers=True,
+        )
+        for name in run.rewards
+    ]
+    if not charts:
+        return "", []
+    figures = "".join(
+        f'<figure class="card panel"><figcaption><b>{escape(name)}</b>'
+        f'<span class="value">{score_text(chart.series[0].values[-1])}</span></figcaption>'
+        f"{draw(chart, 260, 150)}</figure>"
+        for name, chart in zip(run.rewards, charts, strict=True)
+    )
+    return (
+        "<section>\n<h2>Each reward</h2>\n"
+        '<p class="lead">Held-out score of each, without its weight. Above is their weighted sum.</p>\n'
+        f'<div class="panels">{figures}</div>\n</section>'
+    ), charts
 
 
 def _evaluation_notes(run: Run) -> list[str]:

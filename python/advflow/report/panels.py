@@ -88,13 +88,23 @@ GROUPS: dict[str, list[Panel]] = {
     ],
 }
 _SHOWN_ELSEWHERE = ("iteration", "reward")
+_EACH_REWARD, _EACH_UNSCORED = "reward/", "unscored/"  # of several rewards, followed by its name
 
 
 def grouped_panels(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     """The panels of every metric that is in `rows`; those unknown here come last, under their own names."""
     present = dict.fromkeys(key for row in rows for key in row)
     groups = {name: [panel for panel in panels if panel.key in present] for name, panels in GROUPS.items()}
-    known = {panel.key for panels in GROUPS.values() for panel in panels} | set(_SHOWN_ELSEWHERE)
+    rewards = [key for key in present if key.startswith(_EACH_REWARD)]
+    groups = {
+        "Each reward": [Panel(key, key.removeprefix(_EACH_REWARD), "mean of the rollout") for key in rewards]
+    } | groups
+    groups["Faults"] += [
+        Panel(key, f"Unscored by {key.removeprefix(_EACH_UNSCORED)}", "images whose reward was not finite", fault=True)
+        for key in present
+        if key.startswith(_EACH_UNSCORED)
+    ]
+    known = {panel.key for panels in groups.values() for panel in panels} | set(_SHOWN_ELSEWHERE)
     groups["Others"] = [
         Panel(key, key.replace("_", " "), "")
         for key in present

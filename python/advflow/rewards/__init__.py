@@ -1,10 +1,11 @@
 """Rewards: what scores the images of a run.
 
-A reward is any class with the method of `Reward`. "embedded" and "pickscore" are built in;
+A reward is any class with the method of `Reward`. Some are built in, a file each here;
 "package.module:Class" names your own, looked for in the current folder first. It is made with what `data.reward_args`
 holds, or with its own section of the settings where `advflow.settings.registry.REWARDS` names one, and asked for
 nothing but what `Reward` says: what it returns is checked here, copied, and never written to. A reward that cannot
-score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot.
+score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot; one whose forward
+pass cannot take `MOST_AT_ONCE` images has a number of its own, `batch`. Several together are `advflow.rewards.several`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from advflow.settings.plugins import look_in_current_folder
 from advflow.settings.registry import REWARDS
 from advflow.settings.suggest import did_you_mean
 
-__all__ = ["CheckedReward", "Prompt", "Reward", "Scores", "UnknownPrompt", "load_reward"]
+__all__ = ["CheckedReward", "Prompt", "Reward", "Scores", "UnknownPrompt", "WrongArgument", "load_reward"]
+
+MOST_AT_ONCE = 128
+"""Images that a reward scores at a time where neither it nor the settings say."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,35 @@ class Reward(Protocol):
         ...
 
 
-class CheckedReward:
-    """A reward whose answers keep to the contract. Raises ValueError, naming the reward and what it returned."""
+class WrongArgument(ValueError):
+    """Raised by a built-in reward for an argument that is of no use; `load_reward` says where it stands."""
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, argument: str, given: object, problem: str) -> None:
+        super().__init__(argument, given, problem)
+        self.sentence = f"{argument} is {given!r}{problem}"
+
+
+class CheckedReward:
+    """A reward whose answers keep to the contract, and who sees at most `batch` images at a time.
+
+    Raises ValueError, naming the reward and what it returned.
+    """
+
+    def __init__(self, reward: Reward, batch: int | None = None) -> None:
         self._reward = reward
         self.name = f"{type(reward).__module__}:{type(reward).__qualname__}"
+        self.batch = getattr(reward, "batch", MOST_AT_ONCE) if batch is None else batch
+        if not isinstance(self.batch, int) or isinstance(self.batch, bool) or self.batch < 1:
+            raise ValueError(f"reward {self.name} has batch = {self.batch!r}; accepted is how many images it scores")
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        parts = [
+            self._score(images[start : start + self.batch], prompts[start : start + self.batch])
+            for start in range(0, len(prompts), self.batch)
+        ]
+        return Scores(torch.cat([part.reward for part in parts]), torch.cat([part.score for part in parts]))
+
+    def _score(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         scores = self._reward(images, list(prompts))
         if not isinstance(scores, Scores):
             raise ValueError(
@@ -109,28 +134,40 @@ def _described(value: object) -> str:
     return f"a {kind}"
 
 
-def load_reward(name: str, arguments: Mapping[str, Any] | None = None, settings: object = None) -> CheckedReward:
+def load_reward(
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    settings: object = None,
+    *,
+    batch: int | None = None,
+    place: str = "data.reward",
+    arguments_place: str = "data.reward_args",
+) -> CheckedReward:
     """Makes the reward called `name` with `arguments`, or, where it has a section of the settings, with `settings`.
 
-    Raises ValueError where there is no such reward, where its class does not take the arguments, and where it has not
-    the method of one. What its module or its constructor raise is theirs, and passes.
+    The two places are where the settings have the name and the arguments. Raises ValueError where there is no such
+    reward, where its class does not take the arguments, and where it has not the method of one. What its module or its
+    constructor raise is theirs, and passes.
     """
     arguments = arguments or {}
     if name in REWARDS and REWARDS[name].settings is not None:
         if arguments:
             section = REWARDS.section_of(name)
-            raise ValueError(f"data.reward_args is given, and the reward {name!r} has its settings in {section}")
+            raise ValueError(f"{arguments_place} is given, and the reward {name!r} has its settings in {section}")
         reward = REWARDS.make(name, settings)
     else:
-        make = _find(name)
-        _check_arguments(name, make, arguments)
-        reward = make(**arguments)
+        make = _find(name, place)
+        _check_arguments(name, make, arguments, arguments_place)
+        try:
+            reward = make(**arguments)
+        except WrongArgument as error:
+            raise ValueError(f"{arguments_place}.{error.sentence}") from error
     if not callable(reward):
-        raise ValueError(f"data.reward {name!r} has no method __call__; accepted: a class with __call__")
-    return CheckedReward(reward)
+        raise ValueError(f"{place} {name!r} has no method __call__; accepted: a class with __call__")
+    return CheckedReward(reward, batch)
 
 
-def _find(name: str) -> Any:
+def _find(name: str, place: str) -> Any:
     """The class called `name`."""
     code = REWARDS[name].code if name in REWARDS else name
     if not isinstance(code, str):
@@ -139,35 +176,33 @@ def _find(name: str) -> Any:
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         known = ", ".join(map(repr, REWARDS))
         near = did_you_mean(name, REWARDS)
-        raise ValueError(
-            f'data.reward is {name!r}{near or ";"} accepted: {known} or a dotted path "package.module:Class"'
-        )
+        raise ValueError(f'{place} is {name!r}{near or ";"} accepted: {known} or a dotted path "package.module:Class"')
     look_in_current_folder()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; one that it imports is not
-        raise ValueError(f"data.reward {name!r} cannot be loaded: there is no module {error.name!r}") from error
+        raise ValueError(f"{place} {name!r} cannot be loaded: there is no module {error.name!r}") from error
     if not callable(found := getattr(module, class_name, None)):
         near = did_you_mean(class_name, [each for each, value in vars(module).items() if isinstance(value, type)])
         raise ValueError(
-            f"data.reward {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
+            f"{place} {name!r} cannot be loaded: {module.__file__ or module_name} has no class {class_name!r}{near}"
         )
-    _require_reward_class(name, found)
+    _require_reward_class(name, found, place)
     return found
 
 
-def _require_reward_class(name: str, found: object) -> None:
+def _require_reward_class(name: str, found: object, place: str) -> None:
     """Before anything is called: a name in a file of settings must not be that of any function there is."""
     fault = "is no class" if not isinstance(found, type) else ""
     if isinstance(found, type) and not any("__call__" in vars(each) for each in found.__mro__):
         fault = "has no method __call__"
     if fault:
-        raise ValueError(f"data.reward {name!r} {fault}; accepted: a class with __call__")
+        raise ValueError(f"{place} {name!r} {fault}; accepted: a class with __call__")
 
 
-def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any], place: str) -> None:
     try:
         parameters = inspect.signature(make).parameters.values()
     except (TypeError, ValueError):  # what is not written in Python need not say what it takes
@@ -179,7 +214,7 @@ def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any]) -> None
         for argument in arguments:
             if argument not in known:
                 near = did_you_mean(argument, known)
-                raise ValueError(f"there is no data.reward_args.{argument}{near or ';'} {takes}")
+                raise ValueError(f"there is no {place}.{argument}{near or ';'} {takes}")
     for each in named:
         if each.default is each.empty and each.name not in arguments:
-            raise ValueError(f"data.reward_args.{each.name} is missing; {takes}")
+            raise ValueError(f"{place}.{each.name} is missing; {takes}")

@@ -9,7 +9,7 @@ import torch
 from advflow.core.ranks import Ranks
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
-from advflow.rewards import Reward
+from advflow.rewards.several import Rewards
 from advflow.samplers.sampling import Conditioning, Sampler, Velocity, sample_latents
 
 
@@ -19,24 +19,25 @@ def score_candidates(
     prompts: list[Prompt],
     conditioning: Conditioning,
     noise: torch.Tensor,
-    reward: Reward,
+    rewards: Rewards,
     sigmas: list[float],
     sampler: Sampler,
     batch: int,
     between_batches: Callable[[], None],
     ranks: Ranks,
 ) -> torch.Tensor:
-    """The rewards [N] of the images that `prompts` get from `noise` [N, ...]; NaN where one has none.
+    """The weighted rewards [N] of the images that `prompts` get from `noise` [N, ...]; NaN where one has none.
 
     Each of `ranks` draws and scores its share, of which alone `conditioning` is; all are returned the whole.
     """
     own = ranks.share(len(prompts))
-    rewards = [torch.empty(0)]
+    totals = [torch.empty(0)]
     for start in range(own.start, own.stop, batch):
         between_batches()
         rows = slice(start, min(start + batch, own.stop))
         of_share = slice(rows.start - own.start, rows.stop - own.start)
         x0 = sample_latents(velocity, noise[rows], sigmas, conditioning[of_share], sampler)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
-        rewards.append(reward(latents.decode(x0), prompts[rows]).reward.masked_fill(broken, torch.nan))
-    return ranks.gather(torch.cat(rewards))
+        scores = rewards(latents.decode(x0), prompts[rows])
+        totals.append(rewards.total(scores.reward).masked_fill(broken, torch.nan))
+    return ranks.gather(torch.cat(totals))

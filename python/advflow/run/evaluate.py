@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,7 +12,7 @@ from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
-from advflow.rewards import Reward
+from advflow.rewards.several import Rewards
 from advflow.samplers.euler import Euler
 from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
 
@@ -20,8 +20,8 @@ _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the sam
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """`overall` is the mean over categories of the mean score; `images` [N, 3, H, W] are what was scored.
+class HeldOut:
+    """`overall` is the mean over categories of the mean score.
 
     Means are over finite numbers, and NaN where there are none; `unscored` images got a score that is not finite.
     """
@@ -29,8 +29,22 @@ class Evaluation:
     overall: float
     reward: float
     categories: dict[str, float]
+    unscored: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The same of the rewards' weighted sum, and of `each` by its name where there are several.
+
+    `images` [N, 3, H, W] are what was scored.
+    """
+
+    overall: float
+    reward: float
+    categories: dict[str, float]
     images: torch.Tensor
     unscored: int = 0
+    each: dict[str, HeldOut] = field(default_factory=dict)
 
 
 def evaluate(
@@ -38,7 +52,7 @@ def evaluate(
     latents: Latents,
     prompts: list[Prompt],
     conditioning: Conditioning,
-    reward: Reward,
+    rewards: Rewards,
     sigmas: list[float],
     batch: int,
     device: torch.device,
@@ -55,7 +69,7 @@ def evaluate(
     noise = latents.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
     keep = list(range(len(prompts))) if keep is None else keep
     kept: list[int] = []
-    images, rewards, scores = [], [], []
+    images, reward_parts, score_parts = [], [], []
     own = ranks.share(len(prompts))
     for start in range(own.start, own.stop, batch):
         between_batches()
@@ -63,21 +77,30 @@ def evaluate(
         part = slice(rows.start, rows.stop)
         x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
         drawn = latents.decode(x0).cpu()
-        result = reward(drawn, prompts[part])
-        rewards.append(result.reward)
-        scores.append(result.score)
+        result = rewards(drawn, prompts[part])
+        reward_parts.append(result.reward)
+        score_parts.append(result.score)
         wanted = [row for row in rows if row in keep]
         kept += wanted
         images.append(drawn[[row - start for row in wanted]])
-    score, reward_of = ranks.gather(torch.cat(scores)), ranks.gather(torch.cat(rewards))
-    names = [prompt.category for prompt in prompts]
+    score, reward = ranks.gather(torch.cat(score_parts)), ranks.gather(torch.cat(reward_parts))
+    of_rows = [row for rows in ranks.everyone(kept) for row in rows]
+    in_order = ranks.gather(torch.cat(images))[[of_rows.index(row) for row in keep]]
+    categories = [prompt.category for prompt in prompts]
+    whole = _summary(rewards.total(reward), rewards.total(score), categories)
+    columns = zip(rewards.names, reward.unbind(1), score.unbind(1), strict=True)
+    each = {name: _summary(its_reward, its_score, categories) for name, its_reward, its_score in columns}
+    return Evaluation(
+        whole.overall, whole.reward, whole.categories, in_order, whole.unscored, each if len(each) > 1 else {}
+    )
+
+
+def _summary(reward: torch.Tensor, score: torch.Tensor, names: list[str]) -> HeldOut:
+    """Of one number an image, [N], each in the category of its name."""
     categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
     scored = [value for value in categories.values() if math.isfinite(value)]
     overall = sum(scored) / len(scored) if scored else math.nan
-    unscored = int((~score.isfinite()).sum())
-    of_rows = [row for rows in ranks.everyone(kept) for row in rows]
-    in_order = ranks.gather(torch.cat(images))[[of_rows.index(row) for row in keep]]
-    return Evaluation(overall, finite_mean(reward_of), categories, in_order, unscored)
+    return HeldOut(overall, finite_mean(reward), categories, int((~score.isfinite()).sum()))
 
 
 def finite_mean(values: torch.Tensor) -> float:

@@ -55,8 +55,11 @@ def make_folder(config: TrainConfig) -> None:
 
 def changed_settings(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """By dotted name, what the run in `config.out` has and what `config` has, where they differ."""
-    stored = flatten(asdict(type(config)())) | flatten(_read(Path(config.out) / CONFIG))
+    stored = flatten(_read(Path(config.out) / CONFIG))
     new = flatten(asdict(config))
+    # One reward is a value where several are a mapping: the default of what is a mapping in the file says nothing.
+    defaults = flatten(asdict(type(config)())).items()
+    stored |= {name: value for name, value in defaults if not any(f"{each}.".startswith(f"{name}.") for each in stored)}
     pairs = {name: (stored.get(name), new.get(name)) for name in stored | new}
     return {name: (old, value) for name, (old, value) in pairs.items() if old != value}
 

@@ -14,7 +14,7 @@ from advflow.data.prompts import load_eval_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
-from advflow.rewards import load_reward
+from advflow.rewards.several import load_rewards
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
 from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
@@ -75,14 +75,14 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     """
     config = run.config
     data = config.data
-    reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
+    rewards = load_rewards(config.data, lambda name: config.section(REWARDS, name))
     prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
     result = evaluate(
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
         prompts,
         run.model.encode([prompt.text for prompt in prompts]),
-        reward,
+        rewards,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
         run.device,

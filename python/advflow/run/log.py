@@ -67,7 +67,7 @@ class RunLog:
 
     def evaluation(self, iteration: int, images_seen: int, seconds: float, result: Evaluation, grid: list[int]) -> None:
         """Appends one evaluation and saves the images number `grid` as a picture."""
-        row = {
+        row: dict[str, Any] = {
             "iteration": iteration,
             "images": images_seen,
             "seconds": round(seconds, 2),
@@ -76,12 +76,16 @@ class RunLog:
             "categories": result.categories,
             "unscored": result.unscored,
         }
+        if result.each:
+            row["rewards"] = {name: vars(each) for name, each in result.each.items()}
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
         write_atomically(self._folder / SAMPLES / f"{iteration:06d}.png", as_png(picture))
         self._append(EVALS, row)  # last: an evaluation that has its row is not made again
         self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
         for name, value in result.categories.items():
             self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
+        for name, each in result.each.items():
+            self._tensorboard.add_scalar(f"held_out_rewards/{name}", each.overall, iteration)
         self._tensorboard.flush()
 
     def sample_prompts(self, prompts: list[str]) -> None:

@@ -159,6 +159,8 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
         "gain": final["overall"] - base["overall"],
         "base_categories": base["categories"],
         "final_categories": final["categories"],
+        "base_rewards": {name: each["overall"] for name, each in base.get("rewards", {}).items()},
+        "final_rewards": {name: each["overall"] for name, each in final.get("rewards", {}).items()},
         "best_score": next(row["overall"] for row in evals if row["iteration"] == best),
         "best_iteration": best,
         "iterations": config.iterations,

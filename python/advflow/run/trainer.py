@@ -27,7 +27,7 @@ from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
-from advflow.rewards import load_reward
+from advflow.rewards.several import load_rewards
 from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
@@ -60,10 +60,11 @@ class Trainer:
         family.check(config.model)
         start = read_adapter(config.model)
         data = config.data
-        self.reward = load_reward(data.reward, data.reward_args, config.section(REWARDS, data.reward))
+        self.rewards = load_rewards(data, lambda name: config.section(REWARDS, name))
+        self.learnt = self.rewards.learnt()
         if data.embeddings_cache is not None:
             require_folder(data.embeddings_cache, "data.embeddings_cache")
-        for remark in check_prompts(data, self.reward.check):
+        for remark in check_prompts(data, self.learnt.check, self.rewards.check):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         if len(self.eval_prompts) < self.ranks.size:
@@ -175,7 +176,7 @@ class Trainer:
             self.latents,
             self.eval_prompts,
             self.eval_conditioning,
-            self.reward,
+            self.rewards,
             self.eval_sigmas,
             self.config.rollout.batch,
             self.device,
@@ -194,29 +195,34 @@ class Trainer:
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
         x0, transitions = self._sample(self.process.starting_noise(noise)[rows], conditioning, iteration, rows.start)
         images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.reward(images, prompts)
+        scores = self.learnt(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
         if transitions is not None:
             transitions.x[broken.to(x0.device)] = 0.0
-        unscored = ~scores.reward.isfinite() & ~broken
-        broken, unscored, reward, score = map(ranks.gather, (broken, unscored, scores.reward, scores.score))
-        rewards = reward.masked_fill(broken | unscored, torch.nan)
+        broken, reward, score = map(ranks.gather, (broken, scores.reward, scores.score))
+        reward = reward.masked_fill(broken[:, None], torch.nan)
+        rewards = self.learnt.combine(reward, group, self.config.advantage.combine)
+        unscored = ~rewards.isfinite() & ~broken
         advantages = self._advantages(rewards)
         of_curriculum: dict[str, float] = {}
         if self.curriculum is not None:
-            advantages, of_curriculum = self.curriculum.fuse(rewards, advantages)
+            advantages, of_curriculum = self.curriculum.fuse(self.learnt.total(reward), advantages)
         groups = rewards.view(-1, group)
-        row = {
-            "reward": finite_mean(rewards),
-            "score": finite_mean(score),
-            "broken_images": int(broken.sum()),
-            "unscored_images": int(unscored.sum()),
-            "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
-            "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
-            "advantage_rms": advantages.square().mean().sqrt().item(),
-        } | of_curriculum
+        row = (
+            self.learnt.means(reward, broken)
+            | {
+                "reward": finite_mean(self.learnt.total(reward)),
+                "score": finite_mean(self.learnt.total(score)),
+                "broken_images": int(broken.sum()),
+                "unscored_images": int(unscored.sum()),
+                "uniform_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+                "advantage_group_mean_worst": advantages.view(-1, group).mean(1).abs().max().item(),
+                "advantage_rms": advantages.square().mean().sqrt().item(),
+            }
+            | of_curriculum
+        )
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
@@ -234,7 +240,7 @@ class Trainer:
             [self.prompts.prompts[i] for i in drawn],
             self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)],
             self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
-            self.reward,
+            self.learnt,
             self.sigmas,
             self.sampler,
             config.batch,

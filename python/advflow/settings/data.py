@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from advflow.settings.numbers import require
 from advflow.settings.registry import SAMPLERS
+from advflow.settings.rewards import RewardConfig, read_rewards
 
 Solver: TypeAlias = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]  # names that a checker cannot read
 
@@ -28,17 +29,26 @@ class DataConfig:
         eval_prompts: "embedded" or "shapes" (their held-out prompts), or such a file.
         embeddings_cache: folder that keeps what the text encoders say of each prompt, for this run and others; null:
             in memory for up to 2,048 prompts, for more in advflow/embeddings below $XDG_CACHE_HOME or ~/.cache.
-        reward: "embedded", "pickscore", "shapes", a plugin's, or a dotted path "package.module:Class"; see
-            advflow.rewards.
-        reward_args: what the reward's class is made with, each as `--data.reward_args.NAME VALUE`; a plugin's may have
-            a section of its own instead.
+        reward: a built-in one (docs/rewards.md lists them), a plugin's, or a dotted path "package.module:Class". Or
+            several, a mapping of names to weights, or to mappings of weight, batch, args and reward, such as
+            {pickscore: 1.0, text: {reward: ocr, weight: 0.5}}; `advantage.combine` says what becomes of them.
+        reward_args: what the class of a reward that stands alone is made with, each as `--data.reward_args.NAME VALUE`;
+            a plugin's may have a section of its own instead.
     """
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
     embeddings_cache: str | None = None
-    reward: str = "embedded"
+    reward: str | dict[str, Any] = "embedded"
     reward_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_rewards(self.reward, self.reward_args)
+
+    @property
+    def rewards(self) -> dict[str, RewardConfig]:
+        """The rewards by name."""
+        return read_rewards(self.reward, self.reward_args)
 
 
 @dataclass
@@ -86,12 +96,16 @@ class AdvantageConfig:
         clip_mode: "clip" (the paper), "recentre", "scale" or "clip_divide" (DiffusionNFT's code: +-5, then / 5).
             "softmax" knows "clip" alone.
         scale_by_std: of "softmax" alone: FlowAWR's gate for rule-based rewards, on for its GenEval and OCR.
+        combine: several rewards become one before that: "weighted_sum" of themselves (flow_grpo), or of what is left
+            of each over its group's mean in its group's standard deviations ("gdpo", arXiv 2601.05242), or the smallest
+            of these, each times its weight ("worst_first").
     """
 
     norm: Literal["batch_rms", "group_std", "raw_global_std", "softmax"] = "batch_rms"
     clip: float = 5.0
     clip_mode: Literal["clip", "recentre", "scale", "clip_divide"] = "clip_divide"
     scale_by_std: bool = False
+    combine: Literal["weighted_sum", "gdpo", "worst_first"] = "weighted_sum"
 
     def __post_init__(self) -> None:
         require(self.clip > 0, "advantage.clip", self.clip, "a positive number")

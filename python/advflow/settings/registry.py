@@ -85,8 +85,17 @@ METHODS = Choices[Method](
 
 REWARDS = Choices[Choice](
     embedded=Choice("advflow.rewards.embedded:EmbeddedReward"),
+    redness=Choice("advflow.rewards.redness:Redness"),
+    compressibility=Choice("advflow.rewards.jpeg:Compressibility"),
+    incompressibility=Choice("advflow.rewards.jpeg:Incompressibility"),
     pickscore=Choice("advflow.rewards.pickscore:PickScore"),
     shapes=Choice("advflow.rewards.shapes:ShapesReward"),
+    clipscore=Choice("advflow.rewards.clipscore:CLIPScore"),
+    hpsv2=Choice("advflow.rewards.hpsv2:HPSv2"),
+    aesthetic=Choice("advflow.rewards.aesthetic:Aesthetic"),
+    imagereward=Choice("advflow.rewards.imagereward:ImageReward"),
+    ocr=Choice("advflow.rewards.ocr:OCR"),
+    geneval=Choice("advflow.rewards.geneval:GenEval"),
 )
 """`data.reward`."""
 

@@ -1,0 +1,86 @@
+"""What rewards load: models by name, weights from files, packages that not everybody has."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from advflow.rewards import WrongArgument
+
+
+def scoring_device() -> str:
+    """Where rewards compute: this process's GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pretrained(kind: Any, argument: str, name: str) -> Any:
+    """What `kind`, a class of transformers, loads from a folder or the hub. Raises WrongArgument where it cannot."""
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:  # what transformers raises for a name that it cannot reach, or make sense of
+        reason = str(error).strip().partition("\n")[0]
+        raise WrongArgument(argument, name, f", which cannot be loaded: {reason}") from error
+
+
+def frozen(kind: Any, argument: str, name: str) -> Any:
+    """A model to score with, where rewards compute."""
+    return pretrained(kind, argument, name).eval().requires_grad_(False).to(scoring_device())
+
+
+def read_weights(argument: str, path: str) -> dict[str, torch.Tensor]:
+    """The tensors in a .safetensors file, or in one of torch.save, alone or under "state_dict". No code is unpickled.
+
+    Raises WrongArgument for a file that holds something else.
+    """
+    if not Path(path).is_file():
+        raise WrongArgument(argument, path, ", where there is no file")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WrongArgument(argument, path, f", which holds no weights alone: {reason}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(each, torch.Tensor) for each in content.values()):
+        raise WrongArgument(argument, path, "; accepted is a file of tensors by name")
+    return dict(content)
+
+
+def load_into(module: torch.nn.Module, weights: dict[str, torch.Tensor], argument: str, path: str) -> None:
+    """Gives `module` exactly its weights. Raises WrongArgument where some are missing, too many or of other shapes."""
+    own = module.state_dict()
+    wrong = [name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name)]
+    if wrong:
+        name = min(wrong)
+        raise WrongArgument(
+            argument,
+            path,
+            f", which has other weights than the model: {len(wrong)} differ, such as {name} of shape "
+            f"{_shape(weights, name)} where {_shape(own, name)} belongs",
+        )
+    module.load_state_dict(weights)
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> list[int] | None:
+    return list(weights[name].shape) if name in weights else None
+
+
+def needed(module: str, reward: str, extra: str) -> Any:
+    """The module, imported; ValueError says what to install where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module:
+            raise
+        raise ValueError(
+            f'the reward {reward!r} needs the package {module}, which is not installed: pip install "advflow[{extra}]"'
+        ) from error

@@ -1,0 +1,79 @@
+"""What `data.reward` may hold: one reward by its name, or several by names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from advflow.settings.numbers import WrongSetting, require
+from advflow.settings.suggest import did_you_mean
+
+_PLACE = "data.reward"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward of a run. `place` is where it is named in the settings, `arguments` where what it is made with stands.
+
+    Args:
+        reward: as `data.reward` names one.
+        weight: of it in what is learnt from; at 0 it is reported by evaluation alone.
+        batch: at most so many images are scored at a time; None is what the reward says itself.
+        args: what its class is made with.
+    """
+
+    reward: str
+    weight: float = 1.0
+    batch: int | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    place: str = _PLACE
+    arguments: str = f"{_PLACE}_args"
+
+
+_SETTINGS = tuple(each.name for each in fields(RewardConfig) if each.name not in ("place", "arguments"))
+
+
+def read_rewards(reward: str | Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, RewardConfig]:
+    """The rewards of a run by name. `arguments` are those of one that is named alone.
+
+    Raises WrongSetting for what is none, and where none has a weight.
+    """
+    if isinstance(reward, str):
+        return {reward: RewardConfig(reward, args=arguments)}
+    require(not arguments, f"{_PLACE}_args", arguments, f"none where {_PLACE} names several, whose args stand in each")
+    require(len(reward) > 0, _PLACE, reward, "a name, or one reward or more by their names")
+    rewards = {name: _read(name, value) for name, value in reward.items()}
+    learnt = any(each.weight for each in rewards.values())
+    require(learnt, _PLACE, reward, "one reward or more whose weight is not 0, to learn from")
+    return rewards
+
+
+def _read(name: object, value: object) -> RewardConfig:
+    """One of several: its settings, or its weight alone."""
+    named = isinstance(name, str) and name.isidentifier()
+    require(named, _PLACE, name, "names of letters, digits and underscores; a class of yours stands under its `reward`")
+    place = f"{_PLACE}.{name}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = {"weight": value}
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise WrongSetting(f"{place} is {value!r}; accepted: a weight, or a mapping of {', '.join(_SETTINGS)}")
+    for each in value:
+        if each not in _SETTINGS:
+            near = did_you_mean(str(each), _SETTINGS)
+            raise WrongSetting(f"there is no setting {place}.{each}{near or ';'} {place} has {', '.join(_SETTINGS)}")
+    named_in = f"{place}.reward" if "reward" in value else place
+    config = RewardConfig(**({"reward": name} | dict(value)), place=named_in, arguments=f"{place}.args")
+    require(isinstance(config.reward, str), f"{place}.reward", config.reward, "a name, as data.reward takes alone")
+    finite = _is_number(config.weight, float) and abs(config.weight) <= 3.4e38
+    require(finite, f"{place}.weight", config.weight, "a finite number")
+    whole = config.batch is None or (_is_number(config.batch, int) and config.batch >= 1)
+    require(whole, f"{place}.batch", config.batch, "1 or more, or null")
+    mapping = isinstance(config.args, Mapping) and all(isinstance(each, str) for each in config.args)
+    require(mapping, config.arguments, config.args, "a mapping of what its class is made with")
+    return config
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)
