@@ -8,6 +8,7 @@ import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs
 from advflow.settings.methods import AdvantageFlowConfig
 
+START_GAMMA = 1.1  # of "auto": the best of the paper's sweep
 LEAST_CURVATURE = 0.1  # what the paper's gamma of 1.1 leaves of the worst advantage, -1, without a reference
 
 
@@ -18,7 +19,16 @@ class AdvantageFlow:
 
     def loss(self, batch: ForwardBatch) -> af.LossOutput:
         assert batch.v_old is not None
-        advantages, lam = batch.advantages + self._settings.offset, self._settings.lam * batch.reference_scale
+        settings = self._settings
+        advantages, lam = batch.advantages + settings.offset, settings.lam * batch.reference_scale
+        gamma: float | str | torch.Tensor = settings.gamma
+        beta = settings.beta
+        if gamma == "auto":
+            # A gamma that grows takes weight from the data, rather than giving it to the rollout policy: Adam, which
+            # remembers the gradients of a thousand steps, would take the larger ones for a longer step.
+            scale = START_GAMMA / batch.rollout_weight
+            gamma = scale * self._convex(advantages, lam, batch.rollout_weight)
+            beta, lam = scale * beta, scale * lam
         return af.advantage_flow_loss(
             batch.v,
             batch.x0,
@@ -27,15 +37,13 @@ class AdvantageFlow:
             advantages,
             v_old=batch.v_old,
             v_ref=batch.v_ref,
-            gamma=self._gamma(advantages, lam, batch.rollout_weight),
+            gamma=gamma,
             lam=lam,
-            weighting=self._settings.weighting,
-            beta=self._settings.beta,
+            weighting=settings.weighting,
+            beta=beta,
         )
 
-    def _gamma(self, advantages: torch.Tensor, lam: float, chosen: float) -> float | str | torch.Tensor:
-        """That of the settings. The run's own is raised for the samples that it would leave without a minimum."""
-        if self._settings.gamma != "auto":
-            return self._settings.gamma
+    def _convex(self, advantages: torch.Tensor, lam: float, gamma: float) -> torch.Tensor:
+        """gamma, raised for the samples that it would leave without a minimum."""
         needed = LEAST_CURVATURE - self._settings.beta * advantages - lam
-        return needed.nan_to_num().clamp(min=chosen)
+        return needed.nan_to_num().clamp(min=gamma)

@@ -77,7 +77,7 @@ class ForwardBatch:
     advantages: torch.Tensor
     group_size: int
     reference_scale: float
-    rollout_weight: float = 1.0
+    rollout_weight: float = 1.1
 
 
 @dataclass(frozen=True)

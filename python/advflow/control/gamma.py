@@ -5,28 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-_START = 1.1  # the best of the paper's sweep
+from advflow.algorithms.advantage_flow import START_GAMMA
+
 _LEAST, _MOST = 0.1, 10.0
-_GAIN = 0.25  # so at most 28 % an iteration
+_GAIN = 0.1  # so at most 11 % an iteration
 _LEAST_RHO = 0.2  # below it what is between the two is the last step alone, whose length Adam decides, not gamma
 
 
 class GammaControl:
-    """Moves gamma so that a learner goes a target's length away from the policy whose images it learns from.
+    """Moves gamma so that a learner goes a target's length in an iteration.
 
     gamma is an inverse step: what the paper aims at has (1 + A / gamma) times the rollout policy's density. What is
-    held is the root of <(v - v_old)^2> over <(v - u)^2>, v being the learner as an iteration leaves it and v_old the
-    policy that drew its images. It has no unit, so that it means the same whatever the reward and the latents. It is
-    measured in the next iteration, before the first update, when the rollout policy has come nearer: as far as
-    velocities are linear in weights, rho times the distance is left. A smaller learning rate shortens the way by
-    itself, and so the target with it.
+    held is the root of <(v - v_old)^2> over <(v - u)^2>, which has no unit, so that it means the same whatever the
+    reward and the latents. It is measured before an iteration's first update, between the learner and a rollout policy
+    that keeps rho of itself: as far as velocities are linear in weights, a learner that goes on in one direction is
+    rho / (1 - rho) of its iteration's way ahead. A smaller learning rate shortens the way by itself, and so the target
+    with it.
 
     `gamma` is all the state there is.
     """
 
     def __init__(self, target: float) -> None:
         self._target = target
-        self.gamma = _START
+        self.gamma = START_GAMMA
 
     def state_dict(self) -> dict[str, float]:
         return {"gamma": self.gamma}
@@ -43,7 +44,7 @@ class GammaControl:
         # 0 is what a loss reports that had no usable sample: nothing was measured, so nothing is concluded.
         if rho < _LEAST_RHO or rate <= 0 or not deviation > 0:
             return {"gamma": used}
-        move = math.sqrt(deviation / first["target_error"]) / rho
+        move = math.sqrt(deviation / first["target_error"]) * (1 - rho) / rho
         error = min(max(math.log(move / (self._target * rate)), -1.0), 1.0)
         self.gamma = min(max(used * math.exp(_GAIN * error), _LEAST), _MOST)
         return {"gamma": used, "learner_move": move}

@@ -34,7 +34,7 @@ GROUPS: dict[str, list[Panel]] = {
     ],
     "Distance from other policies": [
         Panel("rollout_deviation", "Rollout deviation", "mean square of v \N{MINUS SIGN} v_old"),
-        Panel("learner_move", "Learner's move", "from the rollout policy in an iteration, in target errors"),
+        Panel("learner_move", "Learner's move", "in an iteration, in target errors"),
         Panel("gamma", "Gamma", "weight of the rollout policy, by target_move", smoothed=False),
         Panel("reference_deviation", "Reference deviation", "mean square of v \N{MINUS SIGN} v_ref"),
         Panel("reference_scale", "Reference pull", "weight over what was set; see target_deviation"),

@@ -14,8 +14,8 @@ class AdvantageFlowConfig:
 
     Args:
         gamma: rollout regularisation, a number, "1-A", "beta(beta-A)", or "auto": begins at 1.1 and moves so that the
-            learner goes `target_move` away from the policy whose images it learns from; larger for a sample that would
-            be left with a curvature below 0.1. Needs a rollout policy that keeps something of itself (rollout_policy).
+            learner goes `target_move` in an iteration; larger for a sample that would be left with a curvature below
+            0.1. The whole loss is scaled by 1.1 / gamma. Needs a rollout policy that keeps a fifth of itself or more.
         target_move: of gamma "auto": root of the mean <(v - v_old)^2> over the mean <(v - u)^2>, at the highest
             learning rate; in proportion to the rate at a smaller one.
         lam: reference regularisation; 1e-3 in the paper.
@@ -27,7 +27,7 @@ class AdvantageFlowConfig:
     """
 
     gamma: float | Literal["1-A", "beta(beta-A)", "auto"] = 1.1
-    target_move: float = 0.035
+    target_move: float = 0.025
     lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
