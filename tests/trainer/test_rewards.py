@@ -114,7 +114,7 @@ def test_anything_else_is_refused_by_the_rewards_name(kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "sentence"),
     [
-        ("beauty", {}, "data.reward is 'beauty'; accepted: 'embedded', 'redness', 'compressibility',"),
+        ("beauty", {}, "data.reward is 'beauty'; accepted: 'embedded', 'shapes', 'redness',"),
         ("pickscor", {}, "data.reward is 'pickscor'; did you mean 'pickscore'? accepted: 'embedded',"),
         ("my/reward.py:Mine", {}, "data.reward is 'my/reward.py:Mine'; accepted: 'embedded',"),
         (":Mine", {}, "data.reward is ':Mine'; accepted: 'embedded',"),

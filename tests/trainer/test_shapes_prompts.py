@@ -13,7 +13,7 @@ import pytest
 from advflow.cli import main
 from advflow.data.prompt_files import read_prompts
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
-from advflow.models.encoding import PromptEncoder
+from advflow.models.encoding import IN_MEMORY_AT_MOST
 from advflow.rewards import Prompt, UnknownPrompt, load_reward
 from advflow.settings.data import DataConfig
 from advflow.settings.sources import resolve_configs, to_config, train_parser
@@ -26,7 +26,7 @@ from tests.trainer.runs import SMALL
 
 def test_every_category_has_its_share() -> None:
     sizes = Counter(prompt.category for prompt in training_prompts())
-    assert tuple(sizes) == CATEGORIES and sum(sizes.values()) <= PromptEncoder.PRECOMPUTED_AT_MOST
+    assert tuple(sizes) == CATEGORIES and sum(sizes.values()) <= IN_MEMORY_AT_MOST
     assert sizes.pop("single_object") == 4 * len(STYLES)  # of six shapes two are held out
     assert all(110 <= size <= 128 for size in sizes.values())
     assert Counter(prompt.category for prompt in held_out_prompts(8)) == dict.fromkeys(CATEGORIES, 8)

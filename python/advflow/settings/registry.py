@@ -85,11 +85,11 @@ METHODS = Choices[Method](
 
 REWARDS = Choices[Choice](
     embedded=Choice("advflow.rewards.embedded:EmbeddedReward"),
+    shapes=Choice("advflow.rewards.shapes:ShapesReward"),
     redness=Choice("advflow.rewards.redness:Redness"),
     compressibility=Choice("advflow.rewards.jpeg:Compressibility"),
     incompressibility=Choice("advflow.rewards.jpeg:Incompressibility"),
     pickscore=Choice("advflow.rewards.pickscore:PickScore"),
-    shapes=Choice("advflow.rewards.shapes:ShapesReward"),
     clipscore=Choice("advflow.rewards.clipscore:CLIPScore"),
     hpsv2=Choice("advflow.rewards.hpsv2:HPSv2"),
     aesthetic=Choice("advflow.rewards.aesthetic:Aesthetic"),
