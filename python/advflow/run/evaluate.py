@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from advflow.core.randomness import generator
-from advflow.core.ranks import Ranks
+from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards import Reward
@@ -57,18 +57,21 @@ def evaluate(
     kept: list[int] = []
     images, rewards, scores = [], [], []
     own = ranks.share(len(prompts))
-    for start in range(own.start, own.stop, batch):
+    most = longest(ranks.in_step(len(prompts)))
+    for within, used in batches(own.stop - own.start, batch, most):
         between_batches()
-        rows = range(start, min(start + batch, own.stop))
+        rows = range(own.start + within.start, own.start + within.stop)
         part = slice(rows.start, rows.stop)
         x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
+        if not used:
+            continue
         drawn = latents.decode(x0).cpu()
         result = reward(drawn, prompts[part])
         rewards.append(result.reward)
         scores.append(result.score)
         wanted = [row for row in rows if row in keep]
         kept += wanted
-        images.append(drawn[[row - start for row in wanted]])
+        images.append(drawn[[row - rows.start for row in wanted]])
     score, reward_of = ranks.gather(torch.cat(scores)), ranks.gather(torch.cat(rewards))
     names = [prompt.category for prompt in prompts]
     categories = {name: finite_mean(score[[n == name for n in names]]) for name in dict.fromkeys(names)}
