@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _MODULES = ["torch", "torch.distributed.fsdp", "peft", "advflow.run.trainer", "advflow.models.sd3"]
-_PATIENCE = 300.0  # seconds: more than any job takes, on a busy machine too
+_PATIENCE = 900.0  # seconds: more than any job takes, on a busy machine too
 
 
 def run_together(size: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -24,7 +24,9 @@ def run_together(size: int, function: Callable[..., None], *arguments: Any) -> N
     context = get_context("forkserver")  # which has imported everything once
     context.set_forkserver_preload(_MODULES)
     processes = [
-        context.Process(target=_call, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments))
+        context.Process(
+            target=_call, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments)
+        )
         for rank in range(size)
     ]
     for process in processes:

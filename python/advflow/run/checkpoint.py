@@ -71,9 +71,17 @@ def save_checkpoint(
     if written is not None:
         _flush_to_disk(written)
     ranks.wait()
-    if not ranks.first:
-        return target
-    stored = {"iteration": iteration, "parts": others}
+    if ranks.first:
+        _complete(scratch, {"iteration": iteration, "parts": others}, target)
+        for stale in checkpoints(folder)[: -kept.newest]:
+            if not kept.keeps(stale):
+                shutil.rmtree(stale)
+    ranks.wait()
+    return target
+
+
+def _complete(scratch: Path, stored: dict[str, Any], target: Path) -> None:
+    """Adds state.json to what is in `scratch`, and lets `target` be that, all of it on disk."""
     (scratch / _STATE).write_text(json.dumps(stored | {_DIGEST: _digest(scratch, stored)}))
     for path in _files(scratch):
         shutil.copymode(scratch / _STATE, path)  # safetensors leaves its files to their owner alone
@@ -81,11 +89,7 @@ def save_checkpoint(
         _flush_to_disk(path)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
-    _flush_to_disk(folder)
-    for stale in checkpoints(folder)[: -kept.newest]:
-        if not kept.keeps(stale):
-            shutil.rmtree(stale)
-    return target
+    _flush_to_disk(target.parent)
 
 
 def checkpoint_name(iteration: int) -> str:

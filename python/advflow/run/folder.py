@@ -26,8 +26,9 @@ MAY_CHANGE = (
     "checkpoints_kept",
     "checkpoints_kept_every",
     "evaluation.every",
+    "runtime.shard",
 )
-"""Settings that `--resume` may change: how long, where, and how often something is written down."""
+"""Settings that `--resume` may change: how long, where, in how much memory, how often something is written down."""
 _LOCK = ".lock"
 
 
