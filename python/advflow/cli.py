@@ -190,7 +190,7 @@ def _train(arguments: Namespace) -> None:
     from advflow.report import write_report
     from advflow.run.train import train
 
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.device, config.runtime.shard)
     summary = train(config, resume, ranks)
     ranks.close()
     if not ranks.first:

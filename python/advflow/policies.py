@@ -14,6 +14,8 @@ from peft import LoraConfig
 
 import advflow_ext as af
 from advflow.algorithms.batch import Needs
+from advflow.core.ranks import Ranks
+from advflow.core.sharding import shard, whole_state
 from advflow.models.adapters import Adapter
 from advflow.models.family import FusedKernels, ModelFamily
 from advflow.samplers.sampling import Conditioning, Velocity
@@ -49,7 +51,10 @@ class Policies(Protocol):
         ...
 
     def export(self, folder: Path) -> None:
-        """Writes the learner into a folder as stock diffusers loads it: an adapter, or a transformer of its own."""
+        """Writes the learner into a folder as stock diffusers loads it: an adapter, or a transformer of its own.
+
+        Sharded processes call it together, and the first writes.
+        """
         ...
 
     def shared_modulation(self) -> AbstractContextManager[object]:
@@ -64,21 +69,24 @@ def make_policies(
     runtime: RuntimeConfig,
     seed: int,
     start: Adapter | None = None,
+    ranks: Ranks | None = None,
 ) -> Policies:
     """Sets up the three policies on a freshly loaded transformer: all equal, or, with `start`, two of them with it.
 
-    `seed` is for new adapters. Raises ValueError for a `start` that does not fit.
+    `seed` is for new adapters. Of `ranks` that are sharded each keeps a part of every weight but the adapters'. Raises
+    ValueError for a `start` that does not fit.
     """
+    ranks = ranks or Ranks()
     transformer.requires_grad_(False)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     policies: Policies
     if config.trainable == "full":
-        policies = FullPolicies(family, transformer, runtime)
+        policies = FullPolicies(family, transformer, runtime, ranks)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policies = LoraPolicies(family, transformer, config, runtime, start)
+            policies = LoraPolicies(family, transformer, config, runtime, start, ranks)
     return GraphedPolicies(policies) if runtime.cuda_graphs else policies
 
 
@@ -103,17 +111,25 @@ class FullPolicies:
 
     all_merged = False
 
-    def __init__(self, family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig) -> None:
-        self.family = family
+    def __init__(self, family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig, ranks: Ranks) -> None:
+        self.family, self._ranks = family, ranks
+
+        def settled(its: ModelMixin) -> ModelMixin:
+            if ranks.sharded:  # one after the other, so that never all are whole
+                shard(its, family.blocks(its))
+            return its
+
+        self._outline = copy.deepcopy(transformer).to("meta") if ranks.sharded else None
+        reference = settled(copy.deepcopy(transformer))
+        rollout = settled(copy.deepcopy(transformer).float())
+        transformer = settled(transformer.float().requires_grad_(True))
         self._transformers: dict[Role, ModelMixin] = {
             "learner": transformer,
-            "rollout": copy.deepcopy(transformer),
-            "reference": copy.deepcopy(transformer),
+            "rollout": rollout,
+            "reference": reference,
         }
-        transformer.float().requires_grad_(True)
-        self._transformers["rollout"].float()
         self.learner = list(transformer.parameters())
-        self.rollout = list(self._transformers["rollout"].parameters())
+        self.rollout = list(rollout.parameters())
         self._places = {role: places_of([self._transformers[role]]) for role in ("learner", "rollout")}
         # In the same places of each, so that what is said of the learner's is said of all.
         self.kernels = [_speed_up(family, each, runtime) for each in self._transformers.values()][0]
@@ -127,7 +143,15 @@ class FullPolicies:
             require_in_place(places, f"the parameters of {role!r}")
 
     def export(self, folder: Path) -> None:
-        self.family.save(self._transformers["learner"], None, folder)
+        learner = self._transformers["learner"]
+        if self._outline is None:
+            self.family.save(learner, None, folder)
+            return
+        state = whole_state(learner, self._ranks.first)
+        if self._ranks.first:  # FSDP2's classes have other names, which stock diffusers does not know
+            self._outline.load_state_dict(state, assign=True)
+            self.family.save(self._outline, None, folder)
+            self._outline.to("meta")
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return nullcontext()  # each has a modulation of its own
@@ -147,9 +171,11 @@ class LoraPolicies:
         transformer: ModelMixin,
         config: ModelConfig,
         runtime: RuntimeConfig,
-        start: Adapter | None = None,
+        start: Adapter | None,
+        ranks: Ranks,
     ) -> None:
         self.family, self._transformer, self._merge = family, transformer, runtime.merge_lora
+        self._ranks = ranks
         self.all_merged = runtime.merge_lora == "all"
         lora = LoraConfig(
             r=config.lora_rank,
@@ -174,6 +200,8 @@ class LoraPolicies:
                 rollout.data = learner.data.clone()
                 learner.requires_grad_(True)
                 rollout.requires_grad_(False)
+        if ranks.sharded:
+            shard(transformer, family.blocks(transformer), whole=[*self.learner, *self.rollout])
         self.kernels = _speed_up(family, transformer, runtime)
         self._modulation = family.modulation_cache(transformer) if runtime.modulation_cache else nullcontext()
 
@@ -186,7 +214,8 @@ class LoraPolicies:
         self._policies.check()
 
     def export(self, folder: Path) -> None:
-        self.family.save(self._transformer, "learner", folder)
+        if self._ranks.first:
+            self.family.save(self._transformer, "learner", folder)
 
     def shared_modulation(self) -> AbstractContextManager[object]:
         return self._modulation

@@ -27,6 +27,7 @@ IMAGES = Experience(
     4,
     slice(0, 12),
     12,
+    [slice(0, 12)],
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class Experience:
     """This process's images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
     policies were told.
 
-    They are `rows` of the iteration's `images`; a group may lie in two processes. `transitions` is there for methods of
-    the reverse process alone.
+    They are `rows` of the iteration's `images`; a group may lie in two processes. `in_step` are the rows of those that
+    make as many passes as this one. `transitions` is there for methods of the reverse process alone.
     """
 
     x0: torch.Tensor
@@ -40,12 +41,13 @@ class Experience:
     images_per_prompt: int
     rows: slice
     images: int
+    in_step: Sequence[slice]
     transitions: Transitions | None = None
 
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """The loss of one micro-batch and its share of the optimiser step."""
+    """The loss of one micro-batch and its share of the optimiser step: 0 for one that keeps the processes in step."""
 
     out: af.LossOutput
     weight: float

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import distributed
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from advflow.core.sharding import is_sharded
 
 _BUCKET_BYTES = 32 * 2**20
 
@@ -17,11 +19,13 @@ _BUCKET_BYTES = 32 * 2**20
 class Ranks:
     """One process of a run alone. Whatever all of several processes call, they call in the same order.
 
-    `rank` of `size`; `first` is the one that writes; `local` numbers the processes of one machine.
+    `rank` of `size`; `first` is the one that writes; `local` numbers the processes of one machine. Where each holds a
+    part of every weight, they are `sharded`, and a forward pass too is something that all call.
     """
 
     rank = local = 0
     size = 1
+    sharded = False
 
     @property
     def first(self) -> bool:
@@ -29,7 +33,15 @@ class Ranks:
 
     def share(self, count: int) -> slice:
         """This process's of `count` things in a row; the shares differ by at most one in length."""
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        return self._share_of(self.rank, count)
+
+    def in_step(self, count: int) -> list[slice]:
+        """The shares of those processes that make as many forward passes as this one: of all, or its own alone."""
+        ranks = range(self.size) if self.sharded else [self.rank]
+        return [self._share_of(rank, count) for rank in ranks]
+
+    def _share_of(self, rank: int, count: int) -> slice:
+        return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
     def everyone(self, value: Any) -> list[Any]:
         """What each process gives, in their order; anything that JSON holds."""
@@ -44,7 +56,7 @@ class Ranks:
         return rows
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Makes every process's gradients the sum of all processes'."""
+        """Makes every process's gradients the sum of all processes', which those of sharded parameters are already."""
 
     def wait(self) -> None:
         """Returns when all processes are here."""
@@ -56,8 +68,8 @@ class Ranks:
 class SeveralRanks(Ranks):
     """One of the processes that torchrun or `accelerate launch` has started."""
 
-    def __init__(self, rank: int, size: int, local: int, *, cuda: bool) -> None:
-        self.rank, self.size, self.local = rank, size, local
+    def __init__(self, rank: int, size: int, local: int, *, cuda: bool, sharded: bool) -> None:
+        self.rank, self.size, self.local, self.sharded = rank, size, local, sharded
         if cuda:
             torch.cuda.set_device(local)
         # Small numbers travel between CPUs, gradients between GPUs.
@@ -85,7 +97,7 @@ class SeveralRanks(Ranks):
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        parameters = list(parameters)
+        parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
         distributed.all_reduce(present, distributed.ReduceOp.MAX)
         gradients = []
@@ -106,6 +118,21 @@ class SeveralRanks(Ranks):
         distributed.destroy_process_group()
 
 
+def longest(shares: Iterable[slice]) -> int:
+    return max(len(range(share.stop)[share]) for share in shares)
+
+
+def batches(count: int, size: int, most: int) -> Iterator[tuple[slice, bool]]:
+    """`count` things, `size` at a time, each batch with whether it is one to use.
+
+    Then, until there are as many batches as of `most` things, the first thing again, for the passes of the others.
+    """
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count)), True
+    for _ in range(-(-count // size), -(-most // size)):
+        yield slice(0, 1), False
+
+
 def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Neighbours of one dtype together, up to a size at which a transfer is no longer bound by its latency."""
     buckets: list[list[torch.Tensor]] = []
@@ -118,10 +145,11 @@ def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return buckets
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str, sharded: bool = False) -> Ranks:
     """The processes that the environment names, as torchrun and `accelerate launch` set it; else this one alone.
 
-    `device` is the setting of that name. Raises ValueError where several processes are to share what one names.
+    `device` and `sharded` are the settings device and runtime.shard. Raises ValueError where several processes are to
+    share what one names.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -135,7 +163,7 @@ def join_ranks(device: str) -> Ranks:
             f"process {local} of this machine has no GPU of its own: torch finds {torch.cuda.device_count()}; "
             "accepted are as many processes as GPUs, or --device cpu"
         )
-    return SeveralRanks(_number("RANK", 0), size, local, cuda=cuda)
+    return SeveralRanks(_number("RANK", 0), size, local, cuda=cuda, sharded=sharded)
 
 
 def _number(name: str, default: int) -> int:

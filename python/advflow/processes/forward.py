@@ -12,6 +12,7 @@ from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
 from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
+from advflow.core.ranks import batches, longest
 from advflow.models.family import Latents
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics
@@ -104,13 +105,12 @@ class ForwardProcess:
             yield self._losses(iteration, experience, range(step * share, (step + 1) * share))
 
     def _losses(self, iteration: int, experience: Experience, pairs: range) -> Iterator[WeightedLoss]:
-        count, size = len(experience.x0), self._optim.micro_batch
+        most = longest(experience.in_step)
         for index in pairs:
             draw = self._draws.draw(iteration, index, experience)
-            for start in range(0, count, size):
-                rows = slice(start, min(start + size, count))
+            for rows, used in batches(len(experience.x0), self._optim.micro_batch, most):
                 batch = self._batch(experience, draw, rows)
-                weight = (rows.stop - rows.start) / (experience.images * len(pairs))
+                weight = (rows.stop - rows.start) / (experience.images * len(pairs)) if used else 0.0
                 yield WeightedLoss(self._algorithm.loss(batch), weight)
 
     def _batch(self, experience: Experience, draw: Draw, rows: slice) -> ForwardBatch:

@@ -11,6 +11,7 @@ import advflow_ext as af
 from advflow.algorithms import ReverseAlgorithm
 from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
+from advflow.core.ranks import batches
 from advflow.policies import Policies, policy_velocities
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.euler import euler_step
@@ -131,6 +132,10 @@ def join(parts: list[Transitions]) -> Transitions:
     return Transitions(x, v_old, eps, index, parts[0].table)
 
 
+def _within(images: torch.Tensor, share: slice) -> torch.Tensor:
+    return images[(images >= share.start) & (images < share.stop)]
+
+
 class ReverseProcess(StochasticSampler):
     """Turns the sampler steps of a rollout into optimiser steps of a reverse-process algorithm."""
 
@@ -163,7 +168,7 @@ class ReverseProcess(StochasticSampler):
             number = iteration * self._config.epochs + epoch
             order = torch.randperm(experience.images, generator=generator(self._seed, "split", number))
             for images in order.chunk(self._optim.steps_per_iteration):
-                yield self._losses(experience, steps, images.to(experience.x0.device))
+                yield self._losses(experience, steps, images)
 
     def _trained(self, iteration: int, experience: Experience, all_steps: Transitions) -> Transitions:
         """A random `trained_share` of each image's steps."""
@@ -186,14 +191,16 @@ class ReverseProcess(StochasticSampler):
     def _losses(self, experience: Experience, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
         """Of `images`, numbered over all processes."""
         each, count = steps.index.shape[1], len(images)
-        images = images - experience.rows.start
-        images = images[(images >= 0) & (images < len(experience.x0))]
-        image = images.repeat_interleave(each)
-        step = torch.arange(each, device=images.device).repeat(len(images))
-        for start in range(0, len(image), self._optim.micro_batch):
-            rows = slice(start, start + self._optim.micro_batch)
-            batch = self._batch(experience, steps, image[rows], step[rows])
-            yield WeightedLoss(self._algorithm.loss(batch), len(batch.index) / (count * each))
+        most = max(len(_within(images, share)) for share in experience.in_step)
+        own = _within(images, experience.rows).to(experience.x0.device) - experience.rows.start
+        image = own.repeat_interleave(each)
+        step = torch.arange(each, device=own.device).repeat(len(own))
+        first = step.new_zeros(1)  # `images` may have none of this process
+        for rows, used in batches(len(image), self._optim.micro_batch, most * each):
+            places = (image[rows], step[rows]) if used else (first, first)
+            batch = self._batch(experience, steps, *places)
+            weight = len(batch.index) / (count * each) if used else 0.0
+            yield WeightedLoss(self._algorithm.loss(batch), weight)
 
     def _batch(
         self, experience: Experience, steps: Transitions, image: torch.Tensor, step: torch.Tensor

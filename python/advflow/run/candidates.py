@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from advflow.core.ranks import Ranks
+from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards.several import Rewards
@@ -32,11 +32,13 @@ def score_candidates(
     """
     own = ranks.share(len(prompts))
     totals = [torch.empty(0)]
-    for start in range(own.start, own.stop, batch):
+    most = longest(ranks.in_step(len(prompts)))
+    for within, used in batches(own.stop - own.start, batch, most):
         between_batches()
-        rows = slice(start, min(start + batch, own.stop))
-        of_share = slice(rows.start - own.start, rows.stop - own.start)
-        x0 = sample_latents(velocity, noise[rows], sigmas, conditioning[of_share], sampler)
+        rows = slice(own.start + within.start, own.start + within.stop)
+        x0 = sample_latents(velocity, noise[rows], sigmas, conditioning[within], sampler)
+        if not used:
+            continue
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         scores = rewards(latents.decode(x0), prompts[rows])
         totals.append(rewards.total(scores.reward).masked_fill(broken, torch.nan))

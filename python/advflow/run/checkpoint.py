@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from advflow.core.files import flush_to_disk, write_atomically
+from advflow.core.ranks import Ranks
 from advflow.core.tensor_files import as_os_errors
+from advflow.run.shards import TENSORS, read_tensors, write_tensors
 from advflow.run.state import Part
 
-_TENSORS = "tensors.safetensors"
 _STATE = "state.json"
 _DIGEST = "sha256"
 _PARTIAL = ".partial"
@@ -54,33 +54,47 @@ def save_checkpoint(
     parts: Mapping[str, Part],
     kept: Kept = Kept(),
     export: Callable[[Path], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
-    """Writes `parts`, the state after `iteration` iterations, and what `export` writes; removes what is not `kept`."""
+    """Writes `parts`, the state after `iteration` iterations, and what `export` writes; removes what is not `kept`.
+
+    `ranks` call it together: each writes what it holds of sharded parts, the first all else.
+    """
+    ranks = ranks or Ranks()
     target = folder / checkpoint_name(iteration)
     scratch = folder / f".{target.name}{_PARTIAL}"
-    _remove_partial(folder)
+    if ranks.first:
+        _remove_partial(folder)
+    ranks.wait()
     try:
         with as_os_errors(scratch):
-            _write(scratch, iteration, parts, export)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch, target)
+            _write(scratch, iteration, parts, export, ranks)
+        if ranks.first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)  # it takes room that others may lack
         raise
-    flush_to_disk(folder)
-    for stale in checkpoints(folder)[: -kept.newest]:
-        if not kept.keeps(stale):
-            # Under another name first: a checkpoint half removed must not be taken for one that is damaged.
-            shutil.rmtree(stale.rename(folder / f".{stale.name}{_PARTIAL}"))
+    if ranks.first:
+        flush_to_disk(folder)
+        _remove_stale(folder, kept)
+    ranks.wait()
     return target
 
 
-def _write(scratch: Path, iteration: int, parts: Mapping[str, Part], export: Callable[[Path], None] | None) -> None:
-    scratch.mkdir(parents=True)
+def _write(
+    scratch: Path, iteration: int, parts: Mapping[str, Part], export: Callable[[Path], None] | None, ranks: Ranks
+) -> None:
+    scratch.mkdir(parents=True, exist_ok=True)
     tensors, others = _flatten(parts)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / _TENSORS)
+    written = write_tensors(scratch, tensors, ranks)
     if export is not None:
         export(scratch)
+    if written is not None:
+        flush_to_disk(written)
+    ranks.wait()
+    if not ranks.first:
+        return
     stored = {"iteration": iteration, "parts": others}
     write_atomically(scratch / _STATE, json.dumps(stored | {_DIGEST: _digest(scratch, stored)}))
     for path in _files(scratch):
@@ -93,6 +107,13 @@ def _remove_partial(folder: Path) -> None:
     """What kills have left of checkpoints that were being written or removed."""
     for path in folder.glob(f".*{_PARTIAL}"):
         shutil.rmtree(path)
+
+
+def _remove_stale(folder: Path, kept: Kept) -> None:
+    for stale in checkpoints(folder)[: -kept.newest]:
+        if not kept.keeps(stale):
+            # Under another name first: a checkpoint half removed must not be taken for one that is damaged.
+            shutil.rmtree(stale.rename(folder / f".{stale.name}{_PARTIAL}"))
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -155,7 +176,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Iteration and parts of the checkpoint at `path`, compared with the checksum that older ones do not have."""
-    for name in (_STATE, _TENSORS):
+    for name in (_STATE, TENSORS):
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: it has no {name}")
     try:
@@ -167,9 +188,9 @@ def _read(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if digest is not None and digest != _digest(path, state):
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: its files are not those that were written")
     try:
-        tensors = load_file(path / _TENSORS)
+        tensors = read_tensors(path)
     except SafetensorError as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {_TENSORS} cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {TENSORS} cannot be read ({error})") from error
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
         parts.setdefault(part, {})[key] = tensor
@@ -187,14 +208,14 @@ def _unpacked(state: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
 def _files(path: Path) -> list[Path]:
     """What a checkpoint holds beside state.json, in the order of the checksum."""
     found = (each for each in path.rglob("*") if each.is_file() and each != path / _STATE)
-    return sorted(found, key=lambda each: (each != path / _TENSORS, each.relative_to(path).as_posix()))
+    return sorted(found, key=lambda each: (each != path / TENSORS, each.relative_to(path).as_posix()))
 
 
 def _digest(path: Path, state: dict[str, Any]) -> str:
     """Checksum of all files of a checkpoint."""
     digest = hashlib.sha256()
     for each in _files(path):
-        if each != path / _TENSORS:  # alone it has no name: such are older checkpoints
+        if each != path / TENSORS:  # alone it has no name: such are older checkpoints
             digest.update(each.relative_to(path).as_posix().encode())
         with each.open("rb") as handle:
             while block := handle.read(2**20):

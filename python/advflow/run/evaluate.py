@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from advflow.core.randomness import generator
-from advflow.core.ranks import Ranks
+from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
 from advflow.rewards.several import Rewards
@@ -71,18 +71,21 @@ def evaluate(
     kept: list[int] = []
     images, reward_parts, score_parts = [], [], []
     own = ranks.share(len(prompts))
-    for start in range(own.start, own.stop, batch):
+    most = longest(ranks.in_step(len(prompts)))
+    for within, used in batches(own.stop - own.start, batch, most):
         between_batches()
-        rows = range(start, min(start + batch, own.stop))
+        rows = range(own.start + within.start, own.start + within.stop)
         part = slice(rows.start, rows.stop)
         x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
+        if not used:
+            continue
         drawn = latents.decode(x0).cpu()
         result = rewards(drawn, prompts[part])
         reward_parts.append(result.reward)
         score_parts.append(result.score)
         wanted = [row for row in rows if row in keep]
         kept += wanted
-        images.append(drawn[[row - start for row in wanted]])
+        images.append(drawn[[row - rows.start for row in wanted]])
     score, reward = ranks.gather(torch.cat(score_parts)), ranks.gather(torch.cat(reward_parts))
     of_rows = [row for rows in ranks.everyone(kept) for row in rows]
     in_order = ranks.gather(torch.cat(images))[[of_rows.index(row) for row in keep]]

@@ -27,8 +27,9 @@ MAY_CHANGE = (
     "checkpoints_kept_every",
     "data.embeddings_cache",
     "evaluation.every",
+    "runtime.shard",
 )
-"""Settings that `--resume` may change: how long, where, and how often something is written down."""
+"""Settings that `--resume` may change: how long, where, in how much memory, how often something is written down."""
 _LOCK = ".lock"
 
 

@@ -14,6 +14,7 @@ import torch
 from advflow.core.files import write_atomically
 from advflow.core.progress import show_progress
 from advflow.core.provenance import commit, record_start, versions
+from advflow.core.ranks import Ranks
 from advflow.run.checkpoint import Kept, save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, NoLog, RunLog, best_iteration, read_rows, to_json
@@ -108,11 +109,12 @@ class Run:
         return done % self._config.evaluation.every == 0 or done == self._config.iterations
 
     def _save(self) -> None:
-        if self._ranks.first and self._saved < self._done:
+        together = self._ranks if self._ranks.sharded else Ranks()
+        if (self._ranks.first or self._ranks.sharded) and self._saved < self._done:
             config = self._config
             kept = Kept(config.checkpoints_kept, best_iteration(self._folder), config.checkpoints_kept_every)
             parts, export = self._trainer.parts, self._trainer.policies.export
-            save_checkpoint(self._folder / CHECKPOINTS, self._done, parts, kept, export)
+            save_checkpoint(self._folder / CHECKPOINTS, self._done, parts, kept, export, together)
             self._saved = self._done
 
     def _evaluate(self) -> str:

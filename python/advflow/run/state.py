@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
+from advflow.core.sharding import own_rows
 from advflow.policies import Policies
 
 State = Mapping[str, Any]
-"""Tensors, and what JSON holds, by name."""
+"""Tensors, and what JSON holds, by name. Of what was sharded `load_state_dict` is given `shards.Rows`."""
 
 
 class Part(Protocol):
@@ -86,4 +87,5 @@ def copy_tensors(state: State, into: State) -> None:
         if tensor.shape != state[name].shape:
             raise ValueError(f"its {name} is {tuple(state[name].shape)}, the model's {tuple(tensor.shape)}")
     for name, tensor in into.items():
-        tensor.copy_(state[name])
+        held, rows = own_rows(tensor)
+        held.copy_(state[name][rows] if tensor.dim() else state[name])

@@ -17,7 +17,8 @@ from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
 from advflow.core.randomness import generator
-from advflow.core.ranks import Ranks
+from advflow.core.ranks import Ranks, batches, longest
+from advflow.core.sharding import clip_gradients
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
@@ -79,7 +80,7 @@ class Trainer:
         self.eval_conditioning = encode([prompt.text for prompt in self.eval_prompts], "data.eval_prompts")
         transformer = model.transformer
         del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
-        self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start)
+        self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start, self.ranks)
         self.sigmas = self.latents.sigmas(config.rollout.steps)
         self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
         self.sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
@@ -91,6 +92,7 @@ class Trainer:
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            foreach=self.device.type == "cuda" or None,  # which torch does not choose for sharded parameters
         )
         # What the next iteration depends on; whatever keeps a state of its own adds it here.
         self.parts: dict[str, Part] = {
@@ -226,7 +228,8 @@ class Trainer:
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
-        return Experience(x0, rewards, advantages, conditioning, group, rows, config.images, transitions), row
+        in_step = ranks.in_step(config.images)
+        return Experience(x0, rewards, advantages, conditioning, group, rows, config.images, in_step, transitions), row
 
     def _choose_prompts(self, iteration: int) -> list[int]:
         """The numbers of the prompts that this iteration learns from."""
@@ -264,10 +267,12 @@ class Trainer:
         config, process = self.config.rollout, self.process
         velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
         latents, transitions = [], []
-        for start in range(0, len(noise), config.batch):
+        most = longest(self.ranks.in_step(config.images))
+        for rows, used in batches(len(noise), config.batch, most):
             self._between_batches()
-            rows = slice(start, start + config.batch)
-            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, first + start)
+            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, first + rows.start)
+            if not used:
+                continue
             latents.append(x0)
             if steps is not None:
                 transitions.append(steps)
@@ -287,9 +292,10 @@ class Trainer:
             updates.append([])
             for loss in losses:
                 (loss.out.loss * loss.weight).backward()
-                updates[-1].append((loss.out.metrics, loss.weight))
+                if loss.weight:
+                    updates[-1].append((loss.out.metrics, loss.weight))
             self.ranks.sum_gradients(self.policies.learner)
-            norm = torch.nn.utils.clip_grad_norm_(self.policies.learner, self.config.optim.max_grad_norm).item()
+            norm = clip_gradients(self.policies.learner, self.config.optim.max_grad_norm)
             if math.isfinite(norm):
                 self._step(iteration, len(updates) - 1)
                 norms.append(norm)

@@ -56,9 +56,11 @@ class ModelConfig:
 
 @dataclass
 class RuntimeConfig:
-    """What a run does for speed. A run that trains every weight looks at `fused`, `compile` and `cuda_graphs` alone.
+    """How a run uses its machine. One that trains every weight looks at `shard`, `fused`, `compile` and `cuda_graphs`.
 
     Args:
+        shard: of several processes each holds a part of every weight but the adapters', by FSDP2, and of moments and
+            gradients where every weight is trained. Nothing is merged then. One process alone holds all.
         fused: run the transformer on the fused kernels its family has, where there is a GPU; adapters on
             their low-rank layers anywhere.
         merge_lora: for what a policy may run on weights its adapter is merged into, which costs nothing per forward
@@ -74,6 +76,7 @@ class RuntimeConfig:
             good. Then nothing is shared by `modulation_cache`.
     """
 
+    shard: bool = False
     fused: bool = True
     merge_lora: Literal["images", "all", "none"] = "images"
     merged_gigabytes: float = 4.0
@@ -82,4 +85,14 @@ class RuntimeConfig:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        if self.shard and self.cuda_graphs:
+            raise ValueError(
+                "runtime.cuda_graphs is True, with runtime.shard; accepted is one of them: a recording reads weights "
+                "where they lay, and sharded ones are put together anew for every pass"
+            )
+        if self.shard and self.merge_lora == "all":
+            raise ValueError(
+                'runtime.merge_lora is "all", with runtime.shard, whose weights are never merged; accepted is "none", '
+                'or "images", which merges where it can'
+            )
         require(self.merged_gigabytes >= 0, "runtime.merged_gigabytes", self.merged_gigabytes, "zero or more")
