@@ -18,7 +18,7 @@ from advflow.core import files as core_files
 from advflow.core.files import append_line, write_atomically
 from advflow.core.provenance import STARTS
 from advflow.core.tensor_files import as_os_errors
-from advflow.run import checkpoint
+from advflow.run import shards
 from advflow.run.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
 from advflow.run.log import EVALS, METRICS
 from advflow.run.state import weights_of
@@ -40,9 +40,9 @@ class Full:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.left, self.on, self.failed_at = number, True, ""
-        self._write, self._save = os.write, checkpoint.save_file
+        self._write, self._save = os.write, shards.save_file
         monkeypatch.setattr(core_files.os, "write", self._text)
-        monkeypatch.setattr(checkpoint, "save_file", self._tensors)
+        monkeypatch.setattr(shards, "save_file", self._tensors)
 
     def _is_full(self, place: str) -> bool:
         self.left -= 1
@@ -58,11 +58,11 @@ class Full:
             raise OSError(errno.ENOSPC, "No space left on device")
         return self._write(handle, content)
 
-    def _tensors(self, tensors: Any, path: Path) -> None:
+    def _tensors(self, tensors: Any, path: Path, metadata: Any) -> None:
         if self._is_full(str(path)):
             path.write_bytes(b"half")
             raise SafetensorError("I/O error: No space left on device (os error 28)")
-        self._save(tensors, path)
+        self._save(tensors, path, metadata)
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from advflow.cli import main
 from advflow.core import files as core_files
 from advflow.core.files import append_line, write_atomically
-from advflow.run import checkpoint
+from advflow.run import shards
 from advflow.run.checkpoint import load_newest, save_checkpoint
 
 from tests.trainer.runs import SMALL, assert_same_run, files
@@ -56,7 +56,7 @@ def die_before_a_file_operation(folder: Path, number: int) -> None:
 
 def die_within_a_write(number: int) -> None:
     """Half way through the write of this number, of text or of tensors."""
-    due, write, save = Countdown(number), os.write, checkpoint.save_file
+    due, write, save = Countdown(number), os.write, shards.save_file
 
     def half(handle: int, content: Any) -> int:
         if due():
@@ -64,14 +64,14 @@ def die_within_a_write(number: int) -> None:
             die()
         return write(handle, content)
 
-    def half_of_tensors(tensors: Any, path: Path) -> None:
-        save(tensors, path)
+    def half_of_tensors(tensors: Any, path: Path, metadata: Any) -> None:
+        save(tensors, path, metadata)
         if due():
             os.truncate(path, path.stat().st_size // 2)
             die()
 
     core_files.os.write = half  # type: ignore[assignment]
-    checkpoint.save_file = half_of_tensors  # type: ignore[assignment]
+    shards.save_file = half_of_tensors  # type: ignore[assignment]
 
 
 def die_at_a_call(name: str, number: int) -> None:

@@ -112,9 +112,9 @@ def test_every_form_gives_its_own_velocity(form: str, of_peft: tuple[PeftModel, 
     told = family.load(ModelConfig(), torch.device("cpu")).encode([PROMPT])
     x, t = _latents(pipeline), torch.tensor([0.7])
     v, v_old, v_ref = policy_velocities(policies, Needs(old=True, reference=True), x, t, told)
-    torch.testing.assert_close(v, family.velocity(theirs, x, t * 1000, told), rtol=0, atol=1e-5)
+    torch.testing.assert_close(v, family.velocity(theirs, x, t * 1000, told), rtol=0, atol=3e-5)
     with theirs.disable_adapter():
-        torch.testing.assert_close(v_ref, family.velocity(theirs, x, t * 1000, told), rtol=0, atol=1e-5)
+        torch.testing.assert_close(v_ref, family.velocity(theirs, x, t * 1000, told), rtol=0, atol=3e-5)
     assert v_old is not None and v_ref is not None
     assert torch.equal(v, v_old) and (v - v_ref).abs().max() > 1e-2
 

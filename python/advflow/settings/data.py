@@ -27,20 +27,20 @@ class DataConfig:
             with one prompt a line, or a .jsonl file with one object a line, as GenEval's: its "prompt", its "tag" as
             category, all else for the reward.
         eval_prompts: "embedded" or "shapes" (their held-out prompts), or such a file.
-        embeddings_cache: folder that keeps what the text encoders say of each prompt, for this run and others; null:
-            in memory for up to 2,048 prompts, for more in advflow/embeddings below $XDG_CACHE_HOME or ~/.cache.
         reward: a built-in one (docs/rewards.md lists them), a plugin's, or a dotted path "package.module:Class". Or
             several, a mapping of names to weights, or to mappings of weight, batch, args and reward, such as
             {pickscore: 1.0, text: {reward: ocr, weight: 0.5}}; `advantage.combine` says what becomes of them.
         reward_args: what the class of a reward that stands alone is made with, each as `--data.reward_args.NAME VALUE`;
             a plugin's may have a section of its own instead.
+        embeddings_cache: folder that keeps what the text encoders say of each prompt, for this run and others; null:
+            in memory for up to 2,048 prompts, for more in advflow/embeddings below $XDG_CACHE_HOME or ~/.cache.
     """
 
     prompts: str = "embedded"
     eval_prompts: str = "embedded"
-    embeddings_cache: str | None = None
     reward: str | dict[str, Any] = "embedded"
     reward_args: dict[str, Any] = field(default_factory=dict)
+    embeddings_cache: str | None = None
 
     def __post_init__(self) -> None:
         read_rewards(self.reward, self.reward_args)
