@@ -9,8 +9,10 @@ from torch import Tensor
 
 # Trapezoids of this width in log t. The nearest singularities lie at +-pi/2 i: an error of exp(-pi^2 / width), 2e-11.
 _WIDTH = 0.4
-# How far beyond the roots of the smallest and the largest eigenvalue, in log t: exp(-16) and exp(-2 * 8) are left.
-_BELOW, _ABOVE = 16.0, 8.0
+# How far beyond the roots of the smallest and the largest eigenvalue, in log t: exp(-24) and exp(-2 * 8) are left.
+_BELOW, _ABOVE = 24.0, 8.0
+# At t = 0 less than this of 1 is taken for nothing, whatever the eigenvalues' rounding.
+_LEAST_REST = 1e-7
 
 
 class Full:
@@ -49,11 +51,9 @@ class Full:
         values = values[kept]
         if not len(values):
             return removed.new_zeros(len(removed))
-        nodes, weights = _nodes(values)
         # What w has in directions without variance is rounding: no sample lies there.
-        shares = (removed @ (self._root @ vectors[:, kept])).square() @ (values[:, None] + nodes.square()).reciprocal()
-        integral = torch.log1p(-shares.clamp(max=1 - torch.finfo(shares.dtype).eps)) @ weights / math.pi
-        change: Tensor = values.sqrt().sum() - self._root_trace(covariance) + integral
+        squares = (removed @ (self._root @ vectors[:, kept])).square()
+        change: Tensor = values.sqrt().sum() - self._root_trace(covariance) + _integral(squares, values)
         return change
 
     def _root_trace(self, covariance: Tensor) -> Tensor:
@@ -67,6 +67,20 @@ def _positive(values: Tensor) -> Tensor:
     if not len(values):
         return values > 0
     return values > values.amax().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+
+
+def _integral(squares: Tensor, values: Tensor) -> Tensor:
+    """1/pi Integral_0^inf log(1 - sum_k squares_k / (values_k + t^2)) dt, ``[N]``."""
+    nodes, weights = _nodes(values)
+    inverse = (values[:, None] + nodes.square()).reciprocal()
+    shares = squares @ inverse
+    # Where little of 1 is left its digits are lost, and nothing is at t = 0 where a sample alone spans a direction. So
+    # what is left there counts from the rounding of the eigenvalues on, and what t adds to it is a sum.
+    rounding = (torch.finfo(values.dtype).eps * 10 * values.amax() / values.amin()).clamp(max=_LEAST_REST)
+    rest = 1 - (squares / values).sum(1, keepdim=True)
+    rest = torch.where(rest > rounding, rest, 0) + (squares / values) @ (inverse * nodes.square())
+    logs = torch.where(shares < 0.5, torch.log1p(-shares.clamp(max=0.5)), rest.log())
+    return logs @ weights / math.pi
 
 
 def _nodes(values: Tensor) -> tuple[Tensor, Tensor]:

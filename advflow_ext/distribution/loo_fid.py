@@ -154,9 +154,9 @@ class LeaveOneOutFID:
             if state[name] != word:
                 raise ValueError(f"state[{name!r}] is {state[name]!r}; accepted is the reference's, {word!r}.")
         for name in ("mean", "covariance"):
-            if state[name].shape != own[name].shape:
-                given, accepted = list(state[name].shape), list(own[name].shape)
-                raise ValueError(f"state[{name!r}] has shape {given}; accepted is {accepted}, as here.")
+            given = list(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+            if given != list(own[name].shape):
+                raise ValueError(f"state[{name!r}] has shape {given}; accepted is {list(own[name].shape)}, as here.")
         self._mean, self._covariance = (state[name].to(own[name], copy=True) for name in ("mean", "covariance"))
         self.updates, self.dropped = int(state["updates"]), int(state["dropped"])
 

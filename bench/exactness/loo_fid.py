@@ -66,9 +66,11 @@ class Deletion:
         if not self._full:
             stds = centred.square().sum(0).sqrt() - self._reference.covariance.diagonal().sqrt()
             return of_means + stds.square().sum()
-        spread = centred.T @ centred
-        roots = torch.linalg.eigvalsh(self._root @ spread @ self._root).clamp(min=0).sqrt().sum()
-        full: Tensor = of_means + spread.trace() + self._reference.covariance.trace() - 2 * roots
+        if len(rows) < rows.shape[1]:  # eigenvalues of zero would have roots of 1e-8
+            roots = torch.linalg.svdvals(centred @ self._root).sum()
+        else:
+            roots = torch.linalg.eigvalsh(self._root @ (centred.T @ centred) @ self._root).clamp(min=0).sqrt().sum()
+        full: Tensor = of_means + centred.square().sum() + self._reference.covariance.trace() - 2 * roots
         return full
 
 
