@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advflow_ext.contract.checks import require_float_tensor
 from advflow_ext.distribution._full import Full
 from advflow_ext.distribution._rows import finite_rows, require_count, require_features
 
@@ -48,7 +49,7 @@ class FeatureMoments:
         width = self.covariance.shape[0]
         if self.covariance.shape != (width, width):
             raise ValueError(f"covariance has shape {list(self.covariance.shape)}; accepted is [d, d].")
-        require_features("mean", self.mean[None] if isinstance(self.mean, Tensor) else self.mean)
+        require_float_tensor("mean", self.mean)
         if self.mean.shape != (width,) or self.mean.device != self.covariance.device:
             raise ValueError(
                 f"mean has shape {list(self.mean.shape)} on {self.mean.device}; accepted is [{width}] on "
@@ -131,8 +132,7 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> Tensor:
     for name, moments in (("first", first), ("second", second)):
         if moments.count < 2:
             raise ValueError(f"{name} has a count of 1; accepted is at least 2, since one image has no covariance.")
-    unbiased = (each.covariance * (each.count / (each.count - 1)) for each in (first, second))
-    covariance, other = unbiased
+    covariance, other = (each.covariance * (each.count / (each.count - 1)) for each in (first, second))
     return Full(second.mean, other).distance(first.mean, covariance).clamp(min=0)
 
 

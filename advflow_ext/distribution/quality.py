@@ -21,7 +21,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class ModeCoverage(NamedTuple):
-    """Of :func:`mode_coverage`, float64 []."""
+    """Of :func:`mode_coverage`: the share of modes that occur, how unequally, and the share of images with a mode."""
 
     share: Tensor
     kl: Tensor

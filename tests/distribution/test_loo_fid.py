@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import advflow_ext as af
 from tests.distribution import deletion
 
 BOTH = pytest.mark.parametrize("covariance", ["diagonal", "full"])
-PAGE = Path(__file__).resolve().parents[2] / "docs/loo-fid.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/loo-fid.md"
 REFERENCE = af.FeatureMoments.of(deletion.features(64, 6, 1), extractor="pool", preprocessing="antialias")
 
 
@@ -306,3 +308,23 @@ def test_the_page_is_what_there_is() -> None:
     parameters = list(inspect.signature(af.LeaveOneOutFID).parameters.values())[1:]
     written = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE)
     assert written == [(each.name, repr(each.default)) for each in parameters]
+
+
+def test_the_numbers_of_the_page_are_those_of_the_file() -> None:
+    table = PAGE.read_text().partition("<!-- measured -->")[2].partition("<!-- /measured -->")[0].strip()
+    measurements = json.loads((ROOT / "bench/results/loo-fid-cpu.json").read_text())
+    assert [line.strip("| ").split(" | ") for line in table.split("\n")[2:]] == [
+        [
+            *(f"{row[name]}" for name in ("covariance", "features", "images", "beta")),
+            f"{row['error_over_std']:.0e}".replace("e-0", "e-"),
+            f"{row['seconds']:.2g}",
+            f"{row['seconds_by_deletion']:,.0f}",
+            f"{row['seconds_by_deletion'] / row['seconds']:,.0f}x",
+        ]
+        for row in measurements["results"]
+    ]
+    assert all(
+        row["error_over_std"] < (1e-6 if row["covariance"] == "diagonal" else 1e-5) for row in measurements["results"]
+    )
+    for row in measurements["agreement"]:
+        assert f"{row['spearman']:.2f} at $\\beta$ = {row['beta']}" in PAGE.read_text()
