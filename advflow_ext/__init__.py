@@ -3,6 +3,15 @@
 from advflow_ext import _native, nn, reference
 from advflow_ext.contract.outputs import LossMetrics, LossOutput, SdeStep
 from advflow_ext.contract.step_table import StepTable
+from advflow_ext.distribution.loo_fid import LeaveOneOutFID
+from advflow_ext.distribution.moments import FeatureMoments, frechet_distance
+from advflow_ext.distribution.quality import (
+    ModeCoverage,
+    PrecisionRecall,
+    mode_coverage,
+    precision_recall,
+    vendi_score,
+)
 from advflow_ext.ops.advantage_flow import advantage_flow_loss
 from advflow_ext.ops.advantages import group_advantages, softmax_advantages
 from advflow_ext.ops.awm import awm_log_prob, awm_loss
@@ -48,15 +57,19 @@ __all__ = [
     "CudaGraphs",
     "DiffusionNFTLoss",
     "DistillationLoss",
+    "FeatureMoments",
     "FlowAWRLoss",
     "FlowCPSLoss",
     "FlowDPPOLoss",
     "FlowGRPOLoss",
     "GRPOGuardLoss",
+    "LeaveOneOutFID",
     "LossMetrics",
     "LossOutput",
     "Mismatch",
+    "ModeCoverage",
     "PolicySet",
+    "PrecisionRecall",
     "RewardWeightedLoss",
     "SdeStep",
     "StepTable",
@@ -74,16 +87,20 @@ __all__ = [
     "flow_cps_loss",
     "flow_dppo_loss",
     "flow_grpo_loss",
+    "frechet_distance",
     "from_means",
     "gaussian_kl",
     "gaussian_kl_from_velocity",
     "group_advantages",
     "grpo_guard_loss",
+    "mode_coverage",
     "nn",
+    "precision_recall",
     "reference",
     "reward_weighted_loss",
     "sde_step",
     "softmax_advantages",
     "transition_log_prob",
     "transition_noise",
+    "vendi_score",
 ]

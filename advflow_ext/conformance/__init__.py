@@ -20,6 +20,7 @@ from advflow_ext.conformance.flow_dppo import flow_dppo_paper
 from advflow_ext.conformance.flow_factory import flow_factory
 from advflow_ext.conformance.flow_grpo import flow_grpo
 from advflow_ext.conformance.grpo_guard import grpo_guard
+from advflow_ext.conformance.loo_fid import loo_fid
 from advflow_ext.conformance.mix_grpo import mix_grpo
 from advflow_ext.conformance.orw_cfm import orw_cfm
 from advflow_ext.conformance.rows import Inputs, Row
@@ -30,6 +31,7 @@ TRAINERS = (
     flow_grpo, flow_cps, dance_grpo, mix_grpo, grpo_guard, flow_factory, unirl_flow_dppo,
     earlier_unirl_flow_dppo, flow_dppo_paper, verl_omni,
     diffusion_nft, awm, flow_awr, ada_grpo, orw_cfm, advantage_flow,
+    loo_fid,
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ SOURCES = {
     "ORW-CFM": "markerthu/orw-cfm @de9c766",
     "AdvantageFlow": "arXiv 2605.26013",
     "MeanFlowAdvantage": "arXiv 2609.37670",
+    "ar-policy-tuning": "bugrabaran/ar-policy-tuning @fac5b31",
 }
 Loss = Callable[..., af.LossOutput]
 

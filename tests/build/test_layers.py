@@ -17,7 +17,7 @@ FLOORS = (  # of advflow_ext
     ("contract",),
     ("reference", "kernels"),
     ("ops", "nn", "testing"),
-    ("policies", "patches"),
+    ("policies", "patches", "distribution"),
     ("conformance", "info", "integrations"),
     ("bench",),
     ("doctor",),

@@ -176,6 +176,10 @@ def test_an_environment_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (
+            "--rollout.prompts 2 --capability.candidates 4",
+            r"capability.candidates is 4; with 5 processes accepted are 5",
+        ),
         ("--rollout.prompts 1", r"rollout.images_per_prompt is 4; with 5 processes accepted are 5 images or more"),
         (
             "--algorithm reward_weighted --reward_weighted.method best",

@@ -118,6 +118,11 @@ class Trainer:
                 f"rollout.prompts x rollout.images_per_prompt is {config.rollout.images}; with {size} processes "
                 f"accepted are {size} images or more"
             )
+        candidates = config.capability.candidates
+        if candidates is not None and candidates < size:
+            raise ValueError(
+                f"capability.candidates is {candidates}; with {size} processes accepted are {size} candidates or more"
+            )
         best = config.algorithm == "reward_weighted" and config.method.method == "best"
         if best and config.rollout.prompts % size:
             raise ValueError(
