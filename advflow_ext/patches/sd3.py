@@ -40,7 +40,7 @@ def apply_to_sd3(
     Works on ``SD3Transformer2DModel`` of diffusers 0.31 or newer, alone or inside PEFT, DDP or FSDP2 wrappers, before
     or after any of them; under autocast, gradient checkpointing and ``torch.compile`` (whole or block by block). Only
     PEFT's adapters have to be there first. Nothing waits for the device once ``verify`` has seen what it met, so a CUDA
-    graph can be captured then; no GPU has confirmed that yet.
+    graph can be captured then, as :class:`advflow_ext.CudaGraphs` does.
 
     A part of a block keeps its own forward where it has hooks, where somebody else has wrapped or replaced it, or where
     its class is not diffusers', PEFT's or torch's own, whatever it is called: a class derived from one of those, or one

@@ -32,6 +32,7 @@ class Kernel:
     scalars: int  # the other loads: coefficients, an upstream gradient, a seed, a mix
     words: int  # of 16 bytes that it writes
     body: str
+    streams: bool = False  # what it writes is the first to leave the cache
 
 
 def parse_kernel(symbol: str, body: str) -> Kernel:
@@ -46,7 +47,7 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
         tensors = 2 + (not drawn)
         # x_next in one word or, as fp32 and in pairs of lanes, two; eps, fp32, in two.
         words = 1 + 2 if narrow else 3 + 2
-        return Kernel(name, bool(vector), tensors if narrow else 2 * tensors, 3 + drawn, words, body)
+        return Kernel(name, bool(vector), tensors if narrow else 2 * tensors, 3 + drawn, words, body, not narrow)
     if name in STEPS:
         return Kernel(name, bool(vector), 2 * 3, 4, 3 if name == "transition_deviation" else 0, body)
     target, *anchors = rest
@@ -120,7 +121,9 @@ def test_vector_kernels_store_in_16_byte_words(arch: str, source: Path, name: st
     assert kernels
     for kernel in kernels:
         stores = re.findall(r"st\.global\.(\S+)", kernel.body)
-        assert sum("v4" in store for store in stores) == kernel.words
+        wide = [store for store in stores if "v4" in store]
+        assert len(wide) == kernel.words
+        assert all(store.startswith("cs.") == kernel.streams for store in wide)
         assert len(stores) == kernel.words + scalars
 
 
