@@ -24,6 +24,7 @@ class AdvantageFlow:
         gamma: float | str | torch.Tensor = settings.gamma
         beta = settings.beta
         if gamma == "auto":
+            assert batch.rollout_weight is not None
             # A gamma that grows takes weight from the data, rather than giving it to the rollout policy: Adam, which
             # remembers the gradients of a thousand steps, would take the larger ones for a longer step.
             scale = START_GAMMA / batch.rollout_weight
