@@ -135,7 +135,7 @@ def test_a_broken_image_stands_for_its_group_where_that_was_whole(
     assert not steps.x[4:8].any() and steps.x[0].any()
     batch = trainer.process._batch(rollout, steps, torch.arange(12), torch.zeros(12, dtype=torch.long))  # type: ignore[attr-defined]
     told = ~rollout.advantages.isnan()
-    torch.testing.assert_close(batch.v[told], batch.v_old[told], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch.v[told], batch.v_old[told], rtol=1e-4, atol=1e-4)
     row = trainer.iterate(0)
     assert row["broken_images"] == 5 and row["skipped_steps"] == 0 and row["first_max_log_ratio"] < 1e-5
 
