@@ -91,12 +91,43 @@ def test_advantages_are_fused_in_their_own_unit_and_kept_in_their_bound() -> Non
         fused, row = ours.fuse(rewards, own)
         state = ours.state_dict()
         out = af.cross_level_advantages(rewards, 4, mean=state["mean"], variance=state["variance"])
-        expected = (own + 0.7 * scale * out.calibrated).clamp(-2 * scale, 2 * scale)
-        torch.testing.assert_close(fused, expected)
+        summed = own + 0.7 * scale * out.calibrated
+        torch.testing.assert_close(fused, summed * (2 * scale / summed.max()))
         assert fused[3] == 2 * scale and not fused[4:].any()
+        assert fused[:4].sum().item() == pytest.approx(0, abs=1e-6)
         assert row["two_sided_groups"] == 0.5 and row["sign_flips"] == 0
     same, _ = ours.fuse(rewards, own)
     torch.testing.assert_close(same, fused)
+
+
+def test_candidates_that_all_score_the_same_leave_the_groups_own_advantages() -> None:
+    """There is no deviation to measure a reward in; a next to none is, and no group's sum is cut off."""
+    rewards, choice = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]), AdvantageConfig()
+    own = af.group_advantages(rewards, 4, norm=choice.norm, clip=choice.clip, clip_mode=choice.clip_mode)
+    ours = curriculum(advantage=choice)
+    ours.choose(torch.zeros(6))
+    fused, row = ours.fuse(rewards, own)
+    assert torch.equal(fused, own) and row["sign_flips"] == 0
+    nearly = curriculum(advantage=choice)
+    nearly.choose(torch.tensor([0.0, 0.001, 0.0, 0.0, 0.0, 0.0]) - 0.01)
+    fused, _ = nearly.fuse(rewards, own)
+    third = 1 / 3
+    torch.testing.assert_close(fused, torch.tensor([-third, 1.0, -third, -third, -1.0, -1.0, 1.0, 1.0]))
+
+
+def test_softmax_advantages_are_fused_in_one_deviation_and_kept_within_3() -> None:
+    rewards = torch.tensor([0.0, 0.25, 0.375, 1.0, 0.6, 1.0, 1.0, 1.2])
+    own = af.softmax_advantages(rewards, 4)
+    for weight in (0.7, 70.0):
+        ours = curriculum(advantage=AdvantageConfig(norm="softmax"), weight=weight)
+        ours.choose(SCORES)
+        fused, _ = ours.fuse(rewards, own)
+        state = ours.state_dict()
+        out = af.cross_level_advantages(rewards, 4, mean=state["mean"], variance=state["variance"])
+        groups = (own + weight * out.calibrated).view(-1, 4)
+        expected = groups * (3 / groups.abs().amax(1, keepdim=True)).clamp(max=1)
+        torch.testing.assert_close(fused, expected.flatten())
+    assert fused[3] == 3 and weight == 70.0
 
 
 def test_sign_flips_are_counted() -> None:
@@ -155,6 +186,14 @@ def test_a_rollout_stopped_after_its_candidates_goes_on_to_the_same_bits(
         main(["train", "--out", str(folder), *WORDS])
     main(["train", "--out", str(folder), "--resume"])
     assert_same_run(finished, folder)
+
+
+@pytest.mark.parametrize("combine", ["gdpo", "worst_first"])
+def test_rewards_normalised_in_groups_are_not_held_against_other_prompts(small_config: Make, combine: str) -> None:
+    advantage = AdvantageConfig(combine=combine)  # type: ignore[arg-type]
+    assert small_config(advantage=advantage).capability.candidates is None
+    with pytest.raises(ValueError, match=rf'advantage.combine is .?{combine}.?; accepted: "weighted_sum" with capab'):
+        small_config(advantage=advantage, capability=CapabilityConfig(candidates=5))
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,41 @@ def test_gamma_moves_by_a_bounded_factor_within_bounds() -> None:
         (measured(1.0, 0.19), 0.19, 1.0),  # a rollout policy that has all but become the learner
         (measured(0.0, 0.5), 0.5, 1.0),  # no usable sample
         ({"rollout_deviation": math.nan, "target_error": math.nan}, 0.5, 1.0),
+        ({"rollout_deviation": math.inf, "target_error": math.inf}, 0.5, 1.0),
+        ({"rollout_deviation": 1.0, "target_error": math.inf}, 0.5, 1.0),
+        ({"rollout_deviation": math.inf, "target_error": 1.0}, 0.5, 1.0),
+        ({"rollout_deviation": 1.0, "target_error": 0.0}, 0.5, 1.0),
         (measured(1.0, 0.5), 0.5, 0.0),
     ],
 )
 def test_nothing_measured_is_nothing_concluded(first: dict[str, float], rho: float, rate: float) -> None:
     control = GammaControl(0.04)
     assert control.update(first, rho, rate) == {"gamma": 1.1} and control.gamma == 1.1
+
+
+@pytest.mark.parametrize(("deviation", "target_error", "led"), [(1e-300, 1e300, -0.1), (1e300, 1e-300, 0.1)])
+def test_any_two_numbers_that_are_measured_are_taken(deviation: float, target_error: float, led: float) -> None:
+    control = GammaControl(0.04)
+    control.update({"rollout_deviation": deviation, "target_error": target_error}, rho=0.5, rate=1.0)
+    assert control.gamma == pytest.approx(1.1 * math.exp(led))
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        ({"rate": 0.0}, r'rollout_policy.rate is 0.0; accepted: a positive number with advantage_flow.gamma "auto"'),
+        ({"maximum": 0.19}, r'rollout_policy.maximum is 0.19; accepted: 0.2 or more with advantage_flow.gamma "auto"'),
+    ],
+)
+def test_a_rollout_policy_that_never_keeps_a_fifth_is_refused(
+    small_config: Make, policy: dict[str, float], sentence: str
+) -> None:
+    auto, chosen = AdvantageFlowConfig(gamma="auto"), RolloutPolicyConfig(**policy)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=sentence):
+        small_config(advantage_flow=auto, rollout_policy=chosen)
+    small_config(rollout_policy=chosen)
+    small_config(algorithm="awm", advantage_flow=auto, rollout_policy=chosen)
+    small_config(advantage_flow=auto, rollout_policy=RolloutPolicyConfig(maximum=0.2))
 
 
 def test_it_settles_where_the_target_is_met() -> None:

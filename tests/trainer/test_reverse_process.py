@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -112,6 +112,32 @@ def test_a_shared_anchor_is_one_pass_a_group_and_the_same_gradient(
     for name in ("reward", "loss", "grad_norm", "mean_kl_ref", "max_abs_log_ratio", "advantage_rms"):
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-5), name
     assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_a_broken_image_stands_for_its_group_where_that_was_whole(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image 0 breaks after its group has parted, all of the second group before: from the state that they share."""
+    sde = SDEConfig(window="branch", steps=1, within=2, shared_anchor=True)
+    trainer = _trainer(small_config, sde=sde, optim=OptimConfig(micro_batch=12))
+    sample = trainer.process.sample
+
+    def breaking(*given: Any) -> Any:
+        x0, steps = sample(*given)
+        if given[-1] == 0:  # the first batch, of two groups
+            x0[0], x0[4:], steps.x[4:], steps.v_old[4:] = math.nan, math.nan, math.inf, math.nan
+        return x0, steps
+
+    monkeypatch.setattr(trainer.process, "sample", breaking)
+    rollout = _rollout(trainer)
+    steps = rollout.transitions
+    assert steps is not None and rollout.advantages.isnan().nonzero().flatten().tolist() == [0, 4, 5, 6, 7]
+    assert not steps.x[4:8].any() and steps.x[0].any()
+    batch = trainer.process._batch(rollout, steps, torch.arange(12), torch.zeros(12, dtype=torch.long))  # type: ignore[attr-defined]
+    told = ~rollout.advantages.isnan()
+    torch.testing.assert_close(batch.v[told], batch.v_old[told], rtol=1e-4, atol=1e-4)
+    row = trainer.iterate(0)
+    assert row["broken_images"] == 5 and row["skipped_steps"] == 0 and row["first_max_log_ratio"] < 1e-5
 
 
 def test_stored_steps_lead_to_the_images(small_config: Make) -> None:

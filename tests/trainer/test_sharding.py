@@ -38,6 +38,7 @@ KINDS = {
     "lora": "--model.trainable lora --model.lora_rank 4".split(),
     # 9 images in 3 updates: of four processes some have no image of an update.
     "flow_grpo": "--algorithm flow_grpo --optim.steps_per_iteration 3 --sde.steps 1".split(),
+    "curriculum": ["--capability.candidates", "5", "--data.reward", "{redness: 1, embedded: 0}"],
 }
 
 

@@ -24,10 +24,11 @@ class AdvantageFlow:
         gamma: float | str | torch.Tensor = settings.gamma
         beta = settings.beta
         if gamma == "auto":
+            weight = START_GAMMA if batch.rollout_weight is None else batch.rollout_weight
             # A gamma that grows takes weight from the data, rather than giving it to the rollout policy: Adam, which
             # remembers the gradients of a thousand steps, would take the larger ones for a longer step.
-            scale = START_GAMMA / batch.rollout_weight
-            gamma = scale * self._convex(advantages, lam, batch.rollout_weight)
+            scale = START_GAMMA / weight
+            gamma = scale * self._convex(advantages, lam, weight)
             beta, lam = scale * beta, scale * lam
         return af.advantage_flow_loss(
             batch.v,

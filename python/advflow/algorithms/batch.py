@@ -66,7 +66,7 @@ class ForwardBatch:
     """Images [B, C, H, W] met at (t, noise). `v` alone carries gradients. t, rewards, advantages: [B].
 
     `group_size` is how many images a prompt has, `reference_scale` multiplies the weight that the settings give to the
-    reference, `rollout_weight` is that of the rollout policy where the settings leave it to the run.
+    reference, `rollout_weight` is that of the rollout policy where the settings leave it to the run (None: its first).
     """
 
     v: torch.Tensor
@@ -79,7 +79,7 @@ class ForwardBatch:
     advantages: torch.Tensor
     group_size: int
     reference_scale: float
-    rollout_weight: float = 1.1
+    rollout_weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import advflow_ext as af
 from advflow.settings.capability import CapabilityConfig
 from advflow.settings.data import AdvantageConfig
 
+_LEAST_VARIANCE = 1e-8  # where `cross_level_advantages` holds it: scores that are all the same have no deviation
+
 
 class Curriculum:
     """Chooses an iteration's prompts by the scores of one image each, then fuses what those say into its advantages.
@@ -54,25 +56,27 @@ class Curriculum:
         mean, variance = self._tracker.mean, self._tracker.variance
         if mean.isnan():  # no candidate has been scored yet
             return advantages, self._row
-        out = af.cross_level_advantages(rewards, self._group, mean=mean, variance=variance)
-        fused = advantages + self._config.weight * self._unit * out.calibrated.to(advantages.dtype)
-        if self._bound is not None:
-            fused = fused.clamp(-self._bound, self._bound)
+        # The op's clip would cut off what makes a group sum to 0; the bound of the sum does without.
+        out = af.cross_level_advantages(rewards.double(), self._group, mean=mean, variance=variance, clip=None)
+        unit, bound = self._unit_and_bound
+        weight = self._config.weight * unit if variance > _LEAST_VARIANCE else 0.0
+        groups = (advantages.double() + weight * out.calibrated).view(-1, self._group)
+        groups = groups * (bound / groups.abs().amax(1, keepdim=True)).clamp(max=1.0)
+        fused = groups.flatten().to(advantages.dtype)
         told = rewards.isfinite()
         flips = (advantages * fused < 0)[told].float().mean().item()
         return fused, self._row | {"two_sided_groups": out.two_sided.float().mean().item(), "sign_flips": flips}
 
     @property
-    def _unit(self) -> float:
-        """What an advantage of one deviation is called: calibrated ones have that unit too."""
-        return 1 / self._advantage.clip if self._advantage.clip_mode == "clip_divide" else 1.0
+    def _unit_and_bound(self) -> tuple[float, float]:
+        """Those of the groups' own advantages: what one of one deviation is called, and how large one may be.
 
-    @property
-    def _bound(self) -> float | None:
-        """That of the groups' own advantages. The authors' code has none for the sum, which does not reach 5 there."""
-        if self._advantage.norm == "softmax":
-            return None
-        return self._advantage.clip * self._unit
+        The authors' code has no bound for the sum, which does not reach 5 there.
+        """
+        choice = self._advantage
+        if choice.norm == "softmax":  # which has no other `clip_mode`; `clip` bounds what comes before it
+            return 1.0, 3.0
+        return (1 / choice.clip, 1.0) if choice.clip_mode == "clip_divide" else (1.0, choice.clip)
 
 
 def _nearest(select: str, scores: torch.Tensor, mean: torch.Tensor, count: int) -> list[int]:

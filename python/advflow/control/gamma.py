@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 from advflow.algorithms.advantage_flow import START_GAMMA
+from advflow.settings.methods import LEAST_RHO
 
 _LEAST, _MOST = 0.1, 10.0
 _GAIN = 0.1  # so at most 11 % an iteration
-_LEAST_RHO = 0.2  # below it what is between the two is the last step alone, whose length Adam decides, not gamma
 
 
 class GammaControl:
@@ -40,11 +40,13 @@ class GammaControl:
 
         Of the iteration before, `rho` is the rollout policy's, `rate` the share of the highest learning rate.
         """
-        used, deviation = self.gamma, first["rollout_deviation"]
+        used, deviation, error = self.gamma, first["rollout_deviation"], first["target_error"]
         # 0 is what a loss reports that had no usable sample: nothing was measured, so nothing is concluded.
-        if rho < _LEAST_RHO or rate <= 0 or not deviation > 0:
+        measured = 0 < deviation < math.inf and 0 < error < math.inf
+        if rho < LEAST_RHO or rate <= 0 or not measured:
             return {"gamma": used}
-        move = math.sqrt(deviation / first["target_error"]) * (1 - rho) / rho
-        error = min(max(math.log(move / (self._target * rate)), -1.0), 1.0)
-        self.gamma = min(max(used * math.exp(_GAIN * error), _LEAST), _MOST)
+        # Roots first: the quotient of two finite numbers may be neither finite nor above 0.
+        move = math.sqrt(deviation) / math.sqrt(error) * (1 - rho) / rho
+        excess = min(max(math.log(move / (self._target * rate)), -1.0), 1.0)
+        self.gamma = min(max(used * math.exp(_GAIN * excess), _LEAST), _MOST)
         return {"gamma": used, "learner_move": move}

@@ -207,7 +207,9 @@ class Trainer:
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
         if transitions is not None:
-            transitions.x[broken.to(x0.device)] = 0.0
+            # Each state by itself: one that a group shares stands for all of its images.
+            usable = transitions.x.flatten(2).isfinite().all(2) & transitions.v_old.flatten(2).isfinite().all(2)
+            transitions.x[~usable] = 0.0
         broken, reward, score = map(ranks.gather, (broken, scores.reward, scores.score))
         reward = reward.masked_fill(broken[:, None], torch.nan)
         rewards = self.learnt.combine(reward, group, self.config.advantage.combine)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from advflow.settings.capability import CapabilityConfig
 from advflow.settings.data import AdvantageConfig, DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import (
+    LEAST_RHO,
     AdvantageFlowConfig,
     AWMConfig,
     DiffusionNFTConfig,
@@ -94,10 +95,26 @@ class TrainConfig:
             candidates,
             f"rollout.prompts, {kept}, or more, or null",
         )
+        combine = self.advantage.combine
+        require(
+            candidates is None or combine == "weighted_sum",
+            "advantage.combine",
+            combine,
+            '"weighted_sum" with capability.candidates, which holds rewards of different prompts against each other',
+        )
+        if isinstance(self.method, AdvantageFlowConfig) and self.method.gamma == "auto":
+            self._require_rollout_policy()
         if self.process == "reverse":
             self._require_stochastic_steps()
         else:
             self._require_draws()
+
+    def _require_rollout_policy(self) -> None:
+        """What a gamma that tunes itself asks of the policy that it is measured against."""
+        policy, reason = self.rollout_policy, 'with advantage_flow.gamma "auto", which never moves otherwise'
+        require(policy.rate > 0, "rollout_policy.rate", policy.rate, f"a positive number {reason}")
+        enough = policy.maximum >= LEAST_RHO
+        require(enough, "rollout_policy.maximum", policy.maximum, f"{LEAST_RHO} or more {reason}")
 
     def _require_draws(self) -> None:
         """What the forward process asks of settings that stand in different sections."""

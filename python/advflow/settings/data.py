@@ -98,7 +98,7 @@ class AdvantageConfig:
         scale_by_std: of "softmax" alone: FlowAWR's gate for rule-based rewards, on for its GenEval and OCR.
         combine: several rewards become one before that: "weighted_sum" of themselves (flow_grpo), or of what is left
             of each over its group's mean in its group's standard deviations ("gdpo", arXiv 2601.05242), or the smallest
-            of these, each times its weight ("worst_first").
+            of these, each times its weight ("worst_first"). With capability.candidates the first alone.
     """
 
     norm: Literal["batch_rms", "group_std", "raw_global_std", "softmax"] = "batch_rms"

@@ -7,6 +7,10 @@ from typing import Literal
 
 from advflow.settings.numbers import require
 
+# Of the rollout policy, for gamma "auto": where it keeps less, what is between it and the learner is the last step
+# alone, whose length Adam decides, not gamma.
+LEAST_RHO = 0.2
+
 
 @dataclass
 class AdvantageFlowConfig:
@@ -15,7 +19,8 @@ class AdvantageFlowConfig:
     Args:
         gamma: rollout regularisation, a number, "1-A", "beta(beta-A)", or "auto": begins at 1.1 and moves so that the
             learner goes `target_move` in an iteration; larger for a sample that would be left with a curvature below
-            0.1. The whole loss is scaled by 1.1 / gamma. Needs a rollout policy that keeps a fifth of itself or more.
+            0.1. The whole loss is scaled by 1.1 / gamma. Needs a rollout policy that keeps a fifth of itself or more:
+            gamma first moves once rollout_policy.rate times the optimiser steps since its start has reached 0.2.
         target_move: of gamma "auto": root of the mean <(v - v_old)^2> over the mean <(v - u)^2>, at the highest
             learning rate; in proportion to the rate at a smaller one.
         lam: reference regularisation; 1e-3 in the paper.
