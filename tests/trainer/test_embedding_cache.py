@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,23 +130,20 @@ def test_a_file_that_cannot_be_opened_is_left_to_others(
     assert {path: path.read_bytes() for path in _files(tmp_path)} == before
 
 
-def test_too_many_open_files_are_called_so(tmp_path: Path) -> None:
+def test_too_many_open_files_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors then says that there is no such file."""
     _filled(tmp_path, Fake())
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 16, limits[1]))
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        cache = EmbeddingCache(tmp_path, FORM.identity())
-        os.close(taken.pop())  # for the listing of the folder, which one file more would need
-        with pytest.raises(ValueError, match=r"cannot be read \(Too many open files\)"):
-            cache.fill(TEXTS, lambda part: {}, "data.prompts", Ranks())
-    finally:
-        for handle in taken:
-            os.close(handle)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def fail(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory")
+
+    def too_many(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"cannot be read \(Too many open files\)"):
+        patch.setattr("advflow.models.embedding_cache.safe_open", fail)
+        patch.setattr(Path, "open", too_many)
+        _filled(tmp_path, Fake())
     assert len(_files(tmp_path)) == 3
 
 
