@@ -14,16 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from advflow.cli import main
 from advflow.core.ranks import Ranks
 from advflow.models.embedding_cache import EmbeddingCache
 from advflow.models.encoding import Encoder, OnDemand, user_cache
 from advflow.models.family import LoadedModel, StoredForm
 from advflow.models.sd3 import SD3, load_pipeline, text_identity
+from advflow.run.inference import evaluate_run, load_run
+from advflow.run.log import EVALS
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import DataConfig
 from advflow.settings.model import ModelConfig
+from advflow.settings.sources import load_run_config
 
+from tests.trainer.runs import SMALL, rows
 from tests.trainer.test_ranks import Meeting, Threads
 
 Make = Callable[..., TrainConfig]
@@ -99,6 +104,67 @@ def test_a_file_that_cannot_be_read_is_named_and_made_again(broken: str, tmp_pat
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError(5, "Input/output error"),
+        FileNotFoundError("No such file or directory: what safetensors says of too many open files"),
+    ],
+)
+def test_a_file_that_cannot_be_opened_is_left_to_others(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _filled(tmp_path, Fake())
+    before = {path: path.read_bytes() for path in _files(tmp_path)}
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"\.safetensors cannot be read \(.*; accepted"),
+    ):
+        patch.setattr("advflow.models.embedding_cache.safe_open", fail)
+        _filled(tmp_path, Fake())
+    assert {path: path.read_bytes() for path in _files(tmp_path)} == before
+
+
+def test_too_many_open_files_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors then says that there is no such file."""
+    _filled(tmp_path, Fake())
+
+    def fail(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory")
+
+    def too_many(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"cannot be read \(Too many open files\)"):
+        patch.setattr("advflow.models.embedding_cache.safe_open", fail)
+        patch.setattr(Path, "open", too_many)
+        _filled(tmp_path, Fake())
+    assert len(_files(tmp_path)) == 3
+
+
+def test_a_file_that_another_run_has_removed_since_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _filled(tmp_path, Fake())
+    again, glob = Fake(), Path.glob
+
+    def overtaken(self: Path, pattern: str) -> Any:
+        found = list(glob(self, pattern))
+        if "safetensors" in pattern and again.asked == 0:
+            found[0].unlink()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", overtaken)
+        cache = _filled(tmp_path, again)
+    assert again.asked == 1 and torch.equal(cache.read(TEXTS)["said"], _truth(TEXTS))
+
+
 def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
     _filled(tmp_path, Fake())
     for path in _files(tmp_path):
@@ -139,7 +205,28 @@ def test_processes_must_see_one_folder(tmp_path: Path) -> None:
         return str(caught.value)
 
     with ThreadPoolExecutor(2) as pool:
-        assert [sentence[:4] for sentence in pool.map(one, range(2))] == ["86 e", "64 e"]
+        sentences = list(pool.map(one, range(2)))
+    assert all(": 86 as process 0 sees it, 64 as process 1 sees it; data" in sentence for sentence in sentences)
+
+
+def test_a_process_that_sees_all_says_who_does_not(tmp_path: Path) -> None:
+    meeting = Meeting(2)
+
+    def one(rank: int) -> None:  # the second makes the only file
+        with pytest.raises(ValueError, match=r"embeddings that were made are not in .*: 64 as process 0 sees it; data"):
+            _filled(tmp_path / str(rank), Fake(), TEXTS[:64], Process(rank, 2, meeting))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(2)))
+
+
+def test_what_is_removed_under_a_process_alone_is_told_of_no_other(tmp_path: Path) -> None:
+    class Removing(Ranks):
+        def wait(self) -> None:
+            _files(tmp_path)[0].unlink()
+
+    with pytest.raises(ValueError, match="64 embeddings that were there are no longer in .* from which nothing is rem"):
+        _filled(tmp_path, Fake(), TEXTS[:128], Removing())
 
 
 def test_too_little_room_is_seen_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +306,24 @@ def test_training_has_the_same_bits_and_no_text_encoders(
     expected = torch.load(cached / "found", weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(list(cached.rglob("*.safetensors"))) == 7  # 369 prompts, then 12 held-out ones
+
+
+def test_a_run_is_evaluated_as_its_training_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    main(["train", "--out", str(run), *SMALL, "--iterations", "1", "--data.embeddings_cache", str(cache)])
+    config, load = load_run_config(str(run)), SD3.load
+    sizes: list[int] = []
+
+    def watched(self: SD3, settings: ModelConfig, device: torch.device) -> LoadedModel:
+        model = load(self, settings, device)
+        return replace(model, encode=lambda texts: sizes.append(len(texts)) or model.encode(texts))  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(SD3, "load", watched)
+    told = rows(run, EVALS)[-1]
+    for folder, encoded in ((str(cache), []), (None, [64])):
+        own = replace(config, data=replace(config.data, embeddings_cache=folder))
+        found = evaluate_run(load_run(run, own, base=False))
+        assert (found.overall, found.categories, sizes) == (told["overall"], told["categories"], encoded)
 
 
 def test_many_prompts_go_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,8 @@ def test_every_resume_ends_with_the_bits_of_the_run_that_nobody_killed(case: int
     number = chosen.randint(1, KINDS[kind][1] or 400)
     while (code := _in_a_process(folder, kind, number)) == 0:  # it was over before it was killed
         shutil.rmtree(folder)
-        number = number // 2
+        assert number > 1, f"the first {kind} has not killed it"
+        number //= 2
     assert code == -signal.SIGKILL
     if KILLED_TIMES[case] == 2:  # and once more, while it finds out where it was
         assert _in_a_process(folder, "operation", chosen.randint(1, 20)) == -signal.SIGKILL

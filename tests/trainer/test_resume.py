@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
-from advflow.cli import main
+from advflow.cli import _parse, main
 from advflow.run.folder import MAY_CHANGE, FolderLock, check_folder, write_config
 from advflow.run.log import EVALS, METRICS
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
+from advflow.settings.data import DataConfig
 from advflow.settings.methods import AdvantageFlowConfig
+from advflow.settings.model import RuntimeConfig
 from advflow.settings.numbers import flatten
-from advflow.settings.sources import load_run_config
+from advflow.settings.sources import load_run_config, to_config, train_parser
 
 from tests.trainer.runs import SMALL, assert_same_run, files, rows
 
@@ -88,6 +91,76 @@ def test_every_changed_setting_is_named_and_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match=rf"{name} is .* and was .*; --resume may change iterations, out, "):
                 check_folder(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({"redness": 1.0}, {"redness": 1.0, "compressibility": None}),
+        ({"redness": 1.0}, {"redness": 1.0, "compressibility": {"args": {}}}),
+        ({"redness": 1.0, "compressibility": {}}, {"redness": 1.0}),
+        ({"redness": {}}, "embedded"),
+        ("embedded", {"redness": {}}),
+        ({"redness": {}}, {"redness": 2}),
+        ({"redness": {"args": {"a": None}}}, {"redness": {"args": {}}}),
+        ({"redness": {"batch": 3}}, {"redness": {}}),
+        ({"a": {"reward": "redness"}}, {"a": {"reward": "embedded"}}),
+    ],
+)
+def test_a_changed_reward_is_refused(was: Any, now: Any, tmp_path: Path) -> None:
+    write_config(TrainConfig(out=str(tmp_path), data=DataConfig(reward=was)))
+    sentence = f"other settings: data.reward is {now!r} and was {was!r}; --resume may"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_folder(TrainConfig(out=str(tmp_path), data=DataConfig(reward=now)), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({"redness": {}}, {"redness": {}}),
+        ({"redness": None}, {"redness": {"weight": 1.0, "args": {}}}),
+        ({"redness": 1}, "redness"),
+        ("redness", {"redness": {"reward": "redness"}}),
+        ({"a": {"reward": "redness"}, "redness": 0}, {"a": {"reward": "redness", "weight": 1}, "redness": 0.0}),
+    ],
+)
+def test_a_reward_in_other_words_is_the_same(was: Any, now: Any, tmp_path: Path) -> None:
+    write_config(TrainConfig(out=str(tmp_path), data=DataConfig(reward=was)))
+    check_folder(TrainConfig(out=str(tmp_path), data=DataConfig(reward=now)), resume=True)
+
+
+def test_an_argument_of_a_reward_that_is_null_is_one(tmp_path: Path) -> None:
+    write_config(TrainConfig(out=str(tmp_path)))
+    changed = TrainConfig(out=str(tmp_path), data=DataConfig(reward_args={"model": None}))
+    with pytest.raises(ValueError, match=r"data.reward_args is \{'model': None\} and was \{\}; "):
+        check_folder(changed, resume=True)
+
+
+def test_a_run_that_says_less_has_the_defaults_and_one_that_says_more_is_another(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"out: {tmp_path}\ndata:\noptim: {{lr: {TrainConfig().optim.lr}}}\n")
+    check_folder(TrainConfig(out=str(tmp_path)), resume=True)
+    (tmp_path / "config.yaml").write_text(f"out: {tmp_path}\noptim: {{gone: null}}\n")
+    with pytest.raises(ValueError, match=r"other settings: optim.gone is no setting and was None; "):
+        check_folder(TrainConfig(out=str(tmp_path)), resume=True)
+
+
+def test_a_run_with_cuda_graphs_goes_on_in_parts_without_them_and_one_that_merges_all_does_not(tmp_path: Path) -> None:
+    """What docs/data-parallel.md says."""
+    folder = str(tmp_path)
+
+    def resumed(*words: str) -> None:
+        arguments = _parse(["train", "--out", folder, "--resume", "--runtime.shard", "true", *words]).train
+        for name in ("resume", "config"):
+            arguments.pop(name)
+        check_folder(to_config(train_parser(), arguments), resume=True)
+
+    write_config(TrainConfig(out=folder, runtime=RuntimeConfig(cuda_graphs=True)))
+    with pytest.raises(ValueError, match="runtime.cuda_graphs is True, with runtime.shard"):
+        resumed()
+    resumed("--runtime.cuda_graphs", "false")
+    write_config(TrainConfig(out=folder, runtime=RuntimeConfig(merge_lora="all")))
+    with pytest.raises(ValueError, match="runtime.merge_lora is 'images' and was 'all'; --resume may change"):
+        resumed("--runtime.merge_lora", "images")
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_pickle_would_be_noticed(tmp_path: Path) -> None:
     assert not list(unsafe_places(tmp_path / "good.py"))
 
 
-def test_weights_that_are_pickles_are_not_loaded(tmp_path: Path) -> None:
+def test_a_pipelines_weights_that_are_pickles_are_not_loaded(tmp_path: Path) -> None:
     folder = shutil.copytree(pipeline_folder("embedded"), tmp_path / "pipeline")
     weights = next((folder / "transformer").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
@@ -181,6 +181,7 @@ def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("plugins: [runs.theirs.brought]", "runs.theirs.brought"),
         ("plugins: [runs.theirs.deeper.code]", "runs.theirs.deeper.code"),
         ("data: {reward: 'runs.theirs.brought:Reward'}", "runs.theirs.brought"),
+        ("data: {reward: {mine: {reward: 'runs.theirs.brought:Reward'}, redness: 1}}", "runs.theirs.brought"),
         ("plugins: [linked]", "linked"),
     ],
 )

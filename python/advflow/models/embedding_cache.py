@@ -72,12 +72,22 @@ class EmbeddingCache:
             self._write(parts[number], rows)
         ranks.wait()
         self._look()
-        lost = sum(_key(text) not in self._places for text in different)
-        if ranks.any(lost > 0):
+        self._require_all(different, ranks)
+
+    def _require_all(self, texts: Sequence[str], ranks: Ranks) -> None:
+        lost = ranks.everyone(sum(_key(text) not in self._places for text in texts))
+        if not any(lost):
+            return
+        if ranks.size == 1:
             raise ValueError(
-                f"{lost} embeddings that another process has made are not in {self._folder}; data.embeddings_cache "
-                "must be a folder that all processes see"
+                f"{lost[0]:,} embeddings that were there are no longer in {self._folder}; accepted is a "
+                "data.embeddings_cache from which nothing is removed while a run uses it"
             )
+        seen = ", ".join(f"{count:,} as process {rank} sees it" for rank, count in enumerate(lost) if count)
+        raise ValueError(
+            f"embeddings that were made are not in {self._folder}: {seen}; data.embeddings_cache must be a folder that "
+            "all processes see"
+        )
 
     def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors on the CPU with a row for each text. Raises ValueError where they are not what was written."""
@@ -91,7 +101,9 @@ class EmbeddingCache:
                 self._opened[path] = safe_open(path, "pt")
             opened = self._opened[path]
             found = {name: opened.get_slice(name)[row : row + 1] for name in sorted(opened.keys())}
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise ValueError(_unreadable(path, error)) from error
+        except SafetensorError as error:
             raise ValueError(f"{_damaged(path)} ({error})") from error
         if _digest(found) != digest:
             raise ValueError(f"{_damaged(path)} (the embeddings of {text!r:.60} are not those that were written)")
@@ -107,7 +119,10 @@ class EmbeddingCache:
                 path.unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Takes note of what is there. A file that cannot be read is named, removed, and made again."""
+        """Takes note of what is there. A file with something else in it is named, removed, and made again.
+
+        Raises ValueError for one that cannot be read at all: it may be whole, and of use to other runs.
+        """
         for path in sorted(self._folder.glob("*.safetensors")):
             if path in self._opened:
                 continue
@@ -116,7 +131,10 @@ class EmbeddingCache:
                 rows = json.loads(opened.metadata()[_ROWS])
                 self._places |= {key: _Place(path, row, digest) for row, (key, digest) in enumerate(rows)}
                 self._opened[path] = opened
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            except OSError as error:
+                if os.path.lexists(path):  # and has not been removed by another run since
+                    raise ValueError(_unreadable(path, error)) from error
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 warnings.warn(f"{path} is damaged ({error}); its prompts are encoded again", stacklevel=2)
                 path.unlink(missing_ok=True)
 
@@ -152,6 +170,15 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    reason: object = error
+    try:  # safetensors says that there is no file where there are too many open ones
+        path.open("rb").close()
+    except OSError as own:
+        reason = own.strerror
+    return f"{path} cannot be read ({reason}); accepted is a data.embeddings_cache whose files this process can read"
 
 
 def _damaged(path: Path) -> str:

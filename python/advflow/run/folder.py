@@ -6,8 +6,9 @@ import fcntl
 import os
 import socket
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
-from advflow.settings.numbers import flatten
+from advflow.settings.rewards import read_rewards
 from advflow.settings.yaml_files import CONFIG
 
 MAY_CHANGE = (
@@ -28,6 +29,7 @@ MAY_CHANGE = (
     "data.embeddings_cache",
     "evaluation.every",
     "runtime.shard",
+    "runtime.cuda_graphs",
 )
 """Settings that `--resume` may change: how long, where, in how much memory, how often something is written down."""
 _LOCK = ".lock"
@@ -56,13 +58,11 @@ def make_folder(config: TrainConfig) -> None:
 
 def changed_settings(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """By dotted name, what the run in `config.out` has and what `config` has, where they differ."""
-    stored = flatten(_read(Path(config.out) / CONFIG))
-    new = flatten(asdict(config))
-    # One reward is a value where several are a mapping: the default of what is a mapping in the file says nothing.
-    defaults = flatten(asdict(type(config)())).items()
-    stored |= {name: value for name, value in defaults if not any(f"{each}.".startswith(f"{name}.") for each in stored)}
-    pairs = {name: (stored.get(name), new.get(name)) for name in stored | new}
-    return {name: (old, value) for name, (old, value) in pairs.items() if old != value}
+    pairs = {name: (old, new) for name, old, new in _pairs(_read(Path(config.out) / CONFIG), config, type(config)())}
+    # A weight of 1 may be left out, and one reward may stand alone or in a mapping: what they mean counts.
+    if read_rewards(pairs["data.reward"][0], pairs["data.reward_args"][0]) == config.data.rewards:
+        del pairs["data.reward"], pairs["data.reward_args"]
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def write_config(config: TrainConfig) -> None:
@@ -119,6 +119,28 @@ def _refuse_changes(config: TrainConfig) -> None:
             f"the run in {config.out!r} was started with other settings: {named}; --resume may change "
             f"{', '.join(MAY_CHANGE)}, so leave the rest out or give another --out"
         )
+
+
+class _NoSetting:
+    """What stands for the value of a setting that there is not, which None would be a value of."""
+
+    def __repr__(self) -> str:
+        return "no setting"
+
+
+def _pairs(stored: Mapping[str, Any], config: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value in a file, value in `config`) of every setting of either; a mapping that is one is whole."""
+    names = [each.name for each in fields(config)]
+    for name in names:
+        new, otherwise = getattr(config, name), getattr(default, name)
+        old = stored.get(name, otherwise)
+        if not is_dataclass(new):
+            yield f"{prefix}{name}", *(list(value) if isinstance(value, tuple) else value for value in (old, new))
+        elif old is None or old is otherwise or isinstance(old, Mapping):
+            yield from _pairs(old if isinstance(old, Mapping) else {}, new, otherwise, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", old, new
+    yield from ((f"{prefix}{name}", old, _NoSetting()) for name, old in stored.items() if name not in names)
 
 
 def _read(path: Path) -> dict[str, Any]:

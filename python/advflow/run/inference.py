@@ -10,8 +10,10 @@ import torch
 
 from advflow.core.device import pick_device
 from advflow.core.randomness import generator
+from advflow.core.ranks import Ranks
 from advflow.data.prompts import load_eval_prompts
 from advflow.models.adapters import read_adapter
+from advflow.models.encoding import Encoder
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
 from advflow.rewards.several import load_rewards
@@ -77,11 +79,13 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     data = config.data
     rewards = load_rewards(config.data, lambda name: config.section(REWARDS, name))
     prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+    # As in training, to the bit: rounding may depend on how many texts are encoded together.
+    encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
     result = evaluate(
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
         prompts,
-        run.model.encode([prompt.text for prompt in prompts]),
+        encode([prompt.text for prompt in prompts], "data.eval_prompts"),
         rewards,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,

@@ -27,8 +27,8 @@ class RewardConfig:
     weight: float = 1.0
     batch: int | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
-    place: str = _PLACE
-    arguments: str = f"{_PLACE}_args"
+    place: str = field(default=_PLACE, compare=False)
+    arguments: str = field(default=f"{_PLACE}_args", compare=False)
 
 
 _SETTINGS = tuple(each.name for each in fields(RewardConfig) if each.name not in ("place", "arguments"))
