@@ -34,6 +34,11 @@ def require_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; accepted are True and False.")
 
 
+def require_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; accepted is an integer of at least {least}.")
+
+
 def require_group_size(group_size: object, rewards: Tensor) -> None:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
         raise ValueError(

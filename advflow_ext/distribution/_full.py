@@ -45,15 +45,28 @@ class Full:
 
         by A^1/2 = 1/pi Integral A (A + s)^-1 s^-1/2 ds, the determinant of a rank-one change, parts, and s = t^2. All
         samples share one eigendecomposition and the trapezoids' nodes.
+
+        What ``added`` adds is exact too, though all samples share it: with B = L^T C L = U diag(b) U^T and D = A - B,
+        ``(A^1/2 - B^1/2)_kl = (V^T D U)_kl / (a_k^1/2 + b_l^1/2)`` in these bases, since A^1/2 X + X B^1/2 = D for that
+        difference X. Two traces of roots, subtracted, would have the rounding of the whole.
         """
         values, vectors = torch.linalg.eigh(self._root.T @ (covariance + added) @ self._root)
         kept = _positive(values)
         values = values[kept]
         if not len(values):
             return removed.new_zeros(len(removed))
+        vectors = vectors[:, kept]
         # What w has in directions without variance is rounding: no sample lies there.
-        squares = (removed @ (self._root @ vectors[:, kept])).square()
-        change: Tensor = values.sqrt().sum() - self._root_trace(covariance) + _integral(squares, values)
+        squares = (removed @ (self._root @ vectors)).square()
+        change: Tensor = self._shared_change(covariance, added, values, vectors) + _integral(squares, values)
+        return change
+
+    def _shared_change(self, covariance: Tensor, added: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+        """tr A^1/2 - tr B^1/2, from a and V."""
+        before, others = torch.linalg.eigh(self._root.T @ covariance @ self._root)
+        difference = vectors.T @ (self._root.T @ added @ self._root) @ others
+        roots = values.sqrt()[:, None] + before.clamp(min=0).sqrt()
+        change: Tensor = (difference / roots * (vectors.T @ others)).sum()
         return change
 
     def _root_trace(self, covariance: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, distributed
 
 from advflow_ext.contract.checks import require_float_tensor
+from advflow_ext.contract.ranks import exchange_device
+
+# Of a row's squares together. Far beyond any feature; what is more would drown or overflow every sum it is in.
+_MOST = torch.finfo(torch.float32).max
 
 
 def require_features(name: str, value: object, width: int | None = None, device: torch.device | None = None) -> None:
@@ -22,22 +26,19 @@ def require_features(name: str, value: object, width: int | None = None, device:
 
 
 def finite_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The features in float64 with zeros for rows that are not finite, and which are, ``[N, 1]``."""
+    """The features in float64 with zeros for rows that are not finite, and which are, ``[N, 1]``.
+
+    A row whose squares add up to more than float32 holds is not finite.
+    """
     rows = features.detach().double()
-    finite = rows.isfinite().all(1, keepdim=True)
+    finite = rows.square().sum(1, keepdim=True) <= _MOST
     return torch.where(finite, rows, 0), finite
-
-
-def require_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; accepted is an integer of at least {least}.")
 
 
 def summed(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
     """The sum over the ranks of ``group`` (None: of all there are), the same bits on each."""
     if not distributed.is_available() or not distributed.is_initialized():
         return values
-    kinds = [entry.partition(":")[0] for entry in distributed.get_backend_config(group).split(",")]
-    near = values.to(values.device if values.device.type in kinds else kinds[0]).clone()
+    near = values.to(exchange_device(group, values.device)).clone()
     distributed.all_reduce(near, group=group)
     return near.to(values.device)

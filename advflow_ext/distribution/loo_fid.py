@@ -50,17 +50,19 @@ class LeaveOneOutFID:
     and vanish beside the epsilon of an advantage.
 
     ``covariance="diagonal"`` is the released distance, |m - m_r|^2 + |s - s_r|^2 with standard deviations s. ``"full"``
-    is FID's own, with a covariance matrix: exact too, by one eigendecomposition for all images. Both
-    have covariances of N, not N - 1.
+    is FID's own, with a covariance matrix: exact too, by two eigendecompositions for all images.
+    Both have covariances of N, not N - 1.
 
     Where torch.distributed is initialised, N and the moments are those of the images of all ranks of ``process_group``
     (``None``: all there are), which then call together, each with the images it has; every rank's rewards are of its
-    own. The state lies on the reference's device, in float64.
+    own. A rank whose features are refused leaves the others waiting. The state lies on the reference's device, in
+    float64.
 
     An image whose features are not finite gets the reward NaN, which ``group_advantages`` leaves out; the others' are
-    as if it were absent. ``dropped`` counts those that updates left out, ``updates`` the updates.
+    as if it were absent. So does one whose squared features add up to more than float32 holds, 3.4e38. ``dropped``
+    counts those that updates left out, ``updates`` the updates.
 
-    Raises ValueError for a beta outside [0, 1) and an unknown covariance.
+    Raises ValueError for a beta outside [0, 1) and an unknown covariance, and in use on a rank outside the group.
     """
 
     def __init__(
@@ -145,7 +147,8 @@ class LeaveOneOutFID:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` returned, bit for bit.
 
-        Raises ValueError for another's state: of another extractor, preprocessing, covariance or number of features.
+        Raises ValueError for another's state: of another extractor, preprocessing, covariance or number of features,
+        or with numbers that are not finite.
         """
         own = self.state_dict()
         if state.keys() != own.keys():
@@ -157,6 +160,8 @@ class LeaveOneOutFID:
             given = list(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
             if given != list(own[name].shape):
                 raise ValueError(f"state[{name!r}] has shape {given}; accepted is {list(own[name].shape)}, as here.")
+            if not state[name].isfinite().all():
+                raise ValueError(f"state[{name!r}] holds numbers that are not finite; accepted are finite ones.")
         self._mean, self._covariance = (state[name].to(own[name], copy=True) for name in ("mean", "covariance"))
         self.updates, self.dropped = int(state["updates"]), int(state["dropped"])
 

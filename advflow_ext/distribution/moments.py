@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advflow_ext.contract.checks import require_float_tensor
+from advflow_ext.contract.checks import require_count, require_float_tensor
 from advflow_ext.distribution._full import Full
-from advflow_ext.distribution._rows import finite_rows, require_count, require_features
+from advflow_ext.distribution._rows import finite_rows, require_features
 
 _FORMAT = "advflow_ext.FeatureMoments 1"
+# Of a covariance's largest element: how far from symmetric float32's rounding may leave it.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +31,14 @@ class FeatureMoments:
 
     ``extractor`` and ``preprocessing`` are words of yours for how images became features. Moments whose words differ
     are neither joined nor compared: how an image is resized alone moves FID (arXiv 2104.11222).
-    ``dropped`` counts the rows that were left out because they are not finite.
+    ``dropped`` counts the rows that were left out because they are not finite, or so large that their squares add up to
+    more than float32 holds.
 
     Statistics that another tool has saved become one by ``FeatureMoments(mean, covariance, count)``; of a covariance of
     N - 1 take (N - 1) / N.
 
-    Raises ValueError for shapes that do not belong together and a count below 1.
+    Raises ValueError for shapes that do not belong together, a count below 1, numbers that are not finite, and a
+    covariance that is not symmetric or has a negative variance.
     """
 
     mean: Tensor
@@ -64,11 +68,20 @@ class FeatureMoments:
             object.__setattr__(self, name, getattr(self, name).detach().double())
             if not getattr(self, name).isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite; accepted are finite ones.")
+        self._require_covariance()
+
+    def _require_covariance(self) -> None:
+        off = (self.covariance - self.covariance.T).abs().amax()
+        if off > _ROUNDING * self.covariance.abs().amax():
+            raise ValueError(f"covariance differs from its transpose by {off.item():.3g}; accepted is a symmetric one.")
+        least = self.covariance.diagonal().amin()
+        if least < 0:
+            raise ValueError(f"covariance has {least.item():.3g} on its diagonal; accepted are variances, at least 0.")
 
     @staticmethod
     @torch.no_grad()
     def of(features: Tensor, *, extractor: str = "", preprocessing: str = "") -> FeatureMoments:
-        """Of features ``[N, d]``, N at least 1. Rows that are not finite are left out and counted in ``dropped``.
+        """Of features ``[N, d]``, N at least 1. Rows that count as not finite are left out, see ``dropped``.
 
         Raises ValueError for anything else, and where no row is finite.
         """

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow_ext.distribution._rows import require_count, require_features
+from advflow_ext.contract.checks import require_count
+from advflow_ext.distribution._rows import require_features
 
 _ROWS = 512  # of a matrix of distances that exist at a time
 

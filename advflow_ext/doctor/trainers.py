@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import pkgutil
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from advflow_ext import integrations
 from advflow_ext.integrations._patching import Patch
@@ -35,14 +32,6 @@ STATES = {
 }
 
 
-def names() -> list[str]:
-    """Of the modules of ``advflow_ext.integrations`` that have an ``install()``, one a trainer; none is imported."""
-    modules = [module for module in pkgutil.iter_modules(integrations.__path__) if not module.ispkg]
-    folder = Path(integrations.__path__[0])
-    sources = {module.name: (folder / f"{module.name}.py").read_text(encoding="utf-8") for module in modules}
-    return [name for name, source in sources.items() if re.search(r"^def install\(", source, re.MULTILINE)]
-
-
 def is_patched(name: str) -> bool:
     """In this process, as where a notebook asks."""
     module = sys.modules.get(f"{integrations.__name__}.{name}")
@@ -53,8 +42,8 @@ class Attempt:
     """``install()`` of each trainer, going on in another process while this one does something else."""
 
     def __init__(self) -> None:
-        self.patched = [name for name in names() if is_patched(name)]
-        self.asked = [name for name in names() if name not in self.patched]
+        self.patched = [name for name in integrations.TRAINERS if is_patched(name)]
+        self.asked = [name for name in integrations.TRAINERS if name not in self.patched]
         self.process: subprocess.Popen[str] | None = None
         if self.asked:
             command = [sys.executable, "-W", "ignore", "-m", __name__, *self.asked]
@@ -66,7 +55,7 @@ class Attempt:
         tried = {trainer.name: trainer for trainer in (Trainer(**json.loads(line)) for line in lines)}
         for name in self.asked:
             tried.setdefault(name, Trainer(name, "unknown", f"its import had not ended after {SECONDS} s, or failed"))
-        return [Trainer(name, "patched") if name in self.patched else tried[name] for name in names()]
+        return [Trainer(name, "patched") if name in self.patched else tried[name] for name in integrations.TRAINERS]
 
     def _said(self, process: subprocess.Popen[str]) -> str:
         try:

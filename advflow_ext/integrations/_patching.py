@@ -130,6 +130,22 @@ class Patch:
 
         Raises RuntimeError where something holds a function out of reach.
         """
+        fresh = self._in_reach(replacements)
+        for owner, name, function in fresh:
+            held = vars(owner)[name]
+            copy = _copy(function)
+            replacement = staticmethod(copy) if isinstance(held, staticmethod) else copy
+            self._kept.append(_Kept(owner, name, held, replacement))
+            _exchange(owner, name, held, replacement)
+
+    def replace_anew(self, replacements: Sequence[Replacement]) -> None:
+        """Replaces all of these instead of what was replaced before, or raises as :meth:`replace` and leaves that."""
+        self._in_reach(replacements)
+        self.restore()
+        self.replace(replacements)
+
+    def _in_reach(self, replacements: Sequence[Replacement]) -> list[Replacement]:
+        """Those of what is not replaced yet."""
         fresh = [each for each in replacements if not self.replaces(each.owner, each.name)]
         for owner, name, _ in fresh:
             if late := _holders_out_of_reach(owner, vars(owner)[name]):
@@ -137,12 +153,7 @@ class Patch:
                     f"{name_of(owner)}.{name} is held by {', '.join(late)}, out of reach, and nothing was replaced; "
                     f"accepted is an install() for {self.trainer} that runs first, before that is made."
                 )
-        for owner, name, function in fresh:
-            held = vars(owner)[name]
-            copy = _copy(function)
-            replacement = staticmethod(copy) if isinstance(held, staticmethod) else copy
-            self._kept.append(_Kept(owner, name, held, replacement))
-            _exchange(owner, name, held, replacement)
+        return fresh
 
     def restore(self) -> None:
         """Puts every original back, also into modules that took a replacement by value; harmless when there is none.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advflow_ext.contract.checks import require_count
+from advflow_ext.contract.numbers import require_number
 from advflow_ext.integrations import _patching
 from advflow_ext.ops.capability import CapabilityTracker, cross_level_advantages
 
@@ -47,34 +49,38 @@ def install_flow_grpo(
     few that a batch needs, asks ``score`` what one deterministic image for each scores (the numbers of all of them in
     the dataset in, their scores out, on every rank the same), lets the tracker observe that, and keeps the nearest. The
     scores are of all ranks already, so make that tracker with ``per_rank=True``. Without ``score`` call
-    ``tracker.observe`` yourself, before the first update. Called again, it goes on with the tracker given last.
+    ``tracker.observe`` yourself, before the first update. Called again, it goes on with what it is given last; where
+    that is refused, with what it was given before.
 
     A data loader asks its sampler some batches ahead: of what the policy was then.
 
-    Raises ValueError for one of ``score`` and ``candidates`` without the other, ImportError where flow_grpo cannot be
-    imported, RuntimeError where a signature is not that of ac4c86e, where no script is there for ``score``, and where
-    something holds a function out of reach.
+    Raises ValueError for one of ``score`` and ``candidates`` without the other, candidates below 1 and a negative
+    weight, ImportError where flow_grpo cannot be imported and where no script is there for ``score``, RuntimeError
+    where a signature is not that of ac4c86e and where something holds a function out of reach.
     """
     if (score is None) != (candidates is None):
         raise ValueError(
             f"candidates is {candidates!r} {'without' if score is None else 'with a'} score; accepted: both."
         )
-    _flow_grpo.restore()
+    if candidates is not None:
+        require_count("candidates", candidates, 1)
+    require_number("weight", weight, low=0.0)
     owner = vars(_patching.find_module("flow_grpo", STATISTICS))["PerPromptStatTracker"]
     _patching.require_signature(owner, "update", {_UPDATE: _FLOW_GRPO})
     replacements = [_patching.Replacement(owner, "update", _fused_update(owner, tracker, weight))]
     if score is not None and candidates is not None:
         found = _samplers()
         if not found:
-            raise RuntimeError(
-                "no module that is imported defines DistributedKRepeatSampler; accepted is a call in the script."
+            raise ImportError(
+                "flow_grpo is not to be patched: no module that is imported defines DistributedKRepeatSampler; "
+                "accepted is a call in the script."
             )
         for sampler in found:
             _patching.require_signature(sampler, "__init__", {_SAMPLER: _FLOW_GRPO})
             replacements.append(
                 _patching.Replacement(sampler, "__iter__", _nearest_batches(tracker, score, candidates))
             )
-    _flow_grpo.replace(replacements)
+    _flow_grpo.replace_anew(replacements)
     _patching.announce("flow_grpo", "advantages of a group and of the capability are added (AdaGRPO).")
 
 
@@ -83,7 +89,7 @@ def install_dance_grpo(tracker: CapabilityTracker, candidates: int = 10) -> None
 
     ``train_one_step`` of every such script that is imported or runs is handed a loader that draws so many batches,
     gives each prompt one image of the script's own ``sample_reference_model`` without noise, lets the tracker observe
-    the scores, and goes on with as many prompts as a batch has. Called again, it goes on with the tracker given last.
+    the scores, and goes on with as many prompts as a batch has. Called again, it goes on with what it is given last.
     Its advantages stand inline, where nothing can be replaced by name; AdaGRPO's are this in place of its loop over
     groups::
 
@@ -91,21 +97,21 @@ def install_dance_grpo(tracker: CapabilityTracker, candidates: int = 10) -> None
             samples["rewards"], args.num_generations, mean=tracker.mean, variance=tracker.variance
         ).advantages
 
-    Raises ValueError for candidates below 1, RuntimeError where no such script is there, where its signature is not
-    that of 15cc71d, and where something holds a function out of reach.
+    Raises ValueError for candidates below 1, ImportError where no such script is there, RuntimeError where its
+    signature is not that of 15cc71d and where something holds a function out of reach.
     """
-    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
-        raise ValueError(f"candidates is {candidates!r}; accepted is an integer of at least 1.")
-    _dance_grpo.restore()
+    require_count("candidates", candidates, 1)
     scripts = _scripts()
     if not scripts:
-        raise RuntimeError(
-            "no module that is imported defines train_one_step and sample_reference_model; accepted is a call in a "
-            "FLUX script of DanceGRPO, below them, such as in the first line of main."
+        raise ImportError(
+            "DanceGRPO is not to be patched: no module that is imported defines train_one_step and "
+            "sample_reference_model; accepted is a call in a FLUX script of it, below them, such as in the first line "
+            "of main."
         )
     for script in scripts:
-        _patching.require_signature(script, "train_one_step", _STEPS)
-    _dance_grpo.replace(
+        if not _dance_grpo.replaces(script, "train_one_step"):
+            _patching.require_signature(script, "train_one_step", _STEPS)
+    _dance_grpo.replace_anew(
         [
             _patching.Replacement(script, "train_one_step", _nearest_step(script, tracker, candidates))
             for script in scripts

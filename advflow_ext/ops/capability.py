@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 
 from advflow_ext.contract.checks import require_flag
 from advflow_ext.contract.numbers import Number, Numbers, require_number, values_are_at_hand
+from advflow_ext.contract.ranks import exchange_device
 from advflow_ext.ops.advantages import HEADROOM, check_rewards, clamped, group_advantages, groups_of
 
 # All as released.
@@ -57,9 +58,10 @@ def cross_level_advantages(
     another, never all of them together. In a two-sided group ``calibrated`` has a mean magnitude of 2/K, whatever the
     deviations; in another it is ``local`` times (std_k R + 1e-8) / (sqrt(variance) + 1e-8).
 
-    An image whose reward is not finite gets 0 and counts in no mean, sum or deviation; equal rewards give zeros. A mean
-    or variance that is not finite is refused; on a GPU, where nobody waits for it, it leaves ``calibrated`` 0. Any real
-    dtype is accepted; the arithmetic is float64; the result is float64 for float64 rewards, else float32.
+    An image whose reward is not finite gets 0 and counts in no mean, sum or deviation; equal rewards give zeros. A
+    mean, variance or weight that is not finite, and a negative variance or weight, is refused; on a GPU, where nobody
+    waits for it, it leaves ``calibrated`` 0, no group two-sided and ``advantages`` the ``local`` ones. Any real dtype
+    is accepted; the arithmetic is float64; the result is float64 for float64 rewards, else float32.
 
     Raises ValueError for rewards that are not ``[L*K]``, group_size below 2, and numbers out of range.
     """
@@ -78,13 +80,15 @@ def cross_level_advantages(
     above, below = distance.clamp(min=0).sum(1, keepdim=True), -distance.clamp(max=0).sum(1, keepdim=True)
     two_sided = (above >= _LEAST_SIDE * sigma) & (below >= _LEAST_SIDE * sigma)
     share = torch.where(distance > 0, distance / above, torch.where(distance < 0, distance / below, 0))
-    calibrated = torch.where(two_sided, share, centred / sigma)
+    calibrated = numbers.contain(torch.where(two_sided, share, centred / sigma))
     if clip is not None:
         calibrated = clamped(calibrated, clip)
+    two_sided = two_sided & ~calibrated.isnan().any(1, keepdim=True)
     calibrated = torch.where(calibrated.isnan(), 0, calibrated).flatten()
 
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    fused = local + weight * calibrated
+    # A weight without a meaning has left nothing to weigh, and may itself be NaN.
+    fused = local + torch.where(calibrated == 0, 0, weight * calibrated)
     return CrossLevelAdvantages(fused.to(dtype), local.to(dtype), calibrated.to(dtype), two_sided.flatten())
 
 
@@ -101,13 +105,14 @@ class CapabilityTracker:
 
     Where torch.distributed is initialised, the mean and variance observed are those of all ranks' scores, so that every
     rank has the same state and picks from its own candidates by it. All ranks of ``process_group`` (``None``: all there
-    are) then observe together, each with as many scores as it has. ``per_rank=True`` is what the authors' code does: a
-    state on each rank, of its own scores alone.
+    are) then observe together, each with as many scores as it has; a rank whose scores are refused leaves the others
+    waiting. ``per_rank=True`` is what the authors' code does: a state on each rank, of its own scores alone.
 
-    Scores that are not finite count in no mean and are picked last. Nothing waits for a GPU: the state lies on the
-    device of the scores, in float64.
+    Scores that are not finite count in no mean and are picked last; scores whose mean or variance is beyond float64
+    move nothing. Nothing waits for a GPU: the state lies on the device of the scores, in float64.
 
-    Raises ValueError for a decay outside [0, 1) and for both of a process group and per_rank.
+    Raises ValueError for a decay outside [0, 1), for both of a process group and per_rank, and in use on a rank outside
+    the group.
     """
 
     def __init__(
@@ -142,7 +147,11 @@ class CapabilityTracker:
         total = count.sum()
         now = (count * mean).sum() / total  # NaN where nothing is finite
         spread = (squares.sum() + (count * (mean - now).square()).sum()) / total
-        self._mean, self._variance = self._moved(self._mean, now), self._moved(self._variance, spread)
+        usable = now.isfinite() & spread.isfinite()
+        self._mean, self._variance = (
+            self._moved(old, torch.where(usable, new, torch.nan))
+            for old, new in ((self._mean, now), (self._variance, spread))
+        )
 
     @torch.no_grad()
     def pick(self, scores: Tensor, k: int) -> Tensor:
@@ -163,15 +172,24 @@ class CapabilityTracker:
         return {"mean": self._mean, "variance": self._variance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` returned, bit for bit. Raises ValueError for another's state."""
+        """Goes on from what :meth:`state_dict` returned, bit for bit.
+
+        Raises ValueError for another's state: other names or shapes, an infinite number, a negative variance, and one
+        NaN without the other.
+        """
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state holds {sorted(state)}; accepted are 'mean' and 'variance'.")
         for name, value in state.items():
             if not isinstance(value, float) and (not isinstance(value, Tensor) or value.dim()):
                 raise ValueError(f"state[{name!r}] is {value!r}; accepted is a number or a tensor of shape [].")
-        self._mean, self._variance = (
-            torch.as_tensor(state[name], dtype=torch.float64).clone() for name in ("mean", "variance")
-        )
+        mean, variance = (torch.as_tensor(state[name], dtype=torch.float64).clone() for name in ("mean", "variance"))
+        fresh = mean.isnan() and variance.isnan()
+        if not fresh and not (mean.isfinite() and variance.isfinite() and variance >= 0):
+            raise ValueError(
+                f"state holds a mean of {mean.item():g} and a variance of {variance.item():g}; accepted are finite "
+                "ones, the variance at least 0, or NaN in both before the first scores."
+            )
+        self._mean, self._variance = mean, variance
 
     def _moved(self, old: Tensor, now: Tensor) -> Tensor:
         old = old.to(now.device, non_blocking=True)
@@ -182,7 +200,7 @@ class CapabilityTracker:
         """Of every rank that takes part, each ``[ranks]``."""
         parts = [moments]
         if not self._per_rank and distributed.is_available() and distributed.is_initialized():
-            near = moments.to(_device_of(self._group, moments.device))
+            near = moments.to(exchange_device(self._group, moments.device))
             parts = [torch.empty_like(near) for _ in range(distributed.get_world_size(self._group))]
             distributed.all_gather(parts, near, group=self._group)
         count, mean, squares = torch.stack(parts).to(moments.device).unbind(1)
@@ -200,12 +218,6 @@ def _moments(scores: Tensor) -> Tensor:
     mean = shifted.sum() / count.clamp(min=1)
     squares = torch.where(finite, shifted - mean, 0).square().sum()
     return torch.stack([count.to(scores.dtype), origin + mean, squares])
-
-
-def _device_of(group: distributed.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where the group can exchange what lies on ``device``: there, or on the current device of a kind that it knows."""
-    kinds = [entry.partition(":")[0] for entry in distributed.get_backend_config(group).split(",")]
-    return device if device.type in kinds else torch.device(kinds[0])
 
 
 def _check_scores(scores: object) -> None:

@@ -95,6 +95,20 @@ def test_a_reference_of_fewer_images_than_features_serves() -> None:
     assert error(ours, deletion.rewards([history], batch, reference, 0.5, "full")) < 1e-6
 
 
+def test_full_keeps_its_digits_where_variances_fall_steeply() -> None:
+    """The level that all rewards share, too: it is the same for turned features, over eleven orders of magnitude."""
+    width, falling = 96, torch.arange(1, 97, dtype=torch.float64) ** -3.0
+    turn = torch.linalg.qr(deletion.features(width, width, 5)).Q
+    reference, history, batch = (deletion.features(n, width, n) * falling for n in (384, 200, 201))
+    plain, turned = (
+        measured([history @ q], af.FeatureMoments.of(reference @ q), 0.99, "full").reward(batch @ q)
+        for q in (torch.eye(width, dtype=torch.float64), turn)
+    )
+    off = turned - plain
+    assert float(off.mean().abs() / plain.std()) < 1e-7
+    assert error(turned, plain) < 1e-6
+
+
 @BOTH
 @pytest.mark.parametrize("reference", [REFERENCE, af.FeatureMoments.of(torch.ones(1, 6))], ids=["spread", "one image"])
 def test_a_batch_of_one_image_repeated_has_rewards_of_zero(covariance: str, reference: af.FeatureMoments) -> None:
@@ -167,6 +181,21 @@ def test_an_image_that_is_not_finite_is_as_if_absent(covariance: str) -> None:
     hurt.update(damaged)
     torch.testing.assert_close(hurt.fid(), clean.fid(), rtol=1e-12, atol=0)
     assert (clean.dropped, hurt.dropped) == (0, 2)
+
+
+@BOTH
+@pytest.mark.parametrize("huge", [torch.tensor(1e200, dtype=torch.float64), torch.tensor(3e38)], ids=["1e200", "3e38"])
+def test_an_image_beyond_all_sums_is_as_if_absent(covariance: str, huge: Tensor) -> None:
+    batch = deletion.features(8, 6, 3)
+    damaged = torch.cat([batch, torch.zeros(1, 6, dtype=torch.float64)]).to(huge.dtype)
+    damaged[-1, 2] = -huge
+    batch = damaged[:-1]
+    distance = measured([deletion.features(9, 6, 2)], REFERENCE, 0.5, covariance)
+    rewards = distance.reward(damaged)
+    torch.testing.assert_close(rewards[:-1], distance.reward(batch), rtol=1e-6, atol=0)
+    assert rewards[-1].isnan()
+    distance.update(damaged)
+    assert distance.dropped == 1 and float(distance.fid()) < 100
 
 
 @BOTH
@@ -298,6 +327,16 @@ def test_a_state_of_another_path_is_refused(other: dict[str, str], sentence: str
     reference = af.FeatureMoments(REFERENCE.mean, REFERENCE.covariance, 64, **words)
     with pytest.raises(ValueError, match=sentence):
         af.LeaveOneOutFID(reference, covariance=covariance).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["mean", "covariance"])
+def test_a_state_that_is_not_finite_is_refused(name: str) -> None:
+    distance = measured([GOOD], REFERENCE, 0.5, "diagonal")
+    state = distance.state_dict()
+    state[name] = torch.where(torch.arange(6) == 3, torch.inf, state[name])
+    with pytest.raises(ValueError, match=rf"state\['{name}'\] holds numbers that are not finite; accepted are finite"):
+        distance.load_state_dict(state)
+    assert distance.fid().isfinite()
 
 
 def test_the_page_is_what_there_is() -> None:

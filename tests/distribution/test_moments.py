@@ -91,6 +91,7 @@ def test_frechet_distance_to_itself_is_zero_with_fewer_images_than_features() ->
 
 
 EYE, ZERO = torch.eye(2), torch.zeros(2)
+SKEW = torch.tensor([[0.0, 0.5], [0.0, 0.0]])
 TWO = af.FeatureMoments.of(torch.eye(2), **WORDS)
 
 
@@ -109,6 +110,14 @@ TWO = af.FeatureMoments.of(torch.eye(2), **WORDS)
         (lambda: af.FeatureMoments(torch.zeros(3), EYE, 1), r"mean has shape \[3\] on cpu; accepted is \[2\] on cpu"),
         (lambda: af.FeatureMoments(ZERO, EYE, 0), r"count is 0; accepted is an integer of at least 1"),
         (lambda: af.FeatureMoments(ZERO, EYE / 0, 1), r"covariance holds numbers that are not finite"),
+        (
+            lambda: af.FeatureMoments(ZERO, EYE + SKEW, 1),
+            r"covariance differs from its transpose by 0.5; accepted is a s",
+        ),
+        (
+            lambda: af.FeatureMoments(ZERO, EYE - 1.5 * EYE, 1),
+            r"covariance has -0.5 on its diagonal; accepted are varia",
+        ),
         (lambda: af.FeatureMoments(ZERO, EYE, 1, extractor=None), r"extractor is None; accepted is a string"),
         (
             lambda: TWO + af.FeatureMoments.of(torch.eye(2), extractor="clip", preprocessing=TWO.preprocessing),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import advflow_ext as af
-from advflow_ext import _native
-from advflow_ext.doctor import machine, page, selftest, trainers
+from advflow_ext import _native, integrations
+from advflow_ext.doctor import machine, page, selftest
 from advflow_ext.doctor.__main__ import document, main
 from advflow_ext.doctor.advice import Advice, advice
 from advflow_ext.doctor.selftest import Trial
@@ -66,7 +66,7 @@ def test_as_a_program_it_ends_with_0_and_imports_nothing_slow():
     assert result.stderr.splitlines()[-1] == "0 []"
     found = json.loads(result.stdout)
     assert found["ok"] and found["versions"]["torch"] == torch.__version__
-    assert [each["name"] for each in found["trainers"]] == trainers.names()
+    assert [each["name"] for each in found["trainers"]] == list(integrations.TRAINERS)
     assert all(trial["right"] and trial["error"] <= trial["allowed"] for trial in found["self_test"])
     assert {(trial["device"], trial["dtype"]) for trial in found["self_test"]} >= {("cpu", "fp32"), ("cpu", "bf16")}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from types import ModuleType
 
@@ -25,18 +27,14 @@ def stand_ins(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(
             f"def install(exact=False):\n    {body}\ndef uninstall():\n    print('{name} is as it was')\n"
         )
-    (tmp_path / "_private.py").write_text("")
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "__init__.py").write_text("")
     monkeypatch.setattr(integrations, "__path__", [str(tmp_path)])
     yield
     for name in STAND_INS:
         sys.modules.pop(f"{integrations.__name__}.{name}", None)
 
 
-def test_a_trainer_is_whatever_module_integrations_has(stand_ins, capsys):
-    assert trainers.names() == ["one", "three", "two"]
-    found = {each.name: each for each in trainers.attempts(trainers.names())}
+def test_a_trainer_is_tried_by_its_install(stand_ins, capsys):
+    found = {each.name: each for each in trainers.attempts(["one", "three", "two"])}
     assert {name: each.state for name, each in found.items()} == {"one": "known", "two": "absent", "three": "refused"}
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err == "patched\none is as it was\n"
@@ -48,11 +46,16 @@ def test_a_trainer_is_whatever_module_integrations_has(stand_ins, capsys):
     )
 
 
+def test_the_trainers_are_the_modules_with_an_install():
+    """Whatever else lies beside them would end the process that tries it."""
+    names = [module.name for module in pkgutil.iter_modules(integrations.__path__)]
+    modules = {name: importlib.import_module(f"{integrations.__name__}.{name}") for name in names}
+    assert list(integrations.TRAINERS) == sorted(name for name in names if hasattr(modules[name], "install"))
+
+
 def test_every_trainer_is_tried_and_none_is_here():
-    """Whatever else lies beside them has no install(), and would end the process that tries it."""
-    assert trainers.names() == ["dance_grpo", "flow_factory", "flow_grpo", "mix_grpo", "unirl", "verl_omni"]
     found = trainers.Attempt().found()
-    assert [each.name for each in found] == trainers.names()
+    assert [each.name for each in found] == list(integrations.TRAINERS)
     assert {each.state for each in found} == {"absent"}, found
     assert all(each.sentence for each in found)
 
@@ -64,7 +67,7 @@ def test_what_is_patched_here_is_said_and_left_alone(monkeypatch):
     module = ModuleType(f"{integrations.__name__}.a_trainer")
     module._patch = Patch("a_trainer")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(trainers, "names", lambda: ["a_trainer"])
+    monkeypatch.setattr(integrations, "TRAINERS", ("a_trainer",))
     assert not trainers.is_patched("a_trainer") and not trainers.is_patched("nothing_of_the_kind")
 
     def ours(x: int) -> int:
@@ -80,13 +83,13 @@ def test_what_is_patched_here_is_said_and_left_alone(monkeypatch):
 
 
 def test_a_process_that_says_nothing_leaves_a_sentence(monkeypatch):
-    monkeypatch.setattr(trainers, "names", lambda: ["no_such_trainer"])  # its process ends with an exception
+    monkeypatch.setattr(integrations, "TRAINERS", ("no_such_trainer",))  # its process ends with an exception
     (found,) = trainers.Attempt().found()
     assert found.state == "unknown" and "had not ended after 60 s, or failed" in found.sentence
 
 
 def test_a_trainer_that_does_not_end_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(trainers, "names", lambda: ["one"])
+    monkeypatch.setattr(integrations, "TRAINERS", ("one",))
     monkeypatch.setattr(trainers, "SECONDS", 0.2)
     attempt = trainers.Attempt()
     (found,) = attempt.found()  # importing the package takes longer
@@ -99,7 +102,7 @@ def test_a_checkout_of_another_version_is_found_from_inside_of_it(tmp_path, monk
     package.mkdir(parents=True)
     (package / "sd3_sde_with_logprob.py").write_text("def sde_step_with_logprob(scheduler, v):\n    return v\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainers, "names", lambda: ["flow_grpo", "unirl"])
+    monkeypatch.setattr(integrations, "TRAINERS", ("flow_grpo", "unirl"))
     refused, absent = trainers.Attempt().found()
     assert refused.state == "refused" and "sde_step_with_logprob is (scheduler, v); accepted is " in refused.sentence
     assert absent == trainers.Trainer("unirl", "absent", "No module named 'unirl'")

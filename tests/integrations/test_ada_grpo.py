@@ -144,12 +144,51 @@ def test_flow_grpo_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) ->
         ada_grpo.install_flow_grpo(tracker_at(0.0), candidates=10)
     module_of(monkeypatch, "flow_grpo", {})
     module_of(monkeypatch, ada_grpo.STATISTICS, {"PerPromptStatTracker": stand_in()["PerPromptStatTracker"]})
-    with pytest.raises(RuntimeError, match=r"no module that is imported defines DistributedKRepeatSampler"):
+    with pytest.raises(ImportError, match=r"no module that is imported defines DistributedKRepeatSampler"):
         ada_grpo.install_flow_grpo(tracker_at(0.0), lambda numbers: torch.zeros(len(numbers)), candidates=10)
     other = type("PerPromptStatTracker", (), {"update": lambda self, prompts, rewards, exp=False: rewards})
     module_of(monkeypatch, ada_grpo.STATISTICS, {"PerPromptStatTracker": other})
     with pytest.raises(RuntimeError, match=r"update is \(self, prompts, rewards, exp=False\); accepted is"):
         ada_grpo.install_flow_grpo(tracker_at(0.0))
+
+
+def no_scores(numbers: list[int]) -> torch.Tensor:
+    return torch.zeros(len(numbers))
+
+
+@pytest.mark.parametrize("kind", ["stand-in"])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        *(
+            ({"score": no_scores, "candidates": bad}, rf"candidates is {bad}; accepted is an integer of at least 1")
+            for bad in (2.5, float("nan"), True, 0, -1)
+        ),
+        *(({"weight": bad}, rf"weight is {bad}; accepted is a finite number") for bad in (float("nan"), True, -1.0)),
+        ({"score": no_scores, "candidates": 4}, r"no module that is imported defines DistributedKRepeatSampler"),
+    ],
+)
+def test_a_refused_install_leaves_the_one_before(
+    kind: str, statistics: Any, options: dict[str, Any], sentence: str
+) -> None:
+    ada_grpo.install_flow_grpo(tracker_at(3.0), weight=0.5)
+    before = statistics().update(PROMPTS, REWARDS)
+    with pytest.raises((ValueError, ImportError), match=sentence):
+        ada_grpo.install_flow_grpo(tracker_at(0.0), **options)
+    np.testing.assert_array_equal(statistics().update(PROMPTS, REWARDS), before)
+    ada_grpo.install_flow_grpo(tracker_at(3.0), weight=0.0)
+    assert (statistics().update(PROMPTS, REWARDS) != before).any()
+
+
+@pytest.mark.parametrize("kind", ["stand-in"])
+def test_what_is_held_out_of_reach_leaves_the_one_before(kind: str, statistics: Any, sampler: Any) -> None:
+    ada_grpo.install_flow_grpo(tracker_at(3.0), weight=0.5)
+    before = statistics().update(PROMPTS, REWARDS)
+    holder = [vars(sampler)["__iter__"]]
+    with pytest.raises(RuntimeError, match=r"__iter__ is held by a list, out of reach"):
+        ada_grpo.install_flow_grpo(tracker_at(0.0), no_scores, candidates=4)
+    assert len(holder) == 1
+    np.testing.assert_array_equal(statistics().update(PROMPTS, REWARDS), before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,12 +261,19 @@ def test_a_step_of_dance_grpo_learns_from_the_nearest_prompt(kind: str, monkeypa
     (no_noise, candidates), learnt_from = script.sampled
     assert 0 < no_noise < 1e-5 and candidates == ["9", "2", "4", "5"]
     assert tracker.mean == (9 + 3 + 4 + 6) / 4 and learnt_from == (0.3, ["5"] * 4)  # scores 9, 3, 4, 6 about 5.5
+    with pytest.raises(ValueError, match="candidates is 0"):
+        ada_grpo.install_dance_grpo(tracker, candidates=0)
+    script.step()
+    assert len(script.sampled) == 4  # of both steps the candidates' images and those learnt from
+    ada_grpo.install_dance_grpo(af.CapabilityTracker(), candidates=2)
+    script.step()
+    assert script.sampled[4][1] == ["9", "2"]
     ada_grpo.uninstall()
     assert script.step() == before and script.sampled[-1] == (0.3, ["9"] * 4)
 
 
 def test_dance_grpo_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"no module that is imported defines train_one_step and sample_ref"):
+    with pytest.raises(ImportError, match=r"no module that is imported defines train_one_step and sample_ref"):
         ada_grpo.install_dance_grpo(tracker_at(0.0))
     with pytest.raises(ValueError, match=r"candidates is 0; accepted is an integer of at least 1"):
         ada_grpo.install_dance_grpo(tracker_at(0.0), candidates=0)

@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 import advflow_ext as af
+from advflow_ext.contract import numbers
 
 K = 4
+NAN, INF = float("nan"), float("inf")
 # Multiples of 1/16 are exact in float64, so that a reward stands above, on or below the mean and nowhere in between.
 sixteenths = st.integers(-1600, 1600).map(lambda n: n / 16)
 groups = st.integers(1, 5).flatmap(lambda n: st.lists(sixteenths, min_size=K * n, max_size=K * n)).map(
@@ -68,6 +70,16 @@ def test_scores_that_are_not_finite_are_left_out(bad):
         assert (tracker.mean, tracker.variance) == (2, 1)
 
 
+@pytest.mark.parametrize("scores", [[1.7e308, -1.7e308], [1e200, 3e200]])
+def test_scores_whose_moments_are_beyond_float64_move_nothing(scores):
+    tracker = af.CapabilityTracker()
+    tracker.observe(torch.tensor(scores, dtype=torch.float64))
+    assert tracker.mean.isnan() and tracker.variance.isnan()
+    tracker.observe(torch.tensor([1.0, 3.0]))
+    tracker.observe(torch.tensor(scores, dtype=torch.float64))
+    assert (tracker.mean, tracker.variance) == (2, 1)
+
+
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8, -7.7])
 def test_equal_scores_have_no_variance(value):
     assert tracker_of([value] * 7).variance == 0
@@ -98,7 +110,15 @@ def test_what_is_no_state_is_refused():
         tracker.load_state_dict({"mean": 1.0})
     with pytest.raises(ValueError, match=r"state\['variance'\] is 'x'; accepted is a number or a tensor of shape \[\]"):
         tracker.load_state_dict({"mean": 1.0, "variance": "x"})
-    assert tracker.mean.isnan()
+    for mean, variance in ((1.0, -0.5), (1.0, INF), (INF, 1.0), (NAN, 1.0), (1.0, NAN)):
+        with pytest.raises(
+            ValueError, match=rf"a mean of {mean:g} and a variance of {variance:g}; accepted are finite"
+        ):
+            tracker.load_state_dict({"mean": mean, "variance": torch.tensor(variance)})
+    assert tracker.mean.isnan() and tracker.variance.isnan()
+    tracker.load_state_dict(af.CapabilityTracker().state_dict())
+    tracker.observe(torch.tensor([1.0, 3.0]))
+    assert (tracker.mean, tracker.variance) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,7 @@ def test_misuse_of_a_tracker_is_said_in_a_sentence(call, sentence):
 # Eight scores, five on one rank and three on the other, one of them without a number; then one rank has none at all.
 # Forked, so that torch is loaded once.
 TWO_RANKS = """
-import os, sys, torch
+import json, os, sys, torch
 import advflow_ext as af
 from torch import distributed
 child = os.fork()
@@ -135,9 +155,15 @@ for tracker in (af.CapabilityTracker(), af.CapabilityTracker(process_group=distr
     tracker.observe(mine)
     tracker.observe(torch.tensor([6.0] * rank))
     states.append([tracker.mean.item(), tracker.variance.item()])
+of_the_first = af.CapabilityTracker(process_group=distributed.new_group([0]))
+try:
+    of_the_first.observe(mine)
+    states.append(of_the_first.mean.item())
+except ValueError as error:
+    states.append(str(error))
 if child:
     os.waitpid(child, 0)
-print(states, flush=True)
+print(json.dumps(states), flush=True)
 """
 
 
@@ -146,6 +172,8 @@ def test_ranks_have_one_state_or_one_each(tmp_path):
     said = subprocess.run(job, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
     ranks = [json.loads(line) for line in said.splitlines()[::-1]]  # the first waits for the second
     together = tracker_of([1.0, 2, 4, 5, 0, 2, 7], [6.0])
+    inside, outside = (each.pop() for each in ranks)
+    assert inside == 3 and outside.startswith("process_group does not hold rank 1, which calls; accepted is a group")
     for shared, of_group, _ in ranks:
         assert shared == of_group == ranks[0][0]
         assert shared == pytest.approx([together.mean.item(), together.variance.item()], rel=1e-14)
@@ -236,6 +264,26 @@ def test_a_reward_that_is_not_finite_is_left_out(bad):
         torch.testing.assert_close(part[[0, 2, 3]], of_kept)
         assert part[1] == 0 and not part[4:].any()
     assert out.two_sided.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"mean": NAN}, {"mean": INF}, {"mean": -INF}, {"variance": NAN}, {"variance": INF}, {"variance": -1.0},
+        {"weight": NAN}, {"weight": INF}, {"weight": -2.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_nobody_waits_for_leaves_the_groups_own_where_it_has_no_meaning(monkeypatch, bad):
+    monkeypatch.setattr(numbers, "values_are_at_hand", lambda tensor: False)
+    given = {"mean": 3.0, "variance": 4.0, "weight": 2.0}
+    rewards = torch.tensor([1.0, 2, 4, 5, 4, 5, 6, 9])
+    read = af.cross_level_advantages(rewards, K, **given)
+    unread = af.cross_level_advantages(rewards, K, **{name: torch.tensor(value) for name, value in given.items()})
+    assert all(torch.equal(ours, same) for ours, same in zip(unread, read, strict=True))
+    out = af.cross_level_advantages(rewards, K, **{name: torch.tensor(value) for name, value in (given | bad).items()})
+    assert not out.calibrated.any() and not out.two_sided.any()
+    assert torch.equal(out.advantages, read.local) and torch.equal(out.local, read.local)
 
 
 def test_rewards_near_the_largest_number_do_not_overflow():
