@@ -122,15 +122,16 @@ class _LowRankLinears(torch.autograd.Function):
             if layer in of_outs
         ]
         inner = _inner(terms) if terms and (weights or x is not None) else None
-        grad_x = None
+        grad_x: Tensor | None = None
         if weights and of_outs:
-            for layer, grad in of_outs.items():
-                weight = weights[layer].to(ctx.dtype)
-                grad_x = grad @ weight if grad_x is None else _with_product(grad_x, grad, weight, 1.0)
+            first, *others = of_outs
+            total = of_outs[first] @ weights[first].to(ctx.dtype)
+            for layer in others:
+                total = _with_product(total, of_outs[layer], weights[layer].to(ctx.dtype), 1.0)
             if inner is not None:
-                grad_x = _with_low_rank(grad_x, inner, _of_terms(a, b, terms), terms)
+                total = _with_low_rank(total, inner, _of_terms(a, b, terms), terms)
             shape = next(grad.shape[:-1] for grad in grads if grad is not None)
-            grad_x = grad_x.view(*shape, grad_x.shape[-1])
+            grad_x = total.view(*shape, total.shape[-1])
         of_adapters = _adapter_gradients(ctx, terms, inner, x, products, _ranks(b))
         return grad_x, None, None, None, *[None] * 2 * len(grads), *of_adapters
 
@@ -165,7 +166,8 @@ def _of_terms(a: Tensor, b: list[Tensor], terms: list[_Term]) -> Tensor:
 
 def _with_low_rank(grad_x: Tensor, inner: Tensor, a: Tensor, terms: list[_Term]) -> Tensor:
     """``grad_x`` and every ``scale inner A``: one product for neighbours of one scale, as it is the product's own."""
-    scales, widths = [], []
+    scales: list[float] = []
+    widths: list[int] = []
     for scale, alike in itertools.groupby(terms, lambda term: term.scale):
         scales.append(scale)
         widths.append(sum(term.b.shape[1] for term in alike))
@@ -191,7 +193,7 @@ def _adapter_gradients(
                 dtype = ctx.adapter_dtypes[2 * number + 1]
                 unscaled[2 * number + 1] = _weight_gradient(grad, of_products[number], dtype)
     scaled = _times(list(unscaled.values()), [ctx.scales[place // 2] for place in unscaled])
-    grads: list[Tensor | None] = [None] * 2 * len(ranks)
+    grads: list[Tensor | None] = [None for _ in range(2 * len(ranks))]
     for place, grad in zip(unscaled, scaled, strict=True):
         grads[place] = grad.to(ctx.adapter_dtypes[place])
     return grads
