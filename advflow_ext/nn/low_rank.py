@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -169,9 +168,12 @@ def _with_low_rank(grad_x: Tensor, inner: Tensor, a: Tensor, terms: list[_Term])
     """``grad_x`` and every ``scale inner A``: one product for neighbours of one scale, as it is the product's own."""
     scales: list[float] = []
     widths: list[int] = []
-    for scale, alike in itertools.groupby(terms, lambda term: term.scale):
-        scales.append(scale)
-        widths.append(sum(term.b.shape[1] for term in alike))
+    for term in terms:
+        if scales and scales[-1] == term.scale:
+            widths[-1] += term.b.shape[1]
+        else:
+            scales.append(term.scale)
+            widths.append(term.b.shape[1])
     for scale, part, rows in zip(scales, inner.split(widths, 1), a.split(widths), strict=True):
         grad_x = _with_product(grad_x, part, rows, scale)
     return grad_x
