@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import once_differentiable
 
 
@@ -74,31 +75,16 @@ def _outputs(
     ]
     if a is None:
         return outs, None
-    common, own = _split(scales)
-    flat = _flat(x)
-    products = _scaled(flat, a.t(), common, flat.new_empty(flat.shape[0], a.shape[0]))
-    for layer, part, matrix, scale in zip(of, products.split(_ranks(b), 1), b, own, strict=True):
+    # Without the scales: in float16 theirs may be the factor that makes it overflow, and it would round otherwise.
+    products = _flat(x) @ a.t()
+    for layer, part, matrix, scale in zip(of, products.split(_ranks(b), 1), b, scales, strict=True):
         # Made contiguous for that alone: of an output that is a view torch 2.11, traced, takes the gradient for 0.
         outs[layer] = _with_product(outs[layer].contiguous(), part, matrix.t(), scale)
     return outs, products
 
 
-def _split(scales: tuple[float, ...]) -> tuple[float, list[float]]:
-    """What the one product with every A takes of the scales, and what it leaves to each B: 1 where they are alike."""
-    if all(scale == scales[0] for scale in scales):
-        return scales[0], [1.0] * len(scales)
-    return 1.0, list(scales)
-
-
 def _ranks(b: list[Tensor]) -> list[int]:
     return [matrix.shape[1] for matrix in b]
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
-    """``scale left right``, rounded once, in ``out`` where a call is a call."""
-    if torch.compiler.is_compiling():
-        return torch.addmm(left.new_zeros(()), left, right, alpha=scale)
-    return out.addmm_(left, right, beta=0, alpha=scale)
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -120,64 +106,107 @@ class _LowRankLinears(torch.autograd.Function):
         # The weights are saved by reference and cast again in the backward pass; the adapters are small.
         ctx.save_for_backward(kept_x, kept_products, a, *b, *(weights if needs_x else ()))
         ctx.dtype, ctx.of, ctx.scales = dtype, of, scales
+        ctx.set_materialize_grads(False)  # an output that nobody used costs no product
         ctx.adapter_dtypes = [adapter.dtype for adapter in adapters]
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, products, a, *rest = ctx.saved_tensors
         b, weights = rest[: len(ctx.of)], rest[len(ctx.of) :]
-        shape, of_outs = grads[0].shape[:-1], [_flat(grad) for grad in grads]
-        inner = None
-        if a is not None and (weights or x is not None):
-            inner = _inner(of_outs, ctx.of, ctx.scales, b)
-        grad_x = None
-        if weights:
-            grad_x = of_outs[0] @ weights[0].to(ctx.dtype)
-            for grad, weight in zip(of_outs[1:], weights[1:], strict=True):
-                grad_x = _with_product(grad_x, grad, weight.to(ctx.dtype), 1.0)
+        of_outs = {layer: _flat(grad) for layer, grad in enumerate(grads) if grad is not None}
+        terms = [
+            _Term(number, of_outs[layer], *of_pair)
+            for number, (layer, *of_pair) in enumerate(zip(ctx.of, b, ctx.scales, strict=True))
+            if layer in of_outs
+        ]
+        inner = _inner(terms) if terms and (weights or x is not None) else None
+        grad_x: Tensor | None = None
+        if weights and of_outs:
+            first, *others = of_outs
+            total = of_outs[first] @ weights[first].to(ctx.dtype)
+            for layer in others:
+                total = _with_product(total, of_outs[layer], weights[layer].to(ctx.dtype), 1.0)
             if inner is not None:
-                grad_x = _with_product(grad_x, inner, a, 1.0)
-            grad_x = grad_x.view(*shape, grad_x.shape[-1])
-        of_adapters = _adapter_gradients(ctx, of_outs, inner, x, products, _ranks(b))
+                total = _with_low_rank(total, inner, _of_terms(a, b, terms), terms)
+            shape = next(grad.shape[:-1] for grad in grads if grad is not None)
+            grad_x = total.view(*shape, total.shape[-1])
+        of_adapters = _adapter_gradients(ctx, terms, inner, x, products, _ranks(b))
         return grad_x, None, None, None, *[None] * 2 * len(grads), *of_adapters
 
 
-def _inner(of_outs: list[Tensor], of: tuple[int, ...], scales: tuple[float, ...], b: list[Tensor]) -> Tensor:
-    """The gradient of ``x A^T`` for every A, side by side as the A are one below the other."""
-    inner = of_outs[0].new_empty(of_outs[0].shape[0], sum(_ranks(b)))
-    parts = [
-        _scaled(of_outs[layer], matrix, scale, part)
-        for layer, scale, matrix, part in zip(of, scales, b, inner.split(_ranks(b), 1), strict=True)
-    ]
-    return torch.cat(parts, 1) if torch.compiler.is_compiling() else inner
+class _Term(NamedTuple):
+    """Of an adapter, backward: its number, the gradient of its layer's output ``[N, out]``, its B and its scale."""
+
+    number: int
+    grad: Tensor
+    b: Tensor
+    scale: float
+
+
+def _inner(terms: list[_Term]) -> Tensor:
+    """The gradient of ``scale (x A^T)`` for every A, side by side as the A are one below the other."""
+    if torch.compiler.is_compiling():
+        return torch.cat([term.grad @ term.b for term in terms], 1)
+    ranks = _ranks([term.b for term in terms])
+    inner = terms[0].grad.new_empty(terms[0].grad.shape[0], sum(ranks))
+    for term, part in zip(terms, inner.split(ranks, 1), strict=True):
+        part.addmm_(term.grad, term.b, beta=0)
+    return inner
+
+
+def _of_terms(a: Tensor, b: list[Tensor], terms: list[_Term]) -> Tensor:
+    """Of every A, one below the other, those of ``terms``."""
+    if len(terms) == len(b):
+        return a
+    parts = a.split(_ranks(b))
+    return torch.cat([parts[term.number] for term in terms])
+
+
+def _with_low_rank(grad_x: Tensor, inner: Tensor, a: Tensor, terms: list[_Term]) -> Tensor:
+    """``grad_x`` and every ``scale inner A``: one product for neighbours of one scale, as it is the product's own."""
+    scales: list[float] = []
+    widths: list[int] = []
+    for term in terms:
+        if scales and scales[-1] == term.scale:
+            widths[-1] += term.b.shape[1]
+        else:
+            scales.append(term.scale)
+            widths.append(term.b.shape[1])
+    for scale, part, rows in zip(scales, inner.split(widths, 1), a.split(widths), strict=True):
+        grad_x = _with_product(grad_x, part, rows, scale)
+    return grad_x
 
 
 def _adapter_gradients(
-    ctx: Any,
-    of_outs: list[Tensor],
-    inner: Tensor | None,
-    x: Tensor | None,
-    products: Tensor | None,
-    ranks: list[int],
+    ctx: Any, terms: list[_Term], inner: Tensor | None, x: Tensor | None, products: Tensor | None, ranks: list[int]
 ) -> list[Tensor | None]:
     """Of a_1, b_1, a_2, b_2, ..."""
-    grads: list[Tensor | None] = [None for _ in range(2 * len(ranks))]
-    needs = ctx.needs_input_grad[-len(grads) :] if grads else ()
+    needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - 2 * len(ranks) :]
+    unscaled: dict[int, Tensor] = {}
     if inner is not None and x is not None:
         widest = functools.reduce(torch.promote_types, ctx.adapter_dtypes[::2])
-        of_a = _weight_gradient(inner, _flat(x), 1.0, widest).split(ranks)
-        for pair, part in enumerate(of_a):
-            if needs[2 * pair]:
-                grads[2 * pair] = part.to(ctx.adapter_dtypes[2 * pair])
+        of_a = _weight_gradient(inner, _flat(x), widest).split(_ranks([term.b for term in terms]))
+        unscaled |= {2 * term.number: part for term, part in zip(terms, of_a, strict=True) if needs[2 * term.number]}
     if products is not None:
-        _, own = _split(ctx.scales)
-        for pair, (layer, part) in enumerate(zip(ctx.of, products.split(ranks, 1), strict=True)):
-            if needs[2 * pair + 1]:
-                dtype = ctx.adapter_dtypes[2 * pair + 1]
-                grads[2 * pair + 1] = _weight_gradient(of_outs[layer], part, own[pair], dtype)
+        of_products = products.split(ranks, 1)
+        for number, grad, _, _ in terms:
+            if needs[2 * number + 1]:
+                dtype = ctx.adapter_dtypes[2 * number + 1]
+                unscaled[2 * number + 1] = _weight_gradient(grad, of_products[number], dtype)
+    scaled = _times(list(unscaled.values()), [ctx.scales[place // 2] for place in unscaled])
+    grads: list[Tensor | None] = [None for _ in range(2 * len(ranks))]
+    for place, grad in zip(unscaled, scaled, strict=True):
+        grads[place] = grad.to(ctx.adapter_dtypes[place])
     return grads
+
+
+def _times(tensors: list[Tensor], factors: list[float]) -> list[Tensor]:
+    """Each in a memory of its own, in one launch: what becomes a ``.grad`` is freed and saved without the others."""
+    if not torch.compiler.is_compiling() and any(map(is_legacy_batchedtensor, tensors)):  # autograd's is_grads_batched
+        return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    return list(torch._foreach_mul(tensors, factors)) if tensors else []
 
 
 def _with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -196,10 +225,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale left^T right`` in ``dtype``, never rounded in between to less where the device can do so."""
+def _weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left^T right``, in ``dtype`` or wider, never rounded in between to less where the device can do so."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))
-    return (product if scale == 1 else product.mul_(scale)).to(dtype)
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))

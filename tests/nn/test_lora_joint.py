@@ -128,6 +128,78 @@ def test_half_precision_is_as_good_as_the_layers_one_by_one(
         assert ratios[3] <= 0.95  # the gradient of x, which is rounded four times instead of eight
 
 
+@pytest.mark.parametrize("function", [joint_lora_forward, one_by_one])
+def test_float16_overflows_only_where_what_is_asked_for_does(function: Any) -> None:
+    """Scales of 64 and 16, and gradients of 500, as a loss scaler makes them."""
+    for scale, size, of_grad, of_b in ((64, 40.0, 1e-3, 1e-3), (16, 1.0, 500.0, 0.5)):
+        layers = projections(
+            0, 1, 2, dtype=torch.float16, lora_alpha=scale * RANKS["one"], alpha_pattern={"2": scale * RANKS["one"] / 2}
+        )
+        x = torch.full((3, FEATURES), size, dtype=torch.float16, requires_grad=True)
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_A["one"].weight.fill_(4.0 if scale == 64 else 1e-3)
+                layer.lora_B["one"].weight.fill_(of_b)
+        asking = [x, *parameters(layers)]
+        outs = function(layers, x)
+        grads = torch.autograd.grad(outs, asking, [torch.full_like(out, of_grad) for out in outs])
+        inner = scale * of_grad * of_b * OUT
+        assert max(scale * size * 4.0 * FEATURES, inner) > torch.finfo(torch.float16).max
+        exact = in_float64_of(layers, x, of_grad)
+        for found, truth in zip([*outs, *grads], exact, strict=True):
+            torch.testing.assert_close(found.double(), truth, rtol=2e-2, atol=1e-2 * truth.abs().max().item())
+
+
+def in_float64_of(layers: Sequence[Any], x: Tensor, of_grad: float) -> list[Tensor]:
+    for layer in layers:
+        layer.double()
+    x = x.detach().double().requires_grad_()
+    outs = [layer(x) for layer in layers]
+    grads = torch.autograd.grad(outs, [x, *parameters(layers)], [torch.full_like(out, of_grad) for out in outs])
+    return [out.detach() for out in outs] + list(grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_a_layer_do_not_depend_on_the_scales_of_its_neighbours(dtype: torch.dtype) -> None:
+    x = normal(40, FEATURES).to(dtype).requires_grad_()
+    alike = run(joint_lora_forward, projections(0, 1, 2, dtype=dtype, lora_alpha=5), x)
+    other = run(joint_lora_forward, projections(0, 1, 2, dtype=dtype, lora_alpha=5, alpha_pattern={"2": 3}), x)
+    assert torch.equal(alike[0][0], other[0][0]) and not torch.equal(alike[0][2], other[0][2])
+    for place in (1, 2, 3, 4):  # A and B of the first two, after x
+        assert torch.equal(alike[1][place], other[1][place])
+
+
+@pytest.mark.parametrize("used", [(1,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("batched", [False, True])
+def test_outputs_that_nobody_uses_get_no_gradient_and_no_product(used: tuple[int, ...], batched: bool) -> None:
+    layers, x = projections(0, 1, alpha_pattern={"1": 5}), normal(6, FEATURES).requires_grad_()
+    asking = [x, *parameters(layers)]
+    grads = []
+    for function in (joint_lora_forward, one_by_one):
+        outs = [function(layers, x)[i] for i in used]
+        shapes = [(2, *out.shape) if batched else out.shape for out in outs]
+        incoming = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+        grads.append(torch.autograd.grad(outs, asking, incoming, allow_unused=True, is_grads_batched=batched))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)  # None is close to None alone
+
+
+def test_products_of_unused_outputs_are_not_made() -> None:
+    layers, x = projections(0, 1), normal(6, FEATURES).requires_grad_()
+    out = joint_lora_forward(layers, x)[1]
+    incoming = torch.ones_like(out)
+    with Recorder() as recorder:
+        torch.autograd.grad(out, [x, *parameters(layers)], incoming, allow_unused=True)
+    # The base, A's and B's; the inner gradient, and onto that of x; the scales. Of two A, the one.
+    assert recorder.counts == {"mm": 3, "addmm_": 2, "_foreach_mul": 1, "cat": 1}
+
+
+def test_each_gradient_has_a_memory_of_its_own() -> None:
+    layers, x = projections(0, 1, 2), normal(6, FEATURES).requires_grad_()
+    for grad in run(joint_lora_forward, layers, x)[1]:
+        assert grad.untyped_storage().nbytes() == grad.nbytes
+
+
 def test_gradcheck() -> None:
     layers = projections(0, 2, adapters=("one", "two"), alpha_pattern={"2": 5})
     for layer in layers:
@@ -195,7 +267,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view and name not in ("new_empty", "detach"):
+        if isinstance(result, (Tensor, list)) and not func.is_view and name not in ("new_empty", "detach"):
             self.counts[name] = self.counts.get(name, 0) + 1
         return result
 
@@ -205,12 +277,13 @@ def test_what_is_launched() -> None:
     with Recorder() as forward:
         outs = joint_lora_forward(layers, x)
     # The matrices side by side; three bases, two with a bias; every A; the three B.
-    assert forward.counts == {"cat": 1, "addmm": 2, "mm": 1, "addmm_": 1 + 3}
+    assert forward.counts == {"cat": 1, "addmm": 2, "mm": 1 + 1, "addmm_": 3}
     incoming = [torch.ones_like(out) for out in outs]
     with Recorder() as backward:
         torch.autograd.grad(outs, [x, *parameters(layers)], incoming)
-    # The first base; every A's; each B's. In place: two bases, each B for the inner gradients, every A with those.
-    assert backward.counts == {"mm": 1 + 1 + 3, "addmm_": 2 + 3 + 1}
+    # The first base; every A's; each B's. In place: two bases, each B for the inner gradients, every A with those. The
+    # scales of all six gradients.
+    assert backward.counts == {"mm": 1 + 1 + 3, "addmm_": 2 + 3 + 1, "_foreach_mul": 1}
     layers = projections()
     with Recorder() as plain, torch.no_grad():
         joint_lora_forward(layers, x)
