@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import once_differentiable
 
 
@@ -204,9 +203,14 @@ def _adapter_gradients(
 
 def _times(tensors: list[Tensor], factors: list[float]) -> list[Tensor]:
     """Each in a memory of its own, in one launch: what becomes a ``.grad`` is freed and saved without the others."""
-    if not torch.compiler.is_compiling() and any(map(is_legacy_batchedtensor, tensors)):  # autograd's is_grads_batched
+    if not tensors:
+        return []
+    if torch.compiler.is_compiling():
+        return list(torch._foreach_mul(tensors, factors))
+    try:
+        return list(torch._foreach_mul(tensors, factors))
+    except RuntimeError:  # for the batched tensors of autograd's is_grads_batched it has no rule
         return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-    return list(torch._foreach_mul(tensors, factors)) if tensors else []
 
 
 def _with_product(to: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
