@@ -165,7 +165,6 @@ def no_scores(numbers: list[int]) -> torch.Tensor:
             for bad in (2.5, float("nan"), True, 0, -1)
         ),
         *(({"weight": bad}, rf"weight is {bad}; accepted is a finite number") for bad in (float("nan"), True, -1.0)),
-        ({"score": no_scores, "candidates": 4}, r"no module that is imported defines DistributedKRepeatSampler"),
     ],
 )
 def test_a_refused_install_leaves_the_one_before(
@@ -173,7 +172,7 @@ def test_a_refused_install_leaves_the_one_before(
 ) -> None:
     ada_grpo.install_flow_grpo(tracker_at(3.0), weight=0.5)
     before = statistics().update(PROMPTS, REWARDS)
-    with pytest.raises((ValueError, ImportError), match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         ada_grpo.install_flow_grpo(tracker_at(0.0), **options)
     np.testing.assert_array_equal(statistics().update(PROMPTS, REWARDS), before)
     ada_grpo.install_flow_grpo(tracker_at(3.0), weight=0.0)

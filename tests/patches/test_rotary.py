@@ -120,6 +120,7 @@ def test_compiles_into_one_graph(family: Family, model: Any, stock: list[Tensor]
         assert_same(run(model, family.inputs(), compiled), stock)
 
 
+@pytest.mark.slow
 def test_regional_compilation(family: Family) -> None:
     regional = family.make()
     stock = run(regional, family.inputs())

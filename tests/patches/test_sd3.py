@@ -251,6 +251,7 @@ def test_regional_compilation(first_and_last):
         assert_same(run(regional, inputs()), stock)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_kind_share_what_is_compiled():
     """Five blocks of three kinds: with two attentions, with one, and the last."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -45,7 +45,7 @@ def _leaves(path: Path) -> dict[str, Any]:
     return sections | {key: value for key, value in tree.items() if not isinstance(value, dict)}
 
 
-@pytest.mark.parametrize("base", ["tiny", "sd35_medium"])
+@pytest.mark.parametrize("base", ["tiny", pytest.param("sd35_medium", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", METHODS)
 def test_a_method_brings_its_own_settings_however_it_is_chosen(base: str, algorithm: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"

@@ -225,6 +225,7 @@ class Mortal:
 """
 
 
+@pytest.mark.slow
 def test_jobs_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes leave what one does; where one is killed the job ends, and goes on to the same bits."""
     (tmp_path / "mortal.py").write_text(MORTAL)
