@@ -45,6 +45,10 @@ def find_module(trainer: str, name: str) -> ModuleType:
         ) from error
 
 
+def imported_modules() -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+
+
 def signature_of(function: Function) -> str:
     """``(self, x, level=0.7)``: names, kinds and defaults; annotations, which change nothing, are left out."""
     signature = inspect.signature(function)
@@ -198,7 +202,7 @@ def _forms(held: object) -> list[object]:
 
 def _namespaces(held: object) -> list[dict[str, Any]]:
     """Globals of all modules that have ``held`` under some name, and of scripts that are no module."""
-    imported = [vars(module) for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    imported = [vars(module) for module in imported_modules()]
     scripts = [holder for holder in gc.get_referrers(held) if isinstance(holder, dict) and "__builtins__" in holder]
     found = {id(namespace): namespace for namespace in imported + scripts}
     return [namespace for namespace in found.values() if any(value is held for value in list(namespace.values()))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from advflow_ext.contract.checks import require_count
 from advflow_ext.contract.numbers import require_number
 from advflow_ext.integrations import _patching
+from advflow_ext.integrations.dance_grpo import SCRIPTS
 from advflow_ext.ops.capability import CapabilityTracker, cross_level_advantages
 
 STATISTICS = "flow_grpo.stat_tracking"
@@ -148,8 +148,7 @@ def _fused_update(owner: type, tracker: CapabilityTracker, weight: float) -> _pa
 
 
 def _samplers() -> list[type]:
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    held = [vars(module).get("DistributedKRepeatSampler") for module in modules]
+    held = [vars(module).get("DistributedKRepeatSampler") for module in _patching.imported_modules()]
     return list({id(each): each for each in held if isinstance(each, type)}.values())
 
 
@@ -172,12 +171,10 @@ def _nearest_batches(
 
 def _scripts() -> list[ModuleType]:
     names = ("train_one_step", "sample_reference_model")
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    wanted = ("fastvideo.train_grpo_", "__main__")
     return [
         module
-        for module in modules
-        if module.__name__.startswith(wanted) and all(callable(vars(module).get(name)) for name in names)
+        for module in _patching.imported_modules()
+        if module.__name__.startswith(SCRIPTS) and all(callable(vars(module).get(name)) for name in names)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from advflow_ext.integrations import _patching, _steps
 
 NAME = "flux_step"
+SCRIPTS = ("fastvideo.train_grpo_", "__main__")  # how a training script is called, imported or as the one that runs
 COMMITS = "XueZeyue/DanceGRPO at 15cc71d"
 
 _patch = _patching.Patch("DanceGRPO")
@@ -39,7 +39,7 @@ def install(exact: bool = False) -> None:
             "form that stores both, two latents a transition, changes the script: "
             "python -m advflow_ext.integrations.patches apply dance_grpo CHECKOUT."
         )
-    scripts = [module for module in list(sys.modules.values()) if _is_script(module)]
+    scripts = [module for module in _patching.imported_modules() if _is_script(module)]
     if not scripts:
         raise ImportError(
             f"DanceGRPO is not to be patched: no module that is imported defines {NAME}; accepted is an install() in "
@@ -119,9 +119,9 @@ def _flux_step(
     return dance_step(model_output, latents, eta, sigmas, index, prev_sample, grpo, sde_solver)[0]
 
 
-def _is_script(module: object) -> bool:
+def _is_script(module: ModuleType) -> bool:
     """Whether the module defines a flux_step, and is a training script of DanceGRPO or the one that runs."""
-    if not isinstance(module, ModuleType) or not module.__name__.startswith(("fastvideo.train_grpo_", "__main__")):
+    if not module.__name__.startswith(SCRIPTS):
         return False
     held = vars(module).get(NAME)
     return callable(held) and (getattr(held, "__globals__", None) is vars(module) or _patch.replaces(module, NAME))

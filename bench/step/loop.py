@@ -15,13 +15,11 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from advflow.models.sd3 import pipeline_folder
-from advflow.rewards import Prompt, Scores
 from advflow.run.train import train
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import EMBEDDED, DataConfig, EvalConfig, RolloutConfig
@@ -41,15 +39,6 @@ from advflow_ext.bench.harness import report
 from bench.roofline.models import SIZES, count
 
 PHASES = ("seconds_rollout", "seconds_train")
-
-
-class Redness:
-    """The mean of the red channel less that of the others."""
-
-    def __call__(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> Scores:
-        means = images.mean((2, 3))
-        red = means[:, 0] - means[:, 1:].mean(1)
-        return Scores(red, red)
 
 
 def random_pipeline() -> StableDiffusion3Pipeline:
@@ -116,7 +105,7 @@ def settings(model: str, folder: Path, iterations: int, cuda_graphs: bool) -> Tr
             resolution=32 if tiny else 512,
             max_sequence_length=12 if tiny else 128,
         ),
-        data=DataConfig(reward="bench.step.loop:Redness"),
+        data=DataConfig(reward="redness"),
         rollout=RolloutConfig(prompts=2 if tiny else 8, images_per_prompt=2 if tiny else 4, steps=10, batch=16),
         draws=DrawConfig(per_image=3, timesteps="sampler_grid"),
         optim=OptimConfig(micro_batch=8),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
 
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2 -m advflow train".split()
 _MODULES = ["torch", "torch.distributed.fsdp", "peft", "advflow.run.trainer", "advflow.models.sd3"]
 _PATIENCE = 900.0  # seconds: more than any job takes, on a busy machine too
 
@@ -43,6 +47,21 @@ def run_together(size: int, function: Callable[..., None], *arguments: Any) -> N
     finally:
         for process in processes:
             process.kill()
+
+
+def start(
+    folder: Path, launcher: list[str], *words: str, seconds: float = _PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """A job that a launcher such as TORCHRUN starts in a folder, which may hold a reward of its own."""
+    return subprocess.run(
+        [sys.executable, *launcher, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
 
 
 def _call(environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -7,9 +7,6 @@ a user starts them.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +24,7 @@ from advflow.settings.sources import to_config, train_parser
 from safetensors.torch import load_file
 
 from tests.trainer.runs import assert_same_run, files
+from tests.trainer.several import TORCHRUN, start
 
 # 3 groups of 4 images: each of two processes has a half of the second group; of five some have two images, some three.
 WORDS = (
@@ -193,20 +191,6 @@ def test_shares_that_cannot_be_are_refused_before_anything_is_loaded(words: str,
         Trainer(config, ranks=Threads(0, 5, Meeting(5)))
 
 
-def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A job of two processes in a folder with a reward of its own."""
-    job = "-m torch.distributed.run --standalone --nproc_per_node 2 -m advflow train".split()
-    return subprocess.run(
-        [sys.executable, *job, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 MORTAL = """
 import os, pathlib, signal
 from advflow.rewards import Scores
@@ -230,7 +214,7 @@ def test_jobs_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Two processes leave what one does; where one is killed the job ends, and goes on to the same bits."""
     (tmp_path / "mortal.py").write_text(MORTAL)
     words = [*WORDS, *METHODS["advantage_flow"], "--data.reward", "mortal:Mortal"]
-    whole = torchrun(tmp_path, "--out", "whole", *words)
+    whole = start(tmp_path, TORCHRUN, "--out", "whole", *words, seconds=300)
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.count("report: ") == whole.stdout.count("held-out score") == 1
 
@@ -249,9 +233,9 @@ def test_jobs_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
 
     (tmp_path / "deadly").touch()
-    killed = torchrun(tmp_path, "--out", "killed", *words)
+    killed = start(tmp_path, TORCHRUN, "--out", "killed", *words, seconds=300)
     assert killed.returncode != 0 and not (tmp_path / "deadly").exists()
     assert len(read_rows(tmp_path / "killed" / METRICS)) == 1
-    resumed = torchrun(tmp_path, "--out", "killed", "--resume")
+    resumed = start(tmp_path, TORCHRUN, "--out", "killed", "--resume", seconds=300)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

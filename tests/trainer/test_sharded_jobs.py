@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from advflow.settings.model import ModelConfig
 from torch import distributed
 
 from tests.trainer.runs import files, rows
-from tests.trainer.several import run_together
+from tests.trainer.several import TORCHRUN, run_together, start
 from tests.trainer.test_ranks import TIMES
 from tests.trainer.test_sharding import (
     WORDS,
@@ -36,7 +33,6 @@ from tests.trainer.test_sharding import (
 
 pytestmark = pytest.mark.slow
 
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2 -m advflow train".split()
 # On CPUs its own option for them starts one process.
 ACCELERATE = (
     "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --gpu_ids all --mixed_precision no "
@@ -72,18 +68,6 @@ class Doomed:
         red = images[:, 0].mean((1, 2))
         return Scores(red, red)
 """
-
-
-def start(folder: Path, launcher: list[str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *launcher, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
 
 
 def assert_close_runs(one: Path, other: Path) -> None:

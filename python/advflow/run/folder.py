@@ -16,6 +16,7 @@ import yaml
 
 from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
+from advflow.settings.numbers import in_yaml
 from advflow.settings.rewards import read_rewards
 from advflow.settings.yaml_files import CONFIG
 
@@ -135,16 +136,12 @@ def _pairs(stored: Mapping[str, Any], config: Any, default: Any, prefix: str = "
         new, otherwise = getattr(config, name), getattr(default, name)
         old = stored.get(name, otherwise)
         if not is_dataclass(new):
-            yield f"{prefix}{name}", _as_stored(old), _as_stored(new)
+            yield f"{prefix}{name}", in_yaml(old), in_yaml(new)
         elif old is None or old is otherwise or isinstance(old, Mapping):
             yield from _pairs(old if isinstance(old, Mapping) else {}, new, otherwise, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", old, new
     yield from ((f"{prefix}{name}", old, _NoSetting()) for name, old in stored.items() if name not in names)
-
-
-def _as_stored(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

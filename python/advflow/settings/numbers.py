@@ -16,8 +16,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = in_yaml(value)
     return flat
+
+
+def in_yaml(value: Any) -> Any:
+    """What a setting's value is when it has been written to YAML and read again: of a tuple, a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def require_numbers(config: object, prefix: str = "") -> None:
