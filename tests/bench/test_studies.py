@@ -1,0 +1,123 @@
+"""The comparisons of docs/learning.md: what they run, and that its tables are those of their logs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("advflow", reason="the trainer is not installed")
+pytest.importorskip("jsonargparse", reason="the trainer's dependencies are not installed")
+pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
+
+from advflow.settings.config import TrainConfig
+from advflow.settings.sources import resolve_configs, to_config, train_parser
+
+from bench.learning import document, study
+from bench.learning.pictures import draw_front, draw_spread
+from bench.learning.studies import IMAGES_AN_ITERATION, ITERATIONS, SEEDS, STUDIES, Study
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = [(settings, seed) for settings, seed in study.runs_of(STUDIES.values()) if seed == 0]
+
+
+def config_of(settings: str) -> TrainConfig:
+    words = resolve_configs(["train", *shlex.split(settings)])
+    parser = train_parser()
+    return to_config(parser, parser.parse_args(words[1:]))
+
+
+def test_every_run_is_accepted_and_draws_as_many_images() -> None:
+    for settings, _ in ALL:
+        config = config_of(settings)
+        rollout = config.rollout.prompts * config.rollout.images_per_prompt
+        assert rollout == IMAGES_AN_ITERATION
+        images = config.iterations * (rollout + (config.capability.candidates or 0))
+        assert images == ITERATIONS * IMAGES_AN_ITERATION, settings
+
+
+def test_every_run_has_a_folder_of_its_own() -> None:
+    folders = {study.folder_of(*run) for run in study.runs_of(STUDIES.values())}
+    assert len(folders) == len(ALL) * len(SEEDS)
+    assert all(folder.isascii() and "/" not in folder and " " not in folder for folder in folders)
+
+
+def test_a_run_of_several_studies_is_trained_once() -> None:
+    runs = list(study.runs_of(STUDIES.values()))
+    assert len(runs) == len(set(runs)) < sum(len(each.rows) for each in STUDIES.values()) * len(SEEDS)
+    assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
+
+
+def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = tmp_path / study.folder_of("--algorithm awm", 0)
+    done.mkdir()
+    (done / "summary.json").write_text("{}")
+    trained: list[tuple[str, int]] = []
+
+    def train(settings: str, seed: int, folder: Path, device: str) -> int:
+        trained.append((settings, seed))
+        return seed  # as if seed 1 failed
+
+    monkeypatch.setattr(study, "_train", train)
+    assert study.train([("--algorithm awm", 0), ("--algorithm awm", 1)], tmp_path, 1, "cpu") == 1
+    assert trained == [("--algorithm awm", 1)]
+
+
+def run(label: str, seed: int, *held_out: float) -> dict[str, Any]:
+    images = [128 * place for place in range(len(held_out))]
+    rewards = {"embedded": list(held_out), "redness": [2 * score for score in held_out]}
+    return {"label": label, "seed": seed, "held_out": list(held_out), "images": images, "rewards": rewards}
+
+
+RUNS = [run("worse", 0, 0.2, 0.3), run("worse", 1, 0.2, 0.2), run("better", 0, 0.2, 0.4), run("better", 1, 0.2, 0.6)]
+
+
+def test_a_table_has_the_best_first_with_its_spread() -> None:
+    assert document.table(Study("", {}), RUNS)[2:] == [
+        "| better | 128 | 0.200 | +0.300 ± 0.141 | +0.200, +0.400 |",
+        "| worse | 128 | 0.200 | +0.050 ± 0.071 | +0.100, +0.000 |",
+    ]
+
+
+def test_a_table_of_two_rewards_keeps_its_order() -> None:
+    assert document.table(Study("", {}, ("embedded", "redness")), RUNS) == [
+        "| | images | embedded | redness |",
+        "|---|---|---|---|",
+        "| before | 0 | 0.200 | 0.400 |",
+        "| worse | 128 | 0.250 ± 0.071 | 0.500 ± 0.141 |",
+        "| better | 128 | 0.500 ± 0.141 | 1.000 ± 0.283 |",
+    ]
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else() -> None:
+    page = "a\n<!-- study x -->\nold\n<!-- /study x -->\nb"
+    assert document.with_table(page, "x", ["new"]) == "a\n<!-- study x -->\nnew\n<!-- /study x -->\nb"
+    with pytest.raises(ValueError, match="<!-- study y -->"):
+        document.with_table(page, "y", ["new"])
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    draw_spread(RUNS, "title", tmp_path / "spread.png")
+    draw_front(RUNS, ("embedded", "redness"), "title", tmp_path / "front.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("spread.png", "front.png"))
+
+
+def test_the_tables_of_the_page_are_those_of_the_logs() -> None:
+    page = (ROOT / "docs" / "learning.md").read_text()
+    for path in study.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())["runs"]
+        rows = document.table(STUDIES[path.stem], found)
+        assert document.with_table(page, path.stem, rows) == page, path.stem
+
+
+def test_the_logs_are_of_the_runs_of_today() -> None:
+    for path in study.RESULTS.glob("*.json"):
+        seeds = defaultdict(set)
+        for each in json.loads(path.read_text())["runs"]:
+            assert STUDIES[path.stem].rows[each["label"]] == each["arguments"]
+            seeds[each["label"]].add(each["seed"])
+        assert all(found == set(SEEDS) for found in seeds.values()), path.stem
