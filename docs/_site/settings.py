@@ -52,4 +52,4 @@ def _value(default: Any) -> str:
         return str(default).lower()
     if isinstance(default, list | tuple):
         return f"[{', '.join(map(_value, default))}]"
-    return str(default)
+    return str(default) or '""'

@@ -126,9 +126,15 @@ def _run_argument(parser: Parser) -> None:
     parser.add_argument("--checkpoint", type=str, default="last", help='"last", "best" or after how many iterations')
 
 
+def _guidance_argument(parser: Parser) -> None:
+    said = "scale of classifier-free guidance, 1 being none; null: the run's evaluation.guidance"
+    parser.add_argument("--guidance", type=float | None, default=None, help=said)
+
+
 def _eval_parser() -> Parser:
     parser = Parser(description="Score a run's last checkpoint on the held-out prompts.")
     _run_argument(parser)
+    _guidance_argument(parser)
     return parser
 
 
@@ -138,6 +144,9 @@ def _sample_parser() -> Parser:
     parser.add_argument("--prompt", type=str, required=True, help="what to draw")
     parser.add_argument("--count", type=int, default=8, help="how many images")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    _guidance_argument(parser)
+    said = "what guidance leads away from; null: the run's rollout.negative_prompt"
+    parser.add_argument("--negative_prompt", type=str | None, default=None, help=said)
     parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
     parser.add_argument("--out", type=str, default="samples.png", help="where the picture goes")
     return parser
@@ -211,12 +220,19 @@ def _score(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
+def _check_guidance(arguments: Namespace) -> None:
+    if arguments.guidance is not None and not 0 <= arguments.guidance < math.inf:
+        raise ValueError(f"--guidance is {arguments.guidance}; accepted: zero, a positive number or null")
+
+
 def _eval(arguments: Namespace) -> None:
+    _check_guidance(arguments)
     config = load_run_config(arguments.run)
     _quiet_libraries()
     from advflow.run.inference import evaluate_run, load_run
 
-    result = evaluate_run(load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint))
+    run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
+    result = evaluate_run(run, arguments.guidance)
     print(f"overall {result.overall:.4f}")
     for category, score in result.categories.items():
         print(f"  {category:<18} {score:.4f}")
@@ -234,12 +250,21 @@ def _sample(arguments: Namespace) -> None:
     from advflow.run.log import image_grid
 
     run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
-    images = draw_images(run, arguments.prompt, arguments.count, arguments.steps, arguments.seed)
+    images = draw_images(
+        run,
+        arguments.prompt,
+        arguments.count,
+        arguments.steps,
+        arguments.seed,
+        config.evaluation.guidance if arguments.guidance is None else arguments.guidance,
+        config.rollout.negative_prompt if arguments.negative_prompt is None else arguments.negative_prompt,
+    )
     image_grid(images, columns=min(8, arguments.count)).save(arguments.out)
     print(f"wrote {arguments.out}")
 
 
 def _check_sample(arguments: Namespace) -> None:
+    _check_guidance(arguments)
     for name in ("count", "steps"):
         if arguments[name] < 1:
             raise ValueError(f"--{name} is {arguments[name]}; accepted: 1 or more")

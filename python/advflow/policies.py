@@ -18,6 +18,7 @@ from advflow.core.ranks import Ranks
 from advflow.core.sharding import shard, whole_state
 from advflow.models.adapters import Adapter
 from advflow.models.family import FusedKernels, ModelFamily
+from advflow.samplers.guidance import guided
 from advflow.samplers.sampling import Conditioning, Velocity
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow_ext.policies.parameters import move_towards, places_of, require_in_place
@@ -264,7 +265,8 @@ def velocity_of(policies: Policies, role: Role, *, for_images: bool = False) -> 
     family, transformer = policies.family, policies.transformer(role, for_images=for_images)
 
     def velocity(x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return family.velocity(transformer, x, family.timesteps(t), conditioning)
+        timestep = family.timesteps(t)
+        return guided(lambda told: family.velocity(transformer, x, timestep, told), conditioning)
 
     return velocity
 
@@ -275,15 +277,19 @@ def policy_velocities(
     """The learner's velocity at (x, t), with gradients, and those of rollout policy and reference where needed."""
     family, timestep = policies.family, policies.family.timesteps(t)
 
+    def velocity(role: Role) -> torch.Tensor:
+        transformer = policies.transformer(role)
+        return guided(lambda told: family.velocity(transformer, x, timestep, told), conditioning)
+
     def frozen(role: Role) -> torch.Tensor:
         with torch.no_grad():
-            return family.velocity(policies.transformer(role), x, timestep, conditioning)
+            return velocity(role)
 
     with policies.shared_modulation():
         v_old = frozen("rollout") if needs.old else None
         v_ref = frozen("reference") if needs.reference else None
         # The learner comes last and stays in force: a checkpointed backward pass runs its forward again.
-        return family.velocity(policies.transformer("learner"), x, timestep, conditioning), v_old, v_ref
+        return velocity("learner"), v_old, v_ref
 
 
 def follow(policies: Policies, rho: float) -> None:

@@ -26,7 +26,7 @@ from advflow.report.text import duration_text, gain_text, plain, times_text, val
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import RunLog, image_grid
 from advflow.settings.config import TrainConfig
-from advflow.settings.data import AdvantageConfig
+from advflow.settings.data import AdvantageConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
@@ -287,6 +287,15 @@ def test_what_is_compared_with_the_papers_of_the_reverse_process_is_shown(tmp_pa
     mix = SDEConfig(window="sliding", steps=2, within=5, shift_every=75)
     page = read(make_run(tmp_path / "mix", algorithm="mix_grpo", sde=mix))
     assert "Sampler steps flow_sde, noise level 0.7 window sliding, steps 2, within 5, shift_every 75" in page.text
+
+
+def test_guidance_is_shown_where_there_is_some(tmp_path: Path) -> None:
+    assert "Guidance" not in read(make_run(tmp_path / "none")).text
+    forward = make_run(tmp_path / "forward", rollout=RolloutConfig(guidance=4.5), evaluation=EvalConfig(guidance=3))
+    assert "Guidance 4.5 drawn, 1 learnt, 3 held out" in read(forward).text
+    rollout = RolloutConfig(guidance=4.5, negative_prompt="<grey>")
+    reverse = make_run(tmp_path / "reverse", algorithm="flow_grpo", rollout=rollout)
+    assert "Guidance 4.5 drawn, 4.5 learnt, 1 held out away from <grey>" in read(reverse).text
 
 
 def test_what_is_compared_with_the_papers_of_the_forward_process_is_shown(tmp_path: Path) -> None:

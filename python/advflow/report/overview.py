@@ -97,12 +97,20 @@ def _method_cells(run: Run) -> list[tuple[str, str, str]]:
         cells.append(("Sampler steps", kind, _section_text(run, "sde", but=("sampler", "noise_level"))))
     elif process == "forward" and "draws.per_image" in config:
         each = f"{plain(config['draws.per_image'])} an image"
-        cells.append(("Draws of (t, noise)", each, _section_text(run, "draws", but=("per_image",))))
+        cells.append(("Draws of (t, noise)", each, _section_text(run, "draws", but=("per_image", "guidance"))))
     if "advantage.norm" in config:
         cells.append(("Advantages", plain(config["advantage.norm"]), _section_text(run, "advantage", but=("norm",))))
     if config.get("capability.candidates") is not None:
         chosen = f"{plain(config.get('capability.select'))} of {config['capability.candidates']}"
         cells.append(("Curriculum", chosen, _section_text(run, "capability", but=("select", "candidates"))))
+    scales = {section: config.get(f"{section}.guidance", 1) for section in ("rollout", "draws", "evaluation")}
+    if process == "reverse":
+        scales["draws"] = scales["rollout"]
+    if set(scales.values()) != {1}:
+        drawn, learnt, evaluated = map(plain, scales.values())
+        negative = config.get("rollout.negative_prompt")
+        away = f"away from {plain(negative)}" if negative else ""
+        cells.append(("Guidance", f"{drawn} drawn, {learnt} learnt, {evaluated} held out", away))
     return cells
 
 

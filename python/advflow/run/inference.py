@@ -23,6 +23,7 @@ from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
 from advflow.run.state import weights_of
 from advflow.samplers.euler import Euler
+from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.registry import FAMILIES, REWARDS
@@ -70,12 +71,13 @@ def _chosen(folder: Path, checkpoint: str) -> Path | None:
     return folder / CHECKPOINTS / checkpoint_name(number)
 
 
-def evaluate_run(run: LoadedRun) -> Evaluation:
-    """Scores the learner on the run's held-out prompts, as training does.
+def evaluate_run(run: LoadedRun, guidance: float | None = None) -> Evaluation:
+    """Scores the learner on the run's held-out prompts, as training does, but for a `guidance` that is given.
 
     Raises ValueError where no score is finite.
     """
     config = run.config
+    scale = config.evaluation.guidance if guidance is None else guidance
     data = config.data
     rewards = load_rewards(config.data, lambda name: config.section(REWARDS, name))
     prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
@@ -85,7 +87,11 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
         prompts,
-        encode([prompt.text for prompt in prompts], "data.eval_prompts"),
+        guide(
+            encode([prompt.text for prompt in prompts], "data.eval_prompts"),
+            encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1],
+            scale,
+        ),
         rewards,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
@@ -97,9 +103,12 @@ def evaluate_run(run: LoadedRun) -> Evaluation:
     return result
 
 
-def draw_images(run: LoadedRun, prompt: str, count: int, steps: int, seed: int) -> torch.Tensor:
+def draw_images(
+    run: LoadedRun, prompt: str, count: int, steps: int, seed: int, guidance: float, negative_prompt: str
+) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
-    conditioning, latents = run.model.encode([prompt]), run.model.latents
+    told, untold = run.model.encode([prompt]), run.model.encode([negative_prompt])
+    conditioning, latents = guide(told, untold, guidance), run.model.latents
     noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
     velocity = velocity_of(run.policies, "learner", for_images=True)
     images = []

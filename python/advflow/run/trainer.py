@@ -32,6 +32,7 @@ from advflow.rewards.several import load_rewards
 from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
+from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
 from advflow.settings.methods import AdvantageFlowConfig
@@ -77,7 +78,11 @@ class Trainer:
         self.latents = model.latents
         encode = Encoder(model, data.embeddings_cache, self.device, self.ranks)
         self.conditioning = encode([prompt.text for prompt in self.prompts.prompts], "data.prompts")
-        self.eval_conditioning = encode([prompt.text for prompt in self.eval_prompts], "data.eval_prompts")
+        # What guidance leads away from; one row, held whole wherever embeddings are kept.
+        negative = [config.rollout.negative_prompt]
+        self._untold = encode(negative, "rollout.negative_prompt")[:1] if config.guided else None
+        told = encode([prompt.text for prompt in self.eval_prompts], "data.eval_prompts")
+        self.eval_conditioning = guide(told, self._untold, config.evaluation.guidance)
         transformer = model.transformer
         del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
         self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start, self.ranks)
@@ -198,9 +203,10 @@ class Trainer:
         group, rows = config.images_per_prompt, ranks.share(config.images)
         chosen = self._choose_prompts(iteration)
         prompts = [self.prompts.prompts[i] for i in chosen for _ in range(group)][rows]
-        conditioning = self._conditioning(chosen, rows)
+        told = self._conditioning(chosen, rows)
+        drawn_with = guide(told, self._untold, config.guidance)
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], conditioning, iteration, rows.start)
+        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], drawn_with, iteration, rows.start)
         images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
         scores = self.learnt(images, prompts)
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
@@ -236,7 +242,8 @@ class Trainer:
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
         in_step = ranks.in_step(config.images)
-        return Experience(x0, rewards, advantages, conditioning, group, rows, config.images, in_step, transitions), row
+        learnt_with = guide(told, self._untold, self.config.learnt_guidance)
+        return Experience(x0, rewards, advantages, learnt_with, group, rows, config.images, in_step, transitions), row
 
     def _choose_prompts(self, iteration: int) -> list[int]:
         """The numbers of the prompts that this iteration learns from."""
@@ -244,11 +251,12 @@ class Trainer:
         drawn = self.prompts.draw(count or config.prompts, generator(seed, "prompts", iteration))
         if self.curriculum is None:
             return drawn
+        told = self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)]
         scores = score_candidates(
             velocity_of(self.policies, config.policy, for_images=True),
             self.latents,
             [self.prompts.prompts[i] for i in drawn],
-            self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)],
+            guide(told, self._untold, config.guidance),
             self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
             self.learnt,
             self.sigmas,

@@ -102,6 +102,8 @@ class TrainConfig:
             combine,
             '"weighted_sum" with capability.candidates, which holds rewards of different prompts against each other',
         )
+        negative = self.rollout.negative_prompt
+        require(negative == "" or self.guided, "rollout.negative_prompt", negative, '"" where no guidance is above 1')
         if isinstance(self.method, AdvantageFlowConfig) and self.method.gamma == "auto":
             self._require_rollout_policy()
         if self.process == "reverse":
@@ -129,6 +131,12 @@ class TrainConfig:
 
     def _require_stochastic_steps(self) -> None:
         """What the reverse process asks of them."""
+        require(
+            self.draws.guidance == 1,
+            "draws.guidance",
+            self.draws.guidance,
+            f'1 with "{self.algorithm}", which learns with rollout.guidance',
+        )
         name, reach = ("within", self.sde.within) if self.sde.within is not None else ("steps", self.sde.steps)
         if reach > self.rollout.steps - 1:
             raise ValueError(
@@ -161,6 +169,16 @@ class TrainConfig:
     def process(self) -> Literal["forward", "reverse"]:
         """What the algorithm learns from."""
         return METHODS[self.algorithm].process
+
+    @property
+    def learnt_guidance(self) -> float:
+        """That of the velocities that are learnt from."""
+        return self.rollout.guidance if self.process == "reverse" else self.draws.guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative prompt is asked for anywhere."""
+        return {self.rollout.guidance, self.draws.guidance, self.evaluation.guidance} != {1}
 
     @property
     def images(self) -> int:

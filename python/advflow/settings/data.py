@@ -53,7 +53,7 @@ class DataConfig:
 
 @dataclass
 class RolloutConfig:
-    """How images are drawn, without classifier-free guidance.
+    """How images are drawn.
 
     Args:
         prompts: prompts per iteration (L of the paper).
@@ -63,6 +63,9 @@ class RolloutConfig:
         solver: of the ODE: "euler", or "dpm" for second-order multistep DPM-Solver++; see advflow.samplers.
             Reverse-process methods use the sampler of `sde` instead.
         policy: who draws them: the "rollout" policy, or the "learner" itself (AWM).
+        guidance: scale of classifier-free guidance, 1 being none; with another every step takes two passes. Methods of
+            the reverse process learn from the velocities that drew the images, and so with the same guidance.
+        negative_prompt: what guidance leads away from, here, in training and in evaluation.
     """
 
     prompts: int = 16
@@ -71,12 +74,15 @@ class RolloutConfig:
     batch: int = 128
     solver: Solver = "euler"
     policy: Literal["rollout", "learner"] = "rollout"
+    guidance: float = 1.0
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         require(self.prompts >= 1, "rollout.prompts", self.prompts, "1 or more")
         require(self.images_per_prompt >= 2, "rollout.images_per_prompt", self.images_per_prompt, "2 or more")
         require(self.steps >= 1, "rollout.steps", self.steps, "1 or more")
         require(self.batch >= 1, "rollout.batch", self.batch, "1 or more")
+        require(self.guidance >= 0, "rollout.guidance", self.guidance, "zero or a positive number")
 
     @property
     def images(self) -> int:
@@ -122,13 +128,16 @@ class EvalConfig:
         steps: Euler steps.
         prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
             each that they have (the first ones).
+        guidance: scale of classifier-free guidance, away from rollout.negative_prompt; 1 is none.
     """
 
     every: int = 20
     steps: int = 10
     prompts_per_category: int = 64
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "1 or more")
         require(self.steps >= 1, "evaluation.steps", self.steps, "1 or more")
         require(self.prompts_per_category >= 1, "evaluation.prompts_per_category", self.prompts_per_category, ">= 1")
+        require(self.guidance >= 0, "evaluation.guidance", self.guidance, "zero or a positive number")

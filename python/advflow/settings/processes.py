@@ -72,14 +72,18 @@ class DrawConfig:
             random choice of the rollout's own timesteps, as in DiffusionNFT's code).
         shift: a uniform or stratified t becomes shift t / (1 + (shift - 1) t), Stable Diffusion 3's timestep shift
             (arXiv 2403.03206, eq. 23): above 1, more of the pairs are noisy ones.
+        guidance: scale of classifier-free guidance of the velocities that are learnt from, 1 being none: the policy is
+            then trained to draw well without (DiffusionNFT).
     """
 
     per_image: int = 4
     noise: Literal["per_image", "shared_in_group"] = "shared_in_group"
     timesteps: Literal["uniform", "stratified", "sampler_grid"] = "stratified"
     shift: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        require(self.guidance >= 0, "draws.guidance", self.guidance, "zero or a positive number")
         require(self.per_image >= 1, "draws.per_image", self.per_image, "1 or more")
         require(0 < self.shift < math.inf, "draws.shift", self.shift, "a positive number")
         require(
