@@ -17,11 +17,12 @@ from advflow.models.encoding import Encoder
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
 from advflow.rewards.several import load_rewards
+from advflow.run.average import AVERAGE
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
 from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
-from advflow.run.state import weights_of
+from advflow.run.state import Part, Weights
 from advflow.samplers.euler import Euler
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import sample_latents
@@ -51,10 +52,12 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     start = read_adapter(config.model) if base else None  # a checkpoint holds what has become of it
     model = family.load(config.model, device)
     policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed, start)
+    given_away = "learner" if config.evaluation.ema is None else AVERAGE
+    parts: dict[str, Part] = {given_away: Weights(policies.learner)}
     if chosen is not None:
-        load_checkpoint(chosen, weights_of(policies), only=True)
+        load_checkpoint(chosen, parts, only=True)
     elif not base:
-        load_newest(folder / CHECKPOINTS, weights_of(policies), only=True)
+        load_newest(folder / CHECKPOINTS, parts, only=True)
     return LoadedRun(config, model, policies, device)
 
 
@@ -104,7 +107,13 @@ def evaluate_run(run: LoadedRun, guidance: float | None = None) -> Evaluation:
 
 
 def draw_images(
-    run: LoadedRun, prompt: str, count: int, steps: int, seed: int, guidance: float, negative_prompt: str
+    run: LoadedRun,
+    prompt: str,
+    count: int,
+    steps: int,
+    seed: int,
+    guidance: float = 1.0,
+    negative_prompt: str = "",
 ) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
     told, untold = run.model.encode([prompt]), run.model.encode([negative_prompt])

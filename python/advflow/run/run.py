@@ -113,7 +113,7 @@ class Run:
         if (self._ranks.first or self._ranks.sharded) and self._saved < self._done:
             config = self._config
             kept = Kept(config.checkpoints_kept, best_iteration(self._folder), config.checkpoints_kept_every)
-            parts, export = self._trainer.parts, self._trainer.policies.export
+            parts, export = self._trainer.parts, self._trainer.export
             save_checkpoint(self._folder / CHECKPOINTS, self._done, parts, kept, export, together)
             self._saved = self._done
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,11 @@ class Part(Protocol):
         """Goes on from what `state_dict` returned, bit for bit. Raises ValueError where that is another's state."""
 
 
+def numbered(tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By their places, as names that sort."""
+    return {f"{index:04d}": tensor for index, tensor in enumerate(tensors)}
+
+
 class Weights:
     """The parameters of one policy, by their number."""
 
@@ -30,7 +35,7 @@ class Weights:
         self._parameters = parameters
 
     def state_dict(self) -> State:
-        return {f"{index:04d}": parameter for index, parameter in enumerate(self._parameters)}
+        return numbered(self._parameters)
 
     def load_state_dict(self, state: State) -> None:
         copy_tensors(state, self.state_dict())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,7 @@ from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_rank
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
 from advflow.rewards.several import load_rewards
+from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
@@ -107,6 +110,9 @@ class Trainer:
         }
         if self.gamma_control is not None:
             self.parts["gamma"] = self.gamma_control
+        self.average: WeightAverage | None = None
+        if config.evaluation.ema is not None:
+            self.average = self.parts[AVERAGE] = WeightAverage(self.policies.learner, config.evaluation.ema)
         self.curriculum: Curriculum | None = None
         if config.capability.candidates is not None:
             rollout = config.rollout
@@ -182,20 +188,30 @@ class Trainer:
         }
 
     def evaluate(self, keep: list[int] | None = None) -> Evaluation:
-        """Scores the learner on the held-out prompts; returns the images number `keep`, None being all."""
-        return evaluate(
-            velocity_of(self.policies, "learner", for_images=True),
-            self.latents,
-            self.eval_prompts,
-            self.eval_conditioning,
-            self.rewards,
-            self.eval_sigmas,
-            self.config.rollout.batch,
-            self.device,
-            keep,
-            self._between_batches,
-            self.ranks,
-        )
+        """Scores what is given away on the held-out prompts; returns the images number `keep`, None being all."""
+        with self.given_away():
+            return evaluate(
+                velocity_of(self.policies, "learner", for_images=True),
+                self.latents,
+                self.eval_prompts,
+                self.eval_conditioning,
+                self.rewards,
+                self.eval_sigmas,
+                self.config.rollout.batch,
+                self.device,
+                keep,
+                self._between_batches,
+                self.ranks,
+            )
+
+    def given_away(self) -> AbstractContextManager[None]:
+        """While it is open, the learner is what is evaluated, sampled from and exported: the average, if any."""
+        return nullcontext() if self.average is None else self.average.in_force()
+
+    def export(self, folder: Path) -> None:
+        """Writes what is given away, as `Policies.export` does."""
+        with self.given_away():
+            self.policies.export(folder)
 
     def roll_out(self, iteration: int) -> tuple[Experience, dict[str, float]]:
         """Samples this process's share of the iteration's images from the rollout policy and scores them."""
@@ -327,9 +343,12 @@ class Trainer:
 
     def _step(self, iteration: int, update: int) -> None:
         config = self.config
+        step = iteration * config.updates + update
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._rate(iteration * config.updates + update)
+            parameters["lr"] = self._rate(step)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
 
     def _rate(self, step: int) -> float:
         return learning_rate(self.config.optim, step, self.config.iterations * self.config.updates)

@@ -129,15 +129,19 @@ class EvalConfig:
         prompts_per_category: evaluation prompts of each category: of the embedded world, or, with a file of prompts, of
             each that they have (the first ones).
         guidance: scale of classifier-free guidance, away from rollout.negative_prompt; 1 is none.
+        ema: decay, an optimiser step, of a moving average of the learner's weights (flow_grpo: 0.9 every eighth step).
+            It is evaluated, sampled from and exported in the learner's place; null: the learner itself is.
     """
 
     every: int = 20
     steps: int = 10
     prompts_per_category: int = 64
     guidance: float = 1.0
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "1 or more")
         require(self.steps >= 1, "evaluation.steps", self.steps, "1 or more")
         require(self.prompts_per_category >= 1, "evaluation.prompts_per_category", self.prompts_per_category, ">= 1")
         require(self.guidance >= 0, "evaluation.guidance", self.guidance, "zero or a positive number")
+        require(self.ema is None or 0 < self.ema < 1, "evaluation.ema", self.ema, "null, or a number in (0, 1)")
