@@ -41,6 +41,18 @@ def _gammas(reward: str) -> dict[str, str]:
     }
 
 
+def _pulls(reward: str) -> dict[str, str]:
+    """What holds AdvantageFlow back: advantages / 5, its default, or clipped at 1, the paper's; and the reference."""
+    run = f"--data.reward {reward} --algorithm advantage_flow"
+    papers = f"{run} --advantage.clip 1 --advantage.clip_mode clip"
+    return {
+        "advantages / 5, lambda 0.01 (default)": _run(run),
+        "advantages / 5, lambda 0": _run(f"{run} --advantage_flow.lam 0"),
+        "clipped at 1, lambda 0.01": _run(papers),
+        "clipped at 1, lambda 0.001 (the paper's)": _run(f"{papers} --advantage_flow.lam 0.001"),
+    }
+
+
 def _two_rewards(rule: str, redness: str, combine: str = "weighted_sum") -> str:
     weights = f"{{embedded:{rule},redness:{redness}}}"
     return _run(f"--data.reward {weights} --advantage.combine {combine} --algorithm advantage_flow")
@@ -71,6 +83,8 @@ STUDIES: dict[str, Study] = {
         "AdvantageFlow, DiffusionNFT and Flow-GRPO on the six categories",
         _methods("embedded", ("AdvantageFlow", "DiffusionNFT", "Flow-GRPO")),
     ),
+    "pull-redness": Study("What holds AdvantageFlow, on redness", _pulls("redness")),
+    "pull": Study("What holds AdvantageFlow, on the six categories", _pulls("embedded")),
     "gamma": Study("Gamma, on the six categories", _gammas("embedded")),
     "gamma-redness": Study("Gamma, on redness", _gammas("redness")),
     "capability": Study(

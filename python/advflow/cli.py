@@ -8,8 +8,10 @@ import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 
@@ -17,6 +19,7 @@ from advflow.core.cpu_memory import keep_freed_memory
 from advflow.core.files import NO_ROOM
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
+from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import WrongSetting
 from advflow.settings.plugins import load_plugins
 from advflow.settings.sources import (
@@ -132,9 +135,21 @@ def _guidance_argument(parser: Parser) -> None:
 
 
 def _eval_parser() -> Parser:
-    parser = Parser(description="Score a run's last checkpoint on the held-out prompts.")
+    parser = Parser(
+        description="Score a run's last checkpoint on the held-out prompts, as the run itself does, but for what is "
+        "given here."
+    )
     _run_argument(parser)
     _guidance_argument(parser)
+    for name, kind, said in (
+        ("eval_prompts", str, "a file of prompts, instead of data.eval_prompts"),
+        ("prompts_per_category", int, "instead of evaluation.prompts_per_category"),
+        ("steps", int, "Euler steps, instead of evaluation.steps"),
+        ("reward", str | dict[str, Any], "one or several, as data.reward has them, instead of it"),
+        ("reward_args", dict[str, Any], "of a reward that is given alone"),
+        ("out", str, "a new folder for every image, scores.jsonl and summary.json"),
+    ):
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=said)
     return parser
 
 
@@ -227,12 +242,19 @@ def _check_guidance(arguments: Namespace) -> None:
 
 def _eval(arguments: Namespace) -> None:
     _check_guidance(arguments)
-    config = load_run_config(arguments.run)
+    out = None if arguments.out is None else _new_folder(arguments.out)
+    config = _with_choices(load_run_config(arguments.run), arguments)
     _quiet_libraries()
-    from advflow.run.inference import evaluate_run, load_run
+    from advflow.run.inference import evaluate_run, load_judgement, load_run
+    from advflow.run.scored_images import new_folder
 
+    judgement = load_judgement(config)  # a mistake in it is seen before a model is loaded
     run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
-    result = evaluate_run(run, arguments.guidance)
+    if out is None:
+        result = evaluate_run(run, judgement)
+    else:
+        with new_folder(out) as folder:
+            result = evaluate_run(run, judgement, folder)
     print(f"overall {result.overall:.4f}")
     for category, score in result.categories.items():
         print(f"  {category:<18} {score:.4f}")
@@ -240,6 +262,18 @@ def _eval(arguments: Namespace) -> None:
         print(f"  reward {name:<11} {each.overall:.4f}" + (f" ({each.unscored} unscored)" if each.unscored else ""))
     if result.unscored:
         print(f"{result.unscored} images got no finite score and count in no mean")
+    if out is not None:
+        print(f"wrote {out}")
+
+
+def _with_choices(config: TrainConfig, arguments: Namespace) -> TrainConfig:
+    """The settings of a run with those of its evaluation that the command line changes."""
+    data = {name: arguments[name] for name in ("eval_prompts", "reward") if arguments[name] is not None}
+    if "reward" in data or arguments.reward_args is not None:
+        data["reward_args"] = arguments.reward_args or {}
+    names = ("prompts_per_category", "steps", "guidance")
+    evaluation = {name: arguments[name] for name in names if arguments[name] is not None}
+    return replace(config, data=replace(config.data, **data), evaluation=replace(config.evaluation, **evaluation))
 
 
 def _sample(arguments: Namespace) -> None:

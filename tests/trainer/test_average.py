@@ -14,7 +14,7 @@ pytest.importorskip("diffusers", reason="the trainer's dependencies are not inst
 from advflow.run.average import WeightAverage
 from advflow.run.checkpoint import load_newest, save_checkpoint
 from advflow.run.folder import write_config
-from advflow.run.inference import evaluate_run, load_run
+from advflow.run.inference import evaluate_run, load_judgement, load_run
 from advflow.run.train import train
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
@@ -76,7 +76,7 @@ def test_training_is_the_same_and_what_is_given_away_another(
     write_config(config)
     save_checkpoint(tmp_path / "run" / "checkpoints", 3, trainers[0].parts, export=trainers[0].export)
     run = load_run(tmp_path / "run", load_run_config(config.out), base=False)
-    drawn = evaluate_run(run).images
+    drawn = evaluate_run(run, load_judgement(run.config)).images
     assert (drawn - averaged.images[:1]).abs().max() < 1e-5 < (drawn - plain.images[:1]).abs().max()
     folder = tmp_path / "run" / "checkpoints" / "000003"
     name = (

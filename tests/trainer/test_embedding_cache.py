@@ -20,7 +20,7 @@ from advflow.models.embedding_cache import EmbeddingCache
 from advflow.models.encoding import Encoder, OnDemand, user_cache
 from advflow.models.family import LoadedModel, StoredForm
 from advflow.models.sd3 import SD3, load_pipeline, text_identity
-from advflow.run.inference import evaluate_run, load_run
+from advflow.run.inference import evaluate_run, load_judgement, load_run
 from advflow.run.log import EVALS
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
@@ -322,7 +322,7 @@ def test_a_run_is_evaluated_as_its_training_did(tmp_path: Path, monkeypatch: pyt
     told = rows(run, EVALS)[-1]
     for folder, encoded in ((str(cache), []), (None, [64])):
         own = replace(config, data=replace(config.data, embeddings_cache=folder))
-        found = evaluate_run(load_run(run, own, base=False))
+        found = evaluate_run(load_run(run, own, base=False), load_judgement(own))
         assert (found.overall, found.categories, sizes) == (told["overall"], told["categories"], encoded)
 
 

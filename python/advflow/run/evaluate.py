@@ -12,6 +12,7 @@ from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
 from advflow.models.family import Latents
+from advflow.rewards import Scores
 from advflow.rewards.several import Rewards
 from advflow.samplers.euler import Euler
 from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
@@ -59,11 +60,13 @@ def evaluate(
     keep: list[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
+    scored: Callable[[torch.Tensor, list[Prompt], Scores], None] = lambda *_: None,
 ) -> Evaluation:
     """Samples one image for each prompt and scores it, `batch` at a time.
 
     Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
-    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole.
+    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole. `scored` is given
+    each batch of this process as it comes.
     """
     ranks = ranks or Ranks()
     noise = latents.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
@@ -81,6 +84,7 @@ def evaluate(
             continue
         drawn = latents.decode(x0).cpu()
         result = rewards(drawn, prompts[part])
+        scored(drawn, prompts[part], result)
         reward_parts.append(result.reward)
         score_parts.append(result.score)
         wanted = [row for row in rows if row in keep]

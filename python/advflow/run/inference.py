@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from advflow.core.device import pick_device
+from advflow.core.progress import show_progress
 from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks
+from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.data.prompts import load_eval_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
 from advflow.models.family import LoadedModel, make_family
 from advflow.policies import Policies, make_policies, velocity_of
-from advflow.rewards.several import load_rewards
+from advflow.rewards.several import Rewards, load_rewards
 from advflow.run.average import AVERAGE
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
 from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
+from advflow.run.scored_images import ScoredImages
 from advflow.run.state import Part, Weights
 from advflow.samplers.euler import Euler
 from advflow.samplers.guidance import guide
@@ -32,9 +35,10 @@ from advflow.settings.registry import FAMILIES, REWARDS
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's settings, its model, and its policies at the last checkpoint."""
+    """A run's settings, its model, and its policies at the checkpoint after `iteration`; None is the base."""
 
     config: TrainConfig
+    iteration: int | None
     model: LoadedModel
     policies: Policies
     device: torch.device
@@ -54,11 +58,12 @@ def load_run(folder: Path, config: TrainConfig, base: bool, checkpoint: str = "l
     policies = make_policies(family, model.transformer, config.model, config.runtime, config.seed, start)
     given_away = "learner" if config.evaluation.ema is None else AVERAGE
     parts: dict[str, Part] = {given_away: Weights(policies.learner)}
+    iteration = None
     if chosen is not None:
-        load_checkpoint(chosen, parts, only=True)
+        iteration = load_checkpoint(chosen, parts, only=True)
     elif not base:
-        load_newest(folder / CHECKPOINTS, parts, only=True)
-    return LoadedRun(config, model, policies, device)
+        iteration = load_newest(folder / CHECKPOINTS, parts, only=True)
+    return LoadedRun(config, iteration, model, policies, device)
 
 
 def _chosen(folder: Path, checkpoint: str) -> Path | None:
@@ -74,16 +79,36 @@ def _chosen(folder: Path, checkpoint: str) -> Path | None:
     return folder / CHECKPOINTS / checkpoint_name(number)
 
 
-def evaluate_run(run: LoadedRun, guidance: float | None = None) -> Evaluation:
-    """Scores the learner on the run's held-out prompts, as training does, but for a `guidance` that is given.
+@dataclass(frozen=True)
+class Judgement:
+    """What a policy is evaluated by."""
+
+    prompts: list[Prompt]
+    rewards: Rewards
+
+
+def load_judgement(config: TrainConfig) -> Judgement:
+    """The held-out prompts and the rewards of a run. Raises ValueError for a prompt that a reward cannot score."""
+    data = config.data
+    rewards = load_rewards(data, lambda name: config.section(REWARDS, name))
+    prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+    for prompt in prompts:
+        try:
+            rewards.check(prompt)
+        except UnknownPrompt as error:
+            raise ValueError(f"data.eval_prompts is {data.eval_prompts!r}: {error}") from error
+    return Judgement(prompts, rewards)
+
+
+def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = None) -> Evaluation:
+    """Scores the learner, as training does; every image and its scores go into the new `folder`.
 
     Raises ValueError where no score is finite.
     """
     config = run.config
-    scale = config.evaluation.guidance if guidance is None else guidance
-    data = config.data
-    rewards = load_rewards(config.data, lambda name: config.section(REWARDS, name))
-    prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+    data, prompts, rewards = config.data, judgement.prompts, judgement.rewards
+    images = None if folder is None else ScoredImages(folder, rewards.names)
+    progress = iter(show_progress(range(-(-len(prompts) // config.rollout.batch)), desc="eval", unit="batch"))
     # As in training, to the bit: rounding may depend on how many texts are encoded together.
     encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
     result = evaluate(
@@ -93,16 +118,22 @@ def evaluate_run(run: LoadedRun, guidance: float | None = None) -> Evaluation:
         guide(
             encode([prompt.text for prompt in prompts], "data.eval_prompts"),
             encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1],
-            scale,
+            config.evaluation.guidance,
         ),
         rewards,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
         run.device,
         keep=[0],
+        between_batches=lambda: next(progress, None),
+        scored=images.add if images is not None else lambda *_: None,
     )
+    next(progress, None)  # the last batch is done too
     if not math.isfinite(result.overall):
         raise ValueError(f"data.reward {config.data.reward!r} gave none of the {len(prompts)} images a finite score")
+    if images is not None:
+        of = {"run": config.out, "iteration": run.iteration, "negative_prompt": config.rollout.negative_prompt}
+        images.finish(of | {"data": asdict(data), "evaluation": asdict(config.evaluation)}, result)
     return result
 
 
