@@ -8,7 +8,6 @@ import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from contextlib import suppress
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from advflow.core.cpu_memory import keep_freed_memory
 from advflow.core.files import NO_ROOM
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
-from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import WrongSetting
 from advflow.settings.plugins import load_plugins
 from advflow.settings.sources import (
@@ -243,11 +241,12 @@ def _check_guidance(arguments: Namespace) -> None:
 def _eval(arguments: Namespace) -> None:
     _check_guidance(arguments)
     out = None if arguments.out is None else _new_folder(arguments.out)
-    config = _with_choices(load_run_config(arguments.run), arguments)
+    config = load_run_config(arguments.run)
     _quiet_libraries()
-    from advflow.run.inference import evaluate_run, load_judgement, load_run
+    from advflow.run.inference import evaluate_run, load_judgement, load_run, with_choices
     from advflow.run.scored_images import new_folder
 
+    config = with_choices(config, arguments.as_dict())
     judgement = load_judgement(config)  # a mistake in it is seen before a model is loaded
     run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
     if out is None:
@@ -264,16 +263,6 @@ def _eval(arguments: Namespace) -> None:
         print(f"{result.unscored} images got no finite score and count in no mean")
     if out is not None:
         print(f"wrote {out}")
-
-
-def _with_choices(config: TrainConfig, arguments: Namespace) -> TrainConfig:
-    """The settings of a run with those of its evaluation that the command line changes."""
-    data = {name: arguments[name] for name in ("eval_prompts", "reward") if arguments[name] is not None}
-    if "reward" in data or arguments.reward_args is not None:
-        data["reward_args"] = arguments.reward_args or {}
-    names = ("prompts_per_category", "steps", "guidance")
-    evaluation = {name: arguments[name] for name in names if arguments[name] is not None}
-    return replace(config, data=replace(config.data, **data), evaluation=replace(config.evaluation, **evaluation))
 
 
 def _sample(arguments: Namespace) -> None:

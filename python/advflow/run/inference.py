@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +87,16 @@ class Judgement:
 
     prompts: list[Prompt]
     rewards: Rewards
+
+
+def with_choices(config: TrainConfig, choices: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run with those of `choices` that belong to its evaluation; None leaves one as it is."""
+    given = {name: value for name, value in choices.items() if value is not None}
+    data = {name: given[name] for name in ("eval_prompts", "reward") if name in given}
+    if given.keys() & {"reward", "reward_args"}:
+        data["reward_args"] = given.get("reward_args", {})
+    evaluation = {name: given[name] for name in ("prompts_per_category", "steps", "guidance") if name in given}
+    return replace(config, data=replace(config.data, **data), evaluation=replace(config.evaluation, **evaluation))
 
 
 def load_judgement(config: TrainConfig) -> Judgement:
