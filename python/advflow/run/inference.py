@@ -92,7 +92,7 @@ class Judgement:
 def with_choices(config: TrainConfig, choices: Mapping[str, Any]) -> TrainConfig:
     """The settings of a run with those of `choices` that belong to its evaluation; None leaves one as it is."""
     given = {name: value for name, value in choices.items() if value is not None}
-    data = {name: given[name] for name in ("eval_prompts", "reward") if name in given}
+    data: dict[str, Any] = {name: given[name] for name in ("eval_prompts", "reward") if name in given}
     if given.keys() & {"reward", "reward_args"}:
         data["reward_args"] = given.get("reward_args", {})
     evaluation = {name: given[name] for name in ("prompts_per_category", "steps", "guidance") if name in given}
@@ -123,15 +123,13 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
     progress = iter(show_progress(range(-(-len(prompts) // config.rollout.batch)), desc="eval", unit="batch"))
     # As in training, to the bit: rounding may depend on how many texts are encoded together.
     encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
+    told, scale = encode([prompt.text for prompt in prompts], "data.eval_prompts"), config.evaluation.guidance
+    untold = None if scale == 1 else encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1]
     result = evaluate(
         velocity_of(run.policies, "learner", for_images=True),
         run.model.latents,
         prompts,
-        guide(
-            encode([prompt.text for prompt in prompts], "data.eval_prompts"),
-            encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1],
-            config.evaluation.guidance,
-        ),
+        guide(told, untold, scale),
         rewards,
         run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
@@ -159,7 +157,8 @@ def draw_images(
     negative_prompt: str = "",
 ) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
-    told, untold = run.model.encode([prompt]), run.model.encode([negative_prompt])
+    told = run.model.encode([prompt])
+    untold = None if guidance == 1 else run.model.encode([negative_prompt])
     conditioning, latents = guide(told, untold, guidance), run.model.latents
     noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
     velocity = velocity_of(run.policies, "learner", for_images=True)
