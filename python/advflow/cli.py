@@ -179,8 +179,13 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def _report_parser() -> Parser:
-    parser = Parser(description="Write report.html of a run, finished or not.")
-    parser.add_argument("--run", type=str, required=True, help="folder of a run")
+    parser = Parser(
+        description="Write report.html of a run, finished or not; of several runs, one page that compares them: "
+        "advflow report runs/a runs/b"
+    )
+    parser.add_argument("runs", nargs="*", type=str, default=[], help="folders of runs")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of a run")
+    parser.add_argument("--out", type=str, default="comparison.html", help="of several runs, where the page goes")
     return parser
 
 
@@ -318,11 +323,22 @@ def _new_folder(name: str) -> Path:
 
 
 def _report(arguments: Namespace) -> None:
-    from advflow.report import write_report
+    from advflow.report import write_comparison, write_report
 
-    with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
-        load_plugins(plugins_of_run(Path(arguments.run)))
-    print(f"report: {write_report(Path(arguments.run))}")
+    runs = [Path(run) for run in (*arguments.runs, arguments.run) if run is not None]
+    if not runs:
+        raise ValueError("no run is named; accepted: the folder of a run, or of several to compare")
+    for run in runs:
+        with suppress(ValueError):  # a run whose plugins are elsewhere has a report all the same
+            load_plugins(plugins_of_run(run))
+    if len(runs) == 1:
+        print(f"report: {write_report(runs[0])}")
+        return
+    out = Path(arguments.out)
+    if out.suffix != ".html" or out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {arguments.out!r}; accepted is a file ending in .html in a folder that exists")
+    write_comparison(runs, out)
+    print(f"comparison: {out}")
 
 
 def _shapes(arguments: Namespace) -> None:

@@ -31,7 +31,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over common `x`, of which `notes` says more when hovered. `unit` follows every value."""
+    """Lines over common `x`, of which `notes` says more when hovered. `unit` follows every value.
+
+    `x_name` is what one x is, `bridged` lets a line go on where it has no value.
+    """
 
     key: str
     label: str
@@ -43,6 +46,8 @@ class Chart:
     notes: list[str] = field(default_factory=list)
     markers: bool = False
     end_labels: bool = False
+    x_name: str = "iteration"
+    bridged: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,8 @@ def _line(frame: _Frame, chart: Chart, index: int, series: Series, label_height:
     points = [
         None if value is None else (frame.x(x), frame.y(value)) for x, value in zip(chart.x, series.values, strict=True)
     ]
+    if chart.bridged:
+        points = [point for point in points if point is not None]
     path, pen_is_down = "", False
     for place, point in enumerate(points):
         if point is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from string import Template
 from typing import Any
 
 from advflow.report.charts import Chart, swatch
+from advflow.report.comparison import comparison_sections
 from advflow.report.data import Run
 from advflow.report.evaluation import categories_section, held_out_rewards_section, held_out_section, samples_section
 from advflow.report.overview import head_section, headline, settings_section, versions_section
@@ -39,6 +41,12 @@ $script</script>
 """)
 
 
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The whole page of several runs."""
+    sections, charts = comparison_sections(runs)
+    return _page(", ".join(run.name for run in runs), sections, charts)
+
+
 def render(run: Run) -> str:
     """The whole page."""
     curves, evaluation_chart = held_out_section(run)
@@ -57,9 +65,13 @@ def render(run: Run) -> str:
         settings_section(run),
         versions_section(run),
     ]
+    return _page(f"{run.name}: {headline(run)}", sections, charts)
+
+
+def _page(title: str, sections: Sequence[str], charts: Sequence[Chart]) -> str:
     files = resources.files("advflow.report")
     return _PAGE.substitute(
-        title=escape(f"{run.name}: {headline(run)}"),
+        title=escape(title),
         style=files.joinpath("style.css").read_text(encoding="utf-8"),
         script=files.joinpath("script.js").read_text(encoding="utf-8"),
         body="\n".join(section for section in sections if section),
@@ -76,6 +88,7 @@ def _embedded_json(value: object) -> str:
 def _chart_data(chart: Chart) -> dict[str, Any]:
     return {
         "x": chart.x,
+        "x_name": chart.x_name,
         "unit": chart.unit,
         "notes": chart.notes,
         "series": [

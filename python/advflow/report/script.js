@@ -59,7 +59,7 @@
   }
 
   const all = [...document.querySelectorAll("svg.chart")].map((svg) => new Chart(svg));
-  const panels = all.filter((chart) => chart.figure.matches(".panel"));
+  const panels = all.filter((chart) => chart.figure.matches(".panel:not(.several)"));
 
   // The small charts share one crosshair, so that what happened at one iteration is seen in all of them.
   function readPanels(iteration) {
@@ -83,14 +83,14 @@
     const box = chart.figure.querySelector(".tip") ?? chart.figure.appendChild(document.createElement("div"));
     box.className = "tip";
     box.replaceChildren();
-    const { x, series, notes, unit } = chart.data;
+    const { x, x_name, series, notes, unit } = chart.data;
     const line = (parent, tag, name, text) => {
       const element = document.createElement(tag);
       if (name) element.className = name;
       element.textContent = text;
       return parent.appendChild(element);
     };
-    line(box, "b", "", `iteration ${x[index].toLocaleString("en")}`);
+    line(box, "b", "", `${x_name} ${x[index].toLocaleString("en")}`);
     if (notes[index]) line(box, "div", "note", notes[index]);
     series
       .map((entry, number) => ({ ...entry, value: entry.values[index], group: chart.svg.querySelector(`g[data-series="${number}"]`) }))
