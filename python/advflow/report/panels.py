@@ -31,6 +31,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("policy_term", "Policy term", "the advantage-weighted part of the loss"),
         Panel("target_error", "Target error", "mean square of v \N{MINUS SIGN} u"),
         Panel("grad_norm", "Gradient norm", "before clipping"),
+        Panel("lr", "Learning rate", "of the last optimiser step", smoothed=False),
     ],
     "Distance from other policies": [
         Panel("rollout_deviation", "Rollout deviation", "mean square of v \N{MINUS SIGN} v_old"),
@@ -75,6 +76,7 @@ GROUPS: dict[str, list[Panel]] = {
     "Time": [
         Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
         Panel("seconds_train", "Update", "optimiser steps", unit=" s"),
+        Panel("gigabytes", "GPU memory", "the most that tensors held", unit=" GB", smoothed=False),
     ],
     "Faults": [
         Panel("nonconvex_samples", "Nonconvex samples", "whose loss curves down", fault=True),

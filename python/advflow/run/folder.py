@@ -31,8 +31,11 @@ MAY_CHANGE = (
     "evaluation.every",
     "runtime.shard",
     "runtime.cuda_graphs",
+    "tracking.to",
+    "tracking.project",
+    "tracking.args",
 )
-"""Settings that `--resume` may change: how long, where, in how much memory, how often something is written down."""
+"""Settings that `--resume` may change: how long, where, in how much memory, how often and who is told."""
 _LOCK = ".lock"
 
 

@@ -18,6 +18,7 @@ from advflow.core.files import append_line, write_atomically
 if TYPE_CHECKING:  # the report reads these files without loading any model code
     from advflow.models.family import FusedKernels
     from advflow.run.evaluate import Evaluation
+    from advflow.run.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
@@ -30,8 +31,8 @@ _CELL = 96  # pixels; small images are enlarged to this by whole factors
 class RunLog:
     """Appends rows to the files of a run. Rows from `iteration` on, left by a killed run, are dropped first."""
 
-    def __init__(self, folder: Path, iteration: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, iteration: int, trackers: Trackers | None = None) -> None:
+        self._folder, self._trackers = folder, trackers
         (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
         _truncate(folder / METRICS, lambda row: row["iteration"] < iteration)
         _truncate(folder / EVALS, lambda row: row["iteration"] <= iteration)
@@ -57,6 +58,9 @@ class RunLog:
     def metrics(self, row: dict[str, Any]) -> None:
         """Appends one iteration's numbers."""
         self._append(METRICS, row)
+        if self._trackers is not None:
+            told = {f"train/{name}": value for name, value in row.items() if name != "iteration"}
+            self._trackers.log(told, row["iteration"] + 1)
         for name, value in row.items():
             if name != "iteration":
                 self._tensorboard.add_scalar(f"train/{name}", value, row["iteration"])
@@ -81,12 +85,15 @@ class RunLog:
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
         write_atomically(self._folder / SAMPLES / f"{iteration:06d}.png", as_png(picture))
         self._append(EVALS, row)  # last: an evaluation that has its row is not made again
-        self._tensorboard.add_scalar("held_out/overall", result.overall, iteration)
-        for name, value in result.categories.items():
-            self._tensorboard.add_scalar(f"held_out/{name}", value, iteration)
-        for name, each in result.each.items():
-            self._tensorboard.add_scalar(f"held_out_rewards/{name}", each.overall, iteration)
+        told = {"held_out/overall": result.overall}
+        told |= {f"held_out/{name}": value for name, value in result.categories.items()}
+        told |= {f"held_out_rewards/{name}": each.overall for name, each in result.each.items()}
+        for name, value in told.items():
+            self._tensorboard.add_scalar(name, value, iteration)
         self._tensorboard.flush()
+        if self._trackers is not None:
+            self._trackers.log(told, iteration)
+            self._trackers.picture("held_out/samples", picture, iteration)
 
     def sample_prompts(self, prompts: list[str]) -> None:
         """Notes the prompts of the sample grids, in the order of their images."""
@@ -94,6 +101,8 @@ class RunLog:
 
     def close(self) -> None:
         self._tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         append_line(self._folder / name, to_json(row))

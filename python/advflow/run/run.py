@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from advflow.core.ranks import Ranks
 from advflow.run.checkpoint import Kept, save_checkpoint
 from advflow.run.interrupt import Interrupted, StopRequest
 from advflow.run.log import EVALS, NoLog, RunLog, best_iteration, read_rows, to_json
+from advflow.run.trackers import Trackers
 from advflow.settings.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -40,12 +42,17 @@ class Run:
         self._trainer, self._config, self._stop = trainer, trainer.config, stop
         self._folder, self._ranks = Path(self._config.out), trainer.ranks
         self._done = self._saved = first
-        self._log = RunLog(self._folder, self._done) if self._ranks.first else NoLog()
+        self._log = self._open_log() if self._ranks.first else NoLog()
         self._grid = _grid_indices(trainer.eval_prompts)
         self._log.sample_prompts([trainer.eval_prompts[index].text for index in self._grid])
         earlier = max((row["seconds"] for row in read_rows(self._folder / EVALS)), default=0.0)
         self._started = time.monotonic() - earlier
         self._fruitless = 0
+
+    def _open_log(self) -> RunLog:
+        tracking = self._config.tracking
+        trackers = Trackers(tracking, self._folder, asdict(self._config)) if tracking.to else None
+        return RunLog(self._folder, self._done, trackers)
 
     def finish(self) -> dict[str, Any]:
         """Runs what is left; returns the summary, which it also writes to summary.json.

@@ -12,6 +12,7 @@ from advflow.run.checkpoint import checkpoints, load_newest
 from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
 from advflow.run.interrupt import StopRequest
 from advflow.run.run import CHECKPOINTS, Run
+from advflow.run.trackers import check_trackers
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 
@@ -25,6 +26,7 @@ def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict
     folder, stop, ranks = Path(config.out), StopRequest(), ranks or Ranks()
     check_settings(config.algorithm, config.method, config.rollout.images_per_prompt)
     check_folder(config, resume)
+    check_trackers(config.tracking)
     new = ranks.any(not folder.exists())
     with FolderLock(folder) as lock:
         if ranks.first and not new:

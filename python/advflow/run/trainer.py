@@ -181,11 +181,22 @@ class Trainer:
         trained = time.monotonic()
         rho = rollout_decay(self.config.rollout_policy, (iteration + 1) * self.config.updates)
         follow(self.policies, rho)
+        updates = self.config.updates
         return row | {
             "rollout_policy_rho": rho,
+            "lr": self._rate((iteration + 1) * updates - 1),
             "seconds_rollout": round(rolled_out - started, 4),
             "seconds_train": round(trained - rolled_out, 4),
+            **self._memory(),
         }
+
+    def _memory(self) -> dict[str, float]:
+        """The most that tensors have held on a GPU since the iteration before; nothing is known of a CPU's."""
+        if self.device.type != "cuda":
+            return {}
+        held = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {"gigabytes": held / 1e9}
 
     def evaluate(self, keep: list[int] | None = None) -> Evaluation:
         """Scores what is given away on the held-out prompts; returns the images number `keep`, None being all."""

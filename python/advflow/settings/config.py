@@ -25,6 +25,7 @@ from advflow.settings.numbers import require, require_numbers
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import DrawConfig, SDEConfig, require_grid
 from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, Choices
+from advflow.settings.tracking import TrackingConfig
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class TrainConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     advantage_flow: AdvantageFlowConfig = field(default_factory=AdvantageFlowConfig)
     diffusion_nft: DiffusionNFTConfig = field(default_factory=DiffusionNFTConfig)
     awm: AWMConfig = field(default_factory=AWMConfig)
