@@ -18,7 +18,7 @@ class RewardWeighted:
             batch.x0,
             batch.noise,
             batch.t,
-            batch.rewards,
+            batch.rewards if self._settings.of == "rewards" else batch.advantages,
             method=self._settings.method,
             tau=self._settings.tau,
             group_size=batch.group_size if self._settings.method == "best" else None,

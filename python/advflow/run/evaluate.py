@@ -37,7 +37,7 @@ class HeldOut:
 class Evaluation:
     """The same of the rewards' weighted sum, and of `each` by its name where there are several.
 
-    `images` [N, 3, H, W] are what was scored.
+    `images` [N, 3, H, W] are what was scored, `scores` [N, R] what every image got, of those that were not kept too.
     """
 
     overall: float
@@ -46,6 +46,7 @@ class Evaluation:
     images: torch.Tensor
     unscored: int = 0
     each: dict[str, HeldOut] = field(default_factory=dict)
+    scores: Scores | None = None
 
 
 def evaluate(
@@ -60,12 +61,12 @@ def evaluate(
     keep: list[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
-    scored: Callable[[torch.Tensor, list[Prompt], Scores], None] = lambda *_: None,
+    keeper: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> Evaluation:
     """Samples one image for each prompt and scores it, `batch` at a time.
 
     Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
-    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole. `scored` is given
+    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole. `keeper` is given
     each batch of this process as it comes.
     """
     ranks = ranks or Ranks()
@@ -84,7 +85,7 @@ def evaluate(
             continue
         drawn = latents.decode(x0).cpu()
         result = rewards(drawn, prompts[part])
-        scored(drawn, prompts[part], result)
+        keeper(drawn)
         reward_parts.append(result.reward)
         score_parts.append(result.score)
         wanted = [row for row in rows if row in keep]
@@ -98,7 +99,13 @@ def evaluate(
     columns = zip(rewards.names, reward.unbind(1), score.unbind(1), strict=True)
     each = {name: _summary(its_reward, its_score, categories) for name, its_reward, its_score in columns}
     return Evaluation(
-        whole.overall, whole.reward, whole.categories, in_order, whole.unscored, each if len(each) > 1 else {}
+        whole.overall,
+        whole.reward,
+        whole.categories,
+        in_order,
+        whole.unscored,
+        each if len(each) > 1 else {},
+        Scores(reward, score),
     )
 
 

@@ -119,7 +119,7 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
     """
     config = run.config
     data, prompts, rewards = config.data, judgement.prompts, judgement.rewards
-    images = None if folder is None else ScoredImages(folder, rewards.names)
+    images = None if folder is None else ScoredImages(folder)
     progress = iter(show_progress(range(-(-len(prompts) // config.rollout.batch)), desc="eval", unit="batch"))
     # As in training, to the bit: rounding may depend on how many texts are encoded together.
     encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
@@ -136,14 +136,16 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
         run.device,
         keep=[0],
         between_batches=lambda: next(progress, None),
-        scored=images.add if images is not None else lambda *_: None,
+        keeper=images.add if images is not None else lambda _: None,
     )
     next(progress, None)  # the last batch is done too
     if not math.isfinite(result.overall):
         raise ValueError(f"data.reward {config.data.reward!r} gave none of the {len(prompts)} images a finite score")
     if images is not None:
         of = {"run": config.out, "iteration": run.iteration, "negative_prompt": config.rollout.negative_prompt}
-        images.finish(of | {"data": asdict(data), "evaluation": asdict(config.evaluation)}, result)
+        images.finish(
+            of | {"data": asdict(data), "evaluation": asdict(config.evaluation)}, result, prompts, rewards.names
+        )
     return result
 
 

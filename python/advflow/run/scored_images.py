@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from advflow.core.files import append_line, write_atomically
+from advflow.core.files import write_atomically
 from advflow.data.prompt import Prompt
-from advflow.rewards import Scores
 from advflow.run.evaluate import Evaluation
 from advflow.run.log import to_json
 
@@ -22,27 +21,31 @@ SCORES, SUMMARY, IMAGES = "scores.jsonl", "summary.json", "images"
 
 
 class ScoredImages:
-    """What is written as it comes, so that no more than a batch of images is held."""
+    """Images are written as they come, so that no more than a batch of them is held."""
 
-    def __init__(self, folder: Path, rewards: list[str]) -> None:
-        self._folder, self._rewards, self._count = folder, rewards, 0
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
         (folder / IMAGES).mkdir(parents=True)
 
-    def add(self, images: torch.Tensor, prompts: list[Prompt], scores: Scores) -> None:
-        """Images [B, 3, H, W] in [0, 1], and of each a reward and a score [B, R]."""
-        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for picture, prompt, reward, score in zip(pixels, prompts, scores.reward, scores.score, strict=True):
-            name = f"{IMAGES}/{self._count:06d}.png"
-            Image.fromarray(picture).save(self._folder / name)
-            row: dict[str, Any] = {"image": name, "prompt": prompt.text, "category": prompt.category}
-            if prompt.metadata:
-                row["metadata"] = dict(prompt.metadata)
-            row["score"] = dict(zip(self._rewards, score.tolist(), strict=True))
-            row["reward"] = dict(zip(self._rewards, reward.tolist(), strict=True))
-            append_line(self._folder / SCORES, to_json(row))
+    def add(self, images: torch.Tensor) -> None:
+        """Images [B, 3, H, W] in [0, 1], in the order of the prompts."""
+        for picture in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+            Image.fromarray(picture).save(self._folder / _name(self._count))
             self._count += 1
 
-    def finish(self, asked: dict[str, Any], result: Evaluation) -> None:
+    def finish(self, asked: dict[str, Any], result: Evaluation, prompts: list[Prompt], rewards: list[str]) -> None:
+        """Writes what they scored, and the means below what was `asked`."""
+        assert result.scores is not None
+        rows = []
+        columns = zip(prompts, result.scores.reward.tolist(), result.scores.score.tolist(), strict=True)
+        for place, (prompt, reward, score) in enumerate(columns):
+            row: dict[str, Any] = {"image": _name(place), "prompt": prompt.text, "category": prompt.category}
+            if prompt.metadata:
+                row["metadata"] = dict(prompt.metadata)
+            row["score"] = dict(zip(rewards, score, strict=True))
+            row["reward"] = dict(zip(rewards, reward, strict=True))
+            rows.append(to_json(row))
+        write_atomically(self._folder / SCORES, "\n".join(rows) + "\n")
         found = {
             "overall": result.overall,
             "categories": result.categories,
@@ -51,6 +54,10 @@ class ScoredImages:
             "images": self._count,
         }
         write_atomically(self._folder / SUMMARY, to_json(asked | found, indent=2) + "\n")
+
+
+def _name(place: int) -> str:
+    return f"{IMAGES}/{place:06d}.png"
 
 
 @contextmanager

@@ -22,8 +22,8 @@ class CapabilityConfig:
         select: which are kept: the nearest to the moving average ("ema"), to the median of this iteration's scores
             ("medium"), those with the highest ("easiest") or lowest score ("hardest"), or the first ones ("random").
         decay: of the moving average, on the old value.
-        weight: of the advantages held against the moving average; 0: those of the groups alone. `reward_weighted`
-            learns from rewards and has none of either.
+        weight: of the advantages held against the moving average; 0: those of the groups alone. With
+            reward_weighted.of "rewards" none of either is learnt from.
     """
 
     candidates: int | None = None

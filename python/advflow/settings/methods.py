@@ -105,11 +105,14 @@ class RewardWeightedConfig:
 
     Args:
         method: weight exp(tau R) (ORW-CFM-W2), R itself (RWR), or 1 for the best of a group and else 0 (RAFT).
+        of: what stands for R: "rewards" as they are (ORW-CFM-W2), or "advantages", which have no unit, so that one tau
+            serves every reward.
         tau: inverse temperature of "exp".
         kl_weight: pull towards the reference.
     """
 
     method: Literal["exp", "linear", "best"] = "exp"
+    of: Literal["rewards", "advantages"] = "rewards"
     tau: float = 0.5
     kl_weight: float = 1.0
 
