@@ -93,13 +93,6 @@ class LlamaGen(TokenModel):
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def initialize(self, generator: torch.Generator) -> None:
-        """Weights to start pretraining from: normal with a deviation of 0.02, a head of zeros."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(std=0.0 if name == "output.weight" else 0.02, generator=generator)
-
     def prefix(self, condition: Condition) -> Prefix:
         prefix: Prefix = self.cls_embedding(condition)
         return prefix
