@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from advflow.models.autoregressive.checkpoints import convert, load_weights
-from advflow.models.autoregressive.llamagen import SIZES, GPTConfig, LlamaGen, published
+from advflow.models.autoregressive.llamagen import SIZES, GPTConfig, LlamaGen, published, rotations
 from advflow.models.autoregressive.mingpt import MinGPT, MinGPTConfig
 from advflow.models.autoregressive.sampling import draws, policy_states, sample
 from advflow.models.autoregressive.token_model import Condition, Text, TokenModel
@@ -164,6 +164,16 @@ def test_a_row_of_draws_for_each_condition() -> None:
         sample(model_of("mingpt"), condition_of("mingpt"), uniforms(2))
     with pytest.raises(ValueError, match="without an unconditional"):
         policy_states(model_of("mingpt"), condition_of("mingpt"), torch.zeros(3, 16), guidance=2.0)
+
+
+def test_what_was_drawn_in_inference_mode_can_be_trained_on() -> None:
+    rotations.cache_clear()
+    model, condition = filled(model_of("llamagen class")), weights.labels()
+    with torch.inference_mode():
+        drawn = sample(model, condition, uniforms(3)).tokens
+    states, head = model(condition, drawn.clone())
+    (states @ head.T).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_nothing_is_dropped_in_training_mode() -> None:

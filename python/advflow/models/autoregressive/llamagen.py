@@ -201,6 +201,7 @@ class FeedForward(nn.Module):
 
 
 @cache
+@torch.inference_mode(False)  # or what sampling has made first could not be trained with
 def rotations(side: int, head_width: int, prefix: int, device: torch.device) -> Tensor:
     """Cosines and sines [prefix + side^2, D/2, 2]: half of a head turns with the row, half with the column.
 
