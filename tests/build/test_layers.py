@@ -29,7 +29,7 @@ TRAINER_FLOORS = (
     ("settings",),
     ("core", "samplers"),
     ("world", "shapes", "models", "algorithms"),
-    ("data", "control", "policies"),
+    ("ar_world", "data", "control", "policies"),
     ("rewards", "processes"),
     ("run",),
     ("report",),
