@@ -101,6 +101,7 @@ def token_gradients(
     d_weight = weight.new_zeros(weight.shape if of_weight else 0, dtype=dtype)
     given = [each for each in (d_log_prob, d_entropy, d_kl) if each is not None]
     live = (torch.stack(given) != 0).any(0)
+    upstream = [None if each is None else each.contiguous() for each in (d_log_prob, d_entropy, d_kl)]
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(weight, dtype)
         ref = None
@@ -111,11 +112,11 @@ def token_gradients(
             states = torch.where(rows, hidden[b, part], 0).to(head.dtype)
             logits = head.logits(states)
             others = None if ref is None else ref[1].logits(torch.where(rows, ref[0][b, part], 0))
-            incoming = [None if each is None else each[b, part] for each in (d_log_prob, d_entropy, d_kl)]
+            incoming = [None if each is None else each[b, part] for each in upstream]
             d_logits = rows_for(logits).gradient(
                 logits, others, tokens[b, part], entropy[b, part], kl[b, part] if ref else None, state[:, b, part],
-                *incoming, rows[:, 0],
-            ).to(head.dtype)  # fmt: skip
+                *incoming, rows[:, 0], head.dtype,
+            )  # fmt: skip
             if of_hidden:
                 d_hidden[b, part] = torch.where(rows, head.product(d_logits, head.weight), 0)
             if of_weight and d_logits.dtype == d_weight.dtype:

@@ -44,8 +44,9 @@ def gradient(
     b: Tensor | None,
     k: Tensor | None,
     live: Tensor,  # [N] bool
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Of the logits; exactly 0 where not ``live``::
+    """Of the logits, in ``dtype``; exactly 0 where not ``live``::
 
     a (1[v = token] - p) - b p (ln p + H) + k p (ln p - ln q - KL)
     """
@@ -64,4 +65,4 @@ def gradient(
     else:
         p.mul_(rest[:, None])
     p.scatter_add_(1, tokens[:, None], a[:, None])
-    return p.masked_fill_(~live[:, None], 0)
+    return p.masked_fill_(~live[:, None], 0).to(dtype)

@@ -55,9 +55,10 @@ class Reach(NamedTuple):
 def reach_of(mixed: Tensor, hidden: Tensor, weight: Tensor, live: Tensor) -> Reach:
     """``mixed``: the hidden states that meet the head, ``hidden`` as they were given."""
     with torch.no_grad():
-        norms = torch.linalg.vector_norm(mixed, math.inf, dim=-1).double()
-        of_hidden = torch.where(live, norms, 0).amax(1)
-        of_weight = torch.linalg.vector_norm(weight, math.inf).double()
+        of_tokens = torch.maximum(mixed.amax(-1), -mixed.amin(-1)).double()
+        of_hidden = torch.where(live, of_tokens, 0).amax(1)
+        lowest, highest = weight.aminmax()
+        of_weight = torch.maximum(highest, -lowest).double()
     return Reach(of_hidden, of_weight, hidden.dtype, weight.dtype)
 
 

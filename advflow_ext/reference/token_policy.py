@@ -34,10 +34,11 @@ def head_arguments(
         checks.require_like("hidden", "hidden_uncond", hidden_uncond, hidden)
     dtype = checks.accumulate_dtype(hidden, weight, hidden_uncond)
     numbers = Numbers(hidden, dtype, name="hidden")
-    guidance = numbers.read("guidance", guidance)
-    if hidden_uncond is None and (isinstance(guidance, Tensor) or guidance != 1):
+    if hidden_uncond is not None:
+        return numbers, dtype, numbers.read("guidance", guidance)
+    if isinstance(guidance, Tensor) or guidance != 1:
         raise ValueError("guidance is given without hidden_uncond; accepted are 1, or hidden_uncond beside it.")
-    return numbers, dtype, guidance
+    return numbers, dtype, 1.0
 
 
 def token_policy_arguments(
@@ -149,11 +150,10 @@ def token_policy_loss(
         log_q = log_softmax(hidden_ref.detach(), head.detach(), given.dtype)
     if log_q is not None and kl == "k3":
         given = given._replace(log_prob_ref=selected(log_q, given.tokens).double())
-    p = log_p.exp()
     found = TokenStatistics(
         log_prob=selected(log_p, given.tokens),
-        entropy=-(p * log_p).sum(-1),
-        kl=(p * (log_p - log_q)).sum(-1) if log_q is not None and kl == "exact" else None,
+        entropy=-(log_p.exp() * log_p).sum(-1),
+        kl=divergence(log_p, log_q) if log_q is not None and kl == "exact" else None,
     )
     return token_policy_output(given, found, reach_of(states, hidden, weight, given.live))
 
@@ -186,6 +186,13 @@ def log_softmax(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         sound = sound & torch.isfinite(logits).all(-1, keepdim=True)
     log_p = torch.where(sound, logits, 0).log_softmax(-1)
     return torch.where(sound, log_p, torch.nan)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) ``[B, T]``; NaN, without a gradient, where log_q is not finite."""
+    sound = torch.isfinite(log_q).all(-1)
+    differences = log_p - torch.where(sound[..., None], log_q, 0)
+    return torch.where(sound, (log_p.exp() * differences).sum(-1), torch.nan)
 
 
 def selected(log_p: Tensor, tokens: Tensor) -> Tensor:
@@ -248,8 +255,8 @@ def _check_reference(
         raise ValueError("hidden_ref and log_prob_ref are both given; accepted is one of them.")
     if log_prob_ref is not None:
         _require_log_prob("log_prob_ref", log_prob_ref, hidden)
-        if kl == "exact":
-            raise ValueError("kl is 'exact' with log_prob_ref; accepted is then 'k3', or hidden_ref.")
+    if hidden_ref is None and kl == "exact":
+        raise ValueError("kl is 'exact' without hidden_ref; accepted are 'k3', or hidden_ref beside it.")
     if hidden_ref is None:
         if weight_ref is not None:
             raise ValueError("weight_ref is given without hidden_ref; accepted is one beside it.")
