@@ -163,7 +163,9 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     saved = ctx.saved_tensors  # once: under gradient checkpointing each look at it is a recomputation
     d_log_prob, d_entropy, d_kl, _ = grads
     if d_log_prob is None:
-        d_log_prob = torch.zeros_like(saved[-3])
+        d_log_prob = torch.zeros_like(saved[5])
+    if saved[3] is None:  # no reference: of its column, which is empty
+        d_kl = None
     asked = ctx.needs_input_grad[:2]
     d_hidden, d_weight = torch.ops.advflow.token_gradients(*saved, d_log_prob, d_entropy, d_kl, *asked)
     return d_hidden if asked[0] else None, d_weight if asked[1] else None, None, None, None

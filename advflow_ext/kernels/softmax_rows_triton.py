@@ -1,7 +1,7 @@
 """What :mod:`advflow_ext.kernels.softmax_rows` computes, in one launch for the statistics and one for the gradient.
 
-Statistics: a program a row, which it reads twice, for the largest logit and for the sums; what a product of matrices has
-just written is in the cache. Gradient: a program for each block of a row. A row's bits depend on that row alone.
+Statistics: a program a row, which it reads twice, for the largest logit and for the sums; what a product of matrices
+has just written is in the cache. Gradient: a program for each block of a row. A row's bits depend on that row alone.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_nothing_is_spilled(compiled):
 
 def test_every_load_is_wide(compiled):
     """But for the one float32 a row that stands beside the outputs, of q and of k; Triton 3.6 loads each twice. And for
-    one of a rotation's table, of the image and of the text. Of logits a program reads some numbers that are one a row."""
+    one of a rotation's table, of the image and of the text. A softmax reads numbers of a row."""
     narrow = {(row["kernel"], row["capability"]): row["loads"] - row["wide_loads"] for row in compiled}
     assert min(row["wide_loads"] for row in compiled) > 0
     of_rows = {"statistics ref=False": 2, "statistics ref=True": 2, "gradient ref=False": 7, "gradient ref=True": 11}

@@ -1,4 +1,4 @@
-"""How the policy loss of tokens may be called: layouts, dtypes, batches, compilers, ranks; memory, and what it refuses."""
+"""How the policy loss of tokens may be called: layouts, dtypes, batches, compilers, ranks; and what it refuses."""
 
 from __future__ import annotations
 
@@ -140,9 +140,7 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(grad, each) for grad, each in zip(grads, others, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("kl", "level"), [("exact", "token"), pytest.param("k3", "sequence", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kl", "level"), [("exact", "token"), pytest.param("k3", "sequence", marks=pytest.mark.slow)])
 def test_compiles_into_one_graph(kl, level):
     torch.compiler.reset()
     call = draw(guided=True)
@@ -283,7 +281,10 @@ def test_ranks_have_one_gradient_that_of_the_whole_batch(tmp_path):
         ({"hidden": torch.zeros(3, 0, 8)}, r"hidden has shape \[3, 0, 8\]; .* at least one token"),
         ({"hidden": torch.zeros(3, 5, 8, dtype=torch.int32)}, "hidden has dtype torch.int32; accepted are float32"),
         ({"weight": torch.zeros(19, 7)}, r"weight has shape \[19, 7\]; accepted is \[V, 8\], .* width of hidden"),
-        ({"tokens": torch.zeros(3, 4, dtype=torch.int64)}, r"tokens has shape \[3, 4\]; .* one value a token, \[3, 5\]"),
+        (
+            {"tokens": torch.zeros(3, 4, dtype=torch.int64)},
+            r"tokens has shape \[3, 4\]; .* one value a token, \[3, 5\]",
+        ),
         ({"tokens": torch.zeros(3, 5)}, "tokens has dtype torch.float32; accepted are int64 and int32"),
         ({"tokens": torch.full((3, 5), 19)}, r"tokens\[0, 0\] is 19; accepted is 0 <= token < 19, the rows of weight"),
         ({"log_prob_old": torch.zeros(3)}, r"log_prob_old has shape \[3\]; accepted is one value a token, \[3, 5\]"),
