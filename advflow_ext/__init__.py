@@ -35,6 +35,7 @@ from advflow_ext.ops.modules import (
     FlowGRPOLoss,
     GRPOGuardLoss,
     RewardWeightedLoss,
+    TokenPolicyLoss,
 )
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
@@ -74,6 +75,7 @@ __all__ = [
     "RewardWeightedLoss",
     "SdeStep",
     "StepTable",
+    "TokenPolicyLoss",
     "TransformerPatch",
     "advantage_flow_loss",
     "apply_to_flux",

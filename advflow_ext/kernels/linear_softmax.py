@@ -171,6 +171,13 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     return d_hidden if asked[0] else None, d_weight if asked[1] else None, None, None, None
 
 
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "token_policy_loss and token_log_prob have one derivative, and a second is asked for; those of "
+        "advflow_ext.reference have both."
+    )
+
+
 def _define(schema: str, run: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
     library = triton_ops.library
     library.define(schema)
@@ -195,3 +202,4 @@ _define(
 torch.library.register_autograd(
     "advflow::token_statistics", _differentiate, setup_context=_keep, lib=triton_ops.library
 )
+torch.library.register_autograd("advflow::token_gradients", _refuse, lib=triton_ops.library)

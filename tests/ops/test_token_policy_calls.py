@@ -198,6 +198,23 @@ def test_transforms_of_torch_func_are_served():
     torch.testing.assert_close(slope, expected.sum(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_second_derivative_is_refused():
+    call = draw()
+    loss = af.token_policy_loss(**call, **WEIGHTS).loss
+    (grad,) = torch.autograd.grad(loss, call["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"have one derivative, and a second is asked for; those of advflow_ext.reference"):
+        grad.sum().backward()
+
+
+def test_it_is_a_module_too():
+    call = draw()
+    module = af.TokenPolicyLoss(**WEIGHTS, level="token")
+    expected = af.token_policy_loss(**call, **WEIGHTS, level="token").loss
+    assert torch.equal(module(**call).loss, expected) and not torch.equal(module(**call, clip=0.01).loss, expected)
+    with pytest.raises(ValueError, match="mask is no option of TokenPolicyLoss; accepted are guidance, level"):
+        af.TokenPolicyLoss(mask=None)
+
+
 def test_tensors_of_inference_mode_are_taken():
     with torch.inference_mode():
         call = mapped(draw(), torch.clone)
