@@ -65,7 +65,6 @@ def reach_of(mixed: Tensor, hidden: Tensor, weight: Tensor, live: Tensor) -> Rea
 def token_policy_output(given: TokenPolicyArguments, found: TokenStatistics, reach: Reach) -> LossOutput:
     live = given.live & given.valid[:, None]
     share = live.double() / live.sum(1, keepdim=True).clamp(min=1)  # of a token in its sequence
-
     kl_weight, entropy_weight = (
         per_sample(number, given.advantages[0]) for number in (given.kl_weight, given.entropy_weight)
     )
@@ -90,24 +89,26 @@ def token_policy_output(given: TokenPolicyArguments, found: TokenStatistics, rea
     def at_level(numbers: Tensor) -> Tensor:
         return numbers if of_tokens else (numbers * share).sum(1, keepdim=True)
 
-    log_ratio = at_level(log_prob - entering(given.log_prob_old))
+    difference = log_prob - entering(given.log_prob_old)
+    log_ratio = at_level(difference)
     bounds = Bounds.of(given.clip, advantages[0, :, 0])
     policy = surrogate(log_ratio, advantages, bounds, given.surrogate, given.dtype)
     policy_term = (policy.terms.sum(0) * shares).sum(1)
-    steepest = policy.slopes.sum(0)  # of any log-probability, and below of the other terms
     overflows = policy.overflows.any(0)
+    # At most how steep the loss is in a log-probability, and in what else of a token the gradient of logits is made of.
+    steep, steeper = policy.slopes.sum(0), 2 * entropy_weight * entropy.detach().amax(1)
 
-    kl, of_kl = torch.zeros_like(policy_term), torch.zeros_like(policy_term)
+    kl = torch.zeros_like(policy_term)
     if found.kl is not None:
-        each = entering(found.kl)
-        kl = (each * share).sum(1)
-        of_kl = (2 * each + (2 * each.clamp(min=0)).sqrt()).detach().amax(1)
+        of_token = entering(found.kl)
+        kl = (of_token * share).sum(1)
+        steeper = steeper + kl_weight * (2 * of_token + (2 * of_token.clamp(min=0)).sqrt()).detach().amax(1)
     elif given.log_prob_ref is not None:
-        difference = at_level(entering(given.log_prob_ref) - log_prob)
-        too_far = difference.detach() > _log_most(given.dtype)
-        difference = torch.where(too_far, 0, difference)
-        kl = ((difference.expm1() - difference) * shares).sum(1)
-        steepest = steepest + kl_weight[:, None] * (1 + difference.detach().exp())
+        beyond = at_level(entering(given.log_prob_ref) - log_prob)
+        too_far = beyond.detach() > _log_most(given.dtype)
+        beyond = torch.where(too_far, 0, beyond)
+        kl = ((beyond.expm1() - beyond) * shares).sum(1)
+        steep = steep + kl_weight[:, None] * (1 + beyond.detach().exp())
         overflows = overflows | (too_far & (kl_weight != 0)[:, None])
 
     mean_entropy = (entropy * share).sum(1)
@@ -117,26 +118,37 @@ def token_policy_output(given: TokenPolicyArguments, found: TokenStatistics, rea
     losses = policy_term + kl_weight * pulled - entropy_weight * spread
     with torch.no_grad():
         finite = clean & ~overflows.any(1) & (losses.abs() <= torch.finfo(given.dtype).max)
-        total = 2 * steepest.amax(1) + 2 * entropy_weight * entropy.amax(1) + kl_weight * of_kl
-        finite &= _gradient_fits(total, reach, given.guidance)
+        finite &= _gradient_fits(2 * steep.amax(1) + steeper, reach, given.guidance)
     losses = torch.where(finite & given.valid, losses, 0)
-
-    with torch.no_grad():
-        usable = finite & given.valid
-        weight = usable.double() / usable.sum().clamp(min=1)
-        of_advantage = advantages.sum(0)[:, 0]
-        columns = [losses, policy_term, mean_entropy, ((log_prob - entering(given.log_prob_old)) * share).sum(1), kl]
-        means = torch.stack([*columns, of_advantage, of_advantage.abs()])
-        means = torch.where(usable, means, 0) @ weight
-        counted = (usable[:, None] & (shares > 0)).flatten()
-        ratio = Ratio(log_ratio.detach().flatten(), *(each.expand_as(log_ratio).flatten() for each in bounds[:2]))
-        largest = torch.cat([torch.where(counted, ratio.log_ratio, 0).abs(), weight.new_zeros(1)]).amax(0, keepdim=True)
-        clipped = ((policy.clipped.double().mean(0) * shares).sum(1) @ weight)[None]
-        counts = torch.stack([~finite & given.valid, ~given.valid]).sum(1, dtype=means.dtype)
-        of_ratios = of_ratio(ratio, counted, (weight[:, None] * shares).flatten())
-        metrics = torch.cat([means, largest, clipped, counts, of_ratios]).to(given.dtype)
+    of_advantages = advantages.sum(0)[:, 0]
+    columns = [losses, policy_term, mean_entropy, (difference * share).sum(1), kl, of_advantages, of_advantages.abs()]
+    metrics = _metrics(torch.stack(columns), log_ratio, shares, bounds, policy.clipped, finite, given.valid)
     loss = reduce_losses(losses, given.reduction).to(given.dtype)
-    return LossOutput(loss, LossMetrics(metrics, TOKEN_METRICS))
+    return LossOutput(loss, LossMetrics(metrics.to(given.dtype), TOKEN_METRICS))
+
+
+@torch.no_grad()
+def _metrics(
+    means: Tensor,  # [7, B]
+    log_ratio: Tensor,  # [B, L]
+    shares: Tensor,  # [B, L]
+    bounds: Bounds,
+    clipped: Tensor,  # [A, B, L] bool
+    finite: Tensor,  # [B] bool
+    valid: Tensor,  # [B] bool
+) -> Tensor:
+    """In the order of :data:`advflow_ext.contract.outputs.TOKEN_METRICS`."""
+    usable = finite & valid
+    of_batch = usable.double() / usable.sum().clamp(min=1)
+    counted = usable[:, None] & (shares > 0)
+    largest = torch.cat([torch.where(counted, log_ratio, 0).abs().flatten(), of_batch.new_zeros(1)]).amax(0)
+    of_clip = (clipped.double().mean(0) * shares).sum(1) @ of_batch
+    counts = torch.stack([~finite & valid, ~valid]).sum(1, dtype=of_batch.dtype)
+    limits = (bound.expand_as(log_ratio).flatten() for bound in (bounds.log_lowest, bounds.log_highest))
+    ratio = Ratio(log_ratio.flatten(), *limits)
+    of_ratios = of_ratio(ratio, counted.flatten(), (of_batch[:, None] * shares).flatten())
+    means = torch.where(usable, means, 0) @ of_batch
+    return torch.cat([means, largest[None], of_clip[None], counts, of_ratios])
 
 
 class Bounds(NamedTuple):
