@@ -23,12 +23,23 @@ from advflow.world.scene import COLORS, SHAPES, Caption, render, sample_scene
 MODES = len(COLORS) * len(SHAPES)
 
 
-class Evaluation(NamedTuple):
-    """`correct`, `partial`: the rule's, averaged. `fid`, `precision`, `recall`: to real scenes of the same prompts.
+class SetOfImages(NamedTuple):
+    """`fid`, `precision`, `recall`: to real scenes of the same prompts.
 
     `modes` and `modes_kl`, of colour x shape, look at prompts that leave the colour open: the share that occurs, and
     how far from equally often, in nats. `vendi`: how many different images the set is worth.
     """
+
+    fid: float
+    precision: float
+    recall: float
+    modes: float
+    modes_kl: float
+    vendi: float
+
+
+class Evaluation(NamedTuple):
+    """`correct`, `partial`: the rule's, averaged; the others are those of `SetOfImages`."""
 
     correct: float
     partial: float
@@ -42,16 +53,20 @@ class Evaluation(NamedTuple):
 
 def evaluate(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -> Evaluation:
     """Of images [N, 3, 32, 32] in [0, 1], each for the prompt at its place."""
+    scores = score_batch(images.cpu().numpy(), list(prompts))
+    correct, partial = (float(np.mean([getattr(each, name) for each in scores])) for name in ("correct", "partial"))
+    return Evaluation(correct, partial, *compare_with_real(images, prompts, extractor))
+
+
+def compare_with_real(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -> SetOfImages:
+    """Of images [N, 3, 32, 32] in [0, 1], each for the prompt at its place; at least 4."""
     images = images.cpu()
-    scores = score_batch(images.numpy(), list(prompts))
     drawn, real = extractor(images), extractor(real_scenes(prompts))
     precision, recall = af.precision_recall(drawn, real)
     open_ones = [index for index, prompt in enumerate(prompts) if prompt.wanted[0].color is None]
     share, kl, _ = af.mode_coverage(object_modes(images[open_ones]), MODES)
     fid = af.frechet_distance(af.FeatureMoments.of(drawn), af.FeatureMoments.of(real))
-    return Evaluation(
-        correct=float(np.mean([each.correct for each in scores])),
-        partial=float(np.mean([each.partial for each in scores])),
+    return SetOfImages(
         fid=fid.item(),
         precision=precision.item(),
         recall=recall.item(),

@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
+from advflow.ar_world import texts as ar_world
 from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.data.prompt_files import read_prompts
-from advflow.settings.data import EMBEDDED, SHAPES, DataConfig
+from advflow.settings.data import AR_WORLD, EMBEDDED, SHAPES, DataConfig
 from advflow.shapes import prompts as shapes
 from advflow.shapes.request import to_metadata
 from advflow.world.captions import held_out_captions, training_captions
@@ -67,10 +68,12 @@ def _of_shapes(prompts: Iterable[shapes.ShapesPrompt]) -> list[Prompt]:
 
 _TRAINING: dict[str, Callable[[], list[Prompt]]] = {
     EMBEDDED: lambda: _of_captions(training_captions()),
+    AR_WORLD: lambda: _of_captions(ar_world.training_prompts()),
     SHAPES: lambda: _of_shapes(shapes.training_prompts()),
 }
 _HELD_OUT: dict[str, Callable[[int], list[Prompt]]] = {
     EMBEDDED: lambda count: _of_captions(held_out_captions(count)),
+    AR_WORLD: lambda count: _of_captions(ar_world.held_out_prompts(count)),
     SHAPES: lambda count: _of_shapes(shapes.held_out_prompts(count)),
 }
 _CHECKED = 64  # held-out prompts of a category that is built in

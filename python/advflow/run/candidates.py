@@ -8,20 +8,19 @@ import torch
 
 from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
-from advflow.models.family import Latents
+from advflow.models.family import Images
 from advflow.rewards.several import Rewards
-from advflow.samplers.sampling import Conditioning, Sampler, Velocity, sample_latents
+from advflow.run.drawing import Draw
+from advflow.samplers.sampling import Conditioning
 
 
 def score_candidates(
-    velocity: Velocity,
-    latents: Latents,
+    draw: Draw,
+    latents: Images,
     prompts: list[Prompt],
     conditioning: Conditioning,
     noise: torch.Tensor,
     rewards: Rewards,
-    sigmas: list[float],
-    sampler: Sampler,
     batch: int,
     between_batches: Callable[[], None],
     ranks: Ranks,
@@ -36,7 +35,7 @@ def score_candidates(
     for within, used in batches(own.stop - own.start, batch, most):
         between_batches()
         rows = slice(own.start + within.start, own.start + within.stop)
-        x0 = sample_latents(velocity, noise[rows], sigmas, conditioning[within], sampler)
+        x0 = draw(noise[rows], conditioning[within])
         if not used:
             continue
         broken = ~x0.flatten(1).isfinite().all(1).cpu()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -14,6 +15,8 @@ import advflow_ext as af
 from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
+from advflow.control.distribution import DistributionReward
+from advflow.control.entropy import EntropyControl
 from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
@@ -24,15 +27,17 @@ from advflow.core.sharding import clip_gradients
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
-from advflow.models.family import make_family
-from advflow.policies import follow, make_policies, velocity_of
+from advflow.models.family import Latents, make_family
+from advflow.policies import follow, make_policies
 from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess, join
+from advflow.processes.tokens import TokenProcess
 from advflow.rewards.several import load_rewards
 from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
+from advflow.run.drawing import draw_of
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
@@ -78,7 +83,7 @@ class Trainer:
                 "prompt or more for each"
             )
         model = family.load(config.model, self.device)
-        self.latents = model.latents
+        self.latents, self.real = model.latents, model.real
         encode = Encoder(model, data.embeddings_cache, self.device, self.ranks)
         self.conditioning = encode([prompt.text for prompt in self.prompts.prompts], "data.prompts")
         # What guidance leads away from; one row, held whole wherever embeddings are kept.
@@ -89,8 +94,6 @@ class Trainer:
         transformer = model.transformer
         del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
         self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start, self.ranks)
-        self.sigmas = self.latents.sigmas(config.rollout.steps)
-        self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
         self.sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
         self._make_process()
         optim = config.optim
@@ -110,6 +113,17 @@ class Trainer:
         }
         if self.gamma_control is not None:
             self.parts["gamma"] = self.gamma_control
+        if self.entropy_control is not None:
+            self.parts["entropy"] = self.entropy_control
+        self.distribution: DistributionReward | None = None
+        if config.loo_fid.weight:
+            if self.real is None:
+                raise ValueError(
+                    f"loo_fid.weight is {config.loo_fid.weight}; accepted is 0 with model.family "
+                    f"{config.model.family!r}, which does not say what real images are like"
+                )
+            self.distribution = DistributionReward(config.loo_fid, self.real.extractor, self.real.reference)
+            self.parts["loo_fid"] = self.distribution
         self.average: WeightAverage | None = None
         if config.evaluation.ema is not None:
             self.average = self.parts[AVERAGE] = WeightAverage(self.policies.learner, config.evaluation.ema)
@@ -143,7 +157,7 @@ class Trainer:
 
     def _make_process(self) -> None:
         """The algorithm in its process, and what adapts its settings; each is handed its own section."""
-        config, policies, sigmas = self.config, self.policies, self.sigmas
+        config, policies = self.config, self.policies
         algorithm = make_algorithm(config.algorithm, config.method)
         # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
         adapts = config.process == "forward" and algorithm.needs.reference
@@ -151,9 +165,29 @@ class Trainer:
         self.gamma_control: GammaControl | None = None
         if isinstance(config.method, AdvantageFlowConfig) and config.method.gamma == "auto":
             self.gamma_control = GammaControl(config.method.target_move)
+        self.entropy_control: EntropyControl | None = None
         self.process: Process
+        if config.process == "tokens":
+            self.entropy_control = EntropyControl(
+                config.entropy, config.iterations, len(policies.transformer("learner").head_weight)
+            )
+            role = config.rollout.policy
+            on_policy = role == "learner" or config.rollout_policy.rate == 0
+            self.process = TokenProcess(
+                policies,
+                algorithm,
+                self.entropy_control,
+                config.optim,
+                config.tokens.epochs,
+                config.seed,
+                role,
+                on_policy,
+            )
+            return
+        latents = cast(Latents, self.latents)  # which the settings see to
+        sigmas = latents.sigmas(config.rollout.steps)
         if config.process == "forward":
-            draws = Draws(config.draws, self.latents, sigmas, config.seed)
+            draws = Draws(config.draws, latents, sigmas, config.seed)
             self.process = ForwardProcess(
                 policies,
                 algorithm,
@@ -202,17 +236,17 @@ class Trainer:
         """Scores what is given away on the held-out prompts; returns the images number `keep`, None being all."""
         with self.given_away():
             return evaluate(
-                velocity_of(self.policies, "learner", for_images=True),
+                draw_of(self.config, self.policies, self.latents, "learner", self.config.evaluation.steps),
                 self.latents,
                 self.eval_prompts,
                 self.eval_conditioning,
                 self.rewards,
-                self.eval_sigmas,
                 self.config.rollout.batch,
                 self.device,
                 keep,
                 self._between_batches,
                 self.ranks,
+                compare=None if self.real is None else self.real.compare,
             )
 
     def given_away(self) -> AbstractContextManager[None]:
@@ -249,8 +283,13 @@ class Trainer:
         unscored = ~rewards.isfinite() & ~broken
         advantages = self._advantages(rewards)
         of_curriculum: dict[str, float] = {}
+        of_distribution: dict[str, float] = {}
         if self.curriculum is not None:
             advantages, of_curriculum = self.curriculum.fuse(self.learnt.total(reward), advantages)
+        more_advantages: tuple[torch.Tensor, ...] = ()
+        if self.distribution is not None:
+            of_set, of_distribution = self.distribution(images)
+            more_advantages = (self.config.loo_fid.weight * self._advantages(ranks.gather(of_set)),)
         groups = rewards.view(-1, group)
         row = (
             self.learnt.means(reward, broken)
@@ -264,13 +303,18 @@ class Trainer:
                 "advantage_rms": advantages.square().mean().sqrt().item(),
             }
             | of_curriculum
+            | of_distribution
         )
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
         in_step = ranks.in_step(config.images)
         learnt_with = guide(told, self._untold, self.config.learnt_guidance)
-        return Experience(x0, rewards, advantages, learnt_with, group, rows, config.images, in_step, transitions), row
+        more_advantages = tuple(each[rows].to(self.device) for each in more_advantages)
+        experience = Experience(
+            x0, rewards, advantages, learnt_with, group, rows, config.images, in_step, transitions, more_advantages
+        )
+        return experience, row
 
     def _choose_prompts(self, iteration: int) -> list[int]:
         """The numbers of the prompts that this iteration learns from."""
@@ -280,14 +324,12 @@ class Trainer:
             return drawn
         told = self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)]
         scores = score_candidates(
-            velocity_of(self.policies, config.policy, for_images=True),
+            draw_of(self.config, self.policies, self.latents, config.policy, config.steps, self.sampler),
             self.latents,
             [self.prompts.prompts[i] for i in drawn],
             guide(told, self._untold, config.guidance),
             self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
             self.learnt,
-            self.sigmas,
-            self.sampler,
             config.batch,
             self._between_batches,
             self.ranks,
@@ -307,12 +349,12 @@ class Trainer:
         """Latents of images, the first being the iteration's `first`; with the steps that made them where the algorithm
         learns from those."""
         config, process = self.config.rollout, self.process
-        velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
+        policy = process.policy(config.policy)
         latents, transitions = [], []
         most = longest(self.ranks.in_step(config.images))
         for rows, used in batches(len(noise), config.batch, most):
             self._between_batches()
-            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, first + rows.start)
+            x0, steps = process.sample(policy, noise[rows], conditioning[rows], iteration, first + rows.start)
             if not used:
                 continue
             latents.append(x0)
@@ -346,6 +388,8 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
+        if self.entropy_control is not None:
+            row |= self.entropy_control.update(row["mean_entropy"], iteration)
         if self.gamma_control is not None:
             done = iteration * self.config.updates
             rho, rate = rollout_decay(self.config.rollout_policy, done), self._rate(max(done - 1, 0))
