@@ -117,9 +117,8 @@ def in_turn(loss: Callable[..., Tensor], leaves: tuple[Tensor, Tensor], rows: li
     return [torch.stack(losses).sum(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
+def measure(case: Case) -> Iterator[dict[str, Any]]:
     truth = case.truth()
-    found = []
     for name, step in case.steps():
         errors = [relative_error(ours, right) for ours, right in zip(step(), truth, strict=True)]
         peak = peak_extra_bytes(step, torch.device("cpu"))
@@ -129,15 +128,11 @@ def measure(case: Case) -> list[dict[str, Any]]:
             step()
             seconds.append(time.process_time() - start)
         batch, tokens, width = case.hidden.shape
-        found.append(
-            {
-                "terms": case.terms, "implementation": name, "sequences": batch, "tokens": tokens, "width": width,
-                "vocabulary": len(case.weight), "peak_bytes": peak, "seconds": min(seconds), "error_of_loss": errors[0],
-                "error_of_hidden": errors[1], "error_of_weight": errors[2],
-            }
-        )  # fmt: skip
-        print(found[-1], flush=True)
-    return found
+        yield {
+            "terms": case.terms, "implementation": name, "sequences": batch, "tokens": tokens, "width": width,
+            "vocabulary": len(case.weight), "peak_bytes": peak, "seconds": min(seconds), "error_of_loss": errors[0],
+            "error_of_hidden": errors[1], "error_of_weight": errors[2],
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -150,8 +145,10 @@ def main() -> None:
     sequences, tokens, width = map(int, arguments.shape.split("x"))
     result: dict[str, Any] = {"environment": report.environment(torch.device("cpu")), "results": []}
     for terms in TERMS:
-        result["results"] += measure(Case(sequences, tokens, width, arguments.vocabulary, terms))
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        for row in measure(Case(sequences, tokens, width, arguments.vocabulary, terms)):
+            print(row, flush=True)
+            result["results"].append(row)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
