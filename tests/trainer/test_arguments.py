@@ -14,7 +14,7 @@ from advflow.cli import main
 from advflow.settings.config import Algorithm, TrainConfig
 from advflow.settings.sources import load_run_config, packaged_configs, resolve_configs, to_config, train_parser
 
-METHODS = get_args(Algorithm)
+METHODS = [name for name in get_args(Algorithm) if name != "token_grpo"]  # which has a model and a config of its own
 PARSER = train_parser()
 
 

@@ -122,6 +122,8 @@ class TrainConfig:
         require(negative == "" or self.guided, "rollout.negative_prompt", negative, '"" where no guidance is above 1')
         if isinstance(self.method, AdvantageFlowConfig) and self.method.gamma == "auto":
             self._require_rollout_policy()
+        least, most = self.entropy.least, self.entropy.most
+        require(most >= least, "entropy.most", most, f"entropy.least, {least}, or more")
         self._require_family()
         if self.process == "reverse":
             self._require_stochastic_steps()

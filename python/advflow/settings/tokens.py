@@ -47,7 +47,7 @@ class EntropyConfig:
     def __post_init__(self) -> None:
         require(self.weight >= 0, "entropy.weight", self.weight, "zero or a positive number")
         require(self.least >= 0, "entropy.least", self.least, "zero or a positive number")
-        require(self.most >= self.least, "entropy.most", self.most, "entropy.least or more")
+        require(self.most >= 0, "entropy.most", self.most, "entropy.least or more")
         known = self.target is None or 0 < self.target <= 1
         require(known, "entropy.target", self.target, "null, or a number in (0, 1]")
         require(self.deadband >= 0, "entropy.deadband", self.deadband, "zero or a positive number")
