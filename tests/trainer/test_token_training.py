@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("diffusers", reason="the trainer's dependencies are not installed")
 
-import advflow_ext as af
 from advflow.ar_world.settings import TRANSFORMER
 from advflow.ar_world.world import load
 from advflow.cli import _parse, main
@@ -33,6 +32,7 @@ from advflow.settings.sources import to_config, train_parser
 from advflow.settings.tokens import EntropyConfig, LooFIDConfig
 from torch import Tensor
 
+import advflow_ext as af
 from tests.trainer.runs import assert_same_run, rows
 from tests.trainer.several import run_together
 
