@@ -31,7 +31,7 @@ TRAINER_FLOORS = (
     ("world", "shapes", "models", "algorithms"),
     ("data", "control", "policies"),
     ("rewards", "processes"),
-    ("run",),
+    ("run", "serve"),
     ("report",),
     ("cli", "__main__"),
 )

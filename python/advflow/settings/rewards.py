@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from advflow.settings.numbers import WrongSetting, require
@@ -29,6 +29,19 @@ class RewardConfig:
     args: Mapping[str, Any] = field(default_factory=dict)
     place: str = field(default=_PLACE, compare=False)
     arguments: str = field(default=f"{_PLACE}_args", compare=False)
+
+    def whatever_server(self) -> RewardConfig:
+        """The same without what a remote reward is told of its servers: all but which of their rewards it is."""
+        if self.reward != "remote":
+            return self
+        return replace(self, args={name: value for name, value in self.args.items() if name == "reward"})
+
+
+def scored_alike(one: Mapping[str, RewardConfig], other: Mapping[str, RewardConfig]) -> bool:
+    """Whether these are the same rewards, wherever the servers of those are that are scored elsewhere."""
+    return {name: each.whatever_server() for name, each in one.items()} == {
+        name: each.whatever_server() for name, each in other.items()
+    }
 
 
 _SETTINGS = tuple(each.name for each in fields(RewardConfig) if each.name not in ("place", "arguments"))
