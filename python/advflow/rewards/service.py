@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -71,11 +72,12 @@ class Server:
         # A connection for each request: none is found closed, and no late answer is taken for that to another.
         try:
             connection.connect()
-            connection.sock.settimeout(_left(deadline))
+            wire = connection.sock  # which the connection forgets when the answer begins
+            wire.settimeout(_left(deadline))
             with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
                 connection.request(method, self._path + path, body, headers)
             with connection.getresponse() as response:
-                status, answer = response.status, _read(response, connection, deadline)
+                status, answer = response.status, _read(response, wire, deadline)
         except (OSError, http.client.HTTPException) as error:
             raise ServiceError(_reason(error)) from error
         finally:
@@ -92,7 +94,7 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _read(response: http.client.HTTPResponse, connection: http.client.HTTPConnection, deadline: float) -> bytes:
+def _read(response: http.client.HTTPResponse, wire: socket.socket, deadline: float) -> bytes:
     """All of it; a server that sends a byte now and then has no more time than another."""
     parts: list[bytes] = []
     size = 0
@@ -101,8 +103,7 @@ def _read(response: http.client.HTTPResponse, connection: http.client.HTTPConnec
         if size > _MOST_BYTES:
             raise http.client.HTTPException(f"it answers more than {_MOST_BYTES} bytes")
         parts.append(part)
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(deadline))
+        wire.settimeout(_left(deadline))
     if response.length:  # which read1 does not complain of
         raise http.client.HTTPException("its answer breaks off")
     return b"".join(parts)

@@ -178,11 +178,11 @@ class Guard:
         await refusal(scope, receive, counted)
 
 
-def make_app(service: Service, token: str | None, workers: Workers, metrics: Metrics) -> FastAPI:
+def make_app(service: Service, token: str | None, workers: Workers, metrics: Metrics, grace: float) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(workers.close)
+        await asyncio.to_thread(workers.close, grace)
 
     # No pages that load scripts from elsewhere.
     app = FastAPI(title="advflow reward-server", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import socket
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advflow.rewards import CheckedReward, load_reward
 from advflow.rewards.loading import needed
@@ -14,6 +15,9 @@ from advflow.rewards.service import TOKEN, ServiceError, Token
 from advflow.settings.registry import REWARDS
 from advflow.settings.rewards import RewardConfig
 from advflow.settings.serve import ServeConfig
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 def serve(settings: ServeConfig) -> None:
@@ -24,9 +28,21 @@ def serve(settings: ServeConfig) -> None:
     for module in ("fastapi", "uvicorn"):
         needed(module, "advflow reward-server", "serve")
     token = read_token(settings)
-    listening = _listen(settings)
+    listening = listen(settings)
     import uvicorn
 
+    app = application(settings, token)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=math.ceil(settings.grace), server_header=False
+    )
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"serving {', '.join(settings.rewards)} at {address}{'' if token else ', without a token'}", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def application(settings: ServeConfig, token: str | None) -> FastAPI:
+    """The rewards, loaded for each worker, behind the routes that serve them."""
     from advflow.serve.app import Service, make_app
     from advflow.serve.metrics import Metrics
     from advflow.serve.work import Workers
@@ -35,16 +51,7 @@ def serve(settings: ServeConfig) -> None:
     served = [load(settings.rewards) for _ in range(settings.workers)]
     workers = Workers([*served], settings.batch, settings.wait, metrics)
     service = Service(settings, served[0], identity(settings), workers, metrics)
-    config = uvicorn.Config(
-        make_app(service, token, workers, metrics),
-        log_level="warning",
-        timeout_graceful_shutdown=int(settings.grace) or 1,
-        server_header=False,
-    )
-    host, port = listening.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"serving {', '.join(served[0])} at {address}{'' if token else ', without a token'}", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    return make_app(service, token, workers, metrics, settings.grace)
 
 
 def read_token(settings: ServeConfig) -> str | None:
@@ -61,7 +68,7 @@ def read_token(settings: ServeConfig) -> str | None:
     return token
 
 
-def _listen(settings: ServeConfig) -> socket.socket:
+def listen(settings: ServeConfig) -> socket.socket:
     """Raises ValueError where the address is taken, or not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -61,13 +61,14 @@ class Workers:
             self._jobs.append(job)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Returns when the jobs that are there have been done."""
+    def close(self, seconds: float) -> None:
+        """Returns when the jobs that are there have been done, or so many seconds later."""
+        until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self, rewards: Rewards) -> None:
         while jobs := self._next():
