@@ -7,8 +7,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from advflow.run.checkpoint import checkpoints
 from advflow.run.interrupt import Interrupted
 from advflow.run.log import METRICS
 from advflow.run.scoring import Scoring
+from advflow.run.trainer import Trainer
+from advflow.settings.data import DataConfig, RolloutConfig
 
 from tests.trainer.reward_servers import FAULTS, FaultyServer, error_500, hanging, hung_up
 from tests.trainer.runs import SMALL, assert_same_run, rows
@@ -70,6 +73,13 @@ def _assert_equal(found: Scores, expected: Scores) -> None:
         assert ours.dtype == torch.float32 and torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_asked_past(fault: str) -> None:
     with _served([FAULTS[fault]]) as server:
@@ -100,9 +110,8 @@ def test_several_servers_share_the_requests_and_one_may_be_away() -> None:
         urls = [one.url, other.url, gone.url]
         gone.__exit__()
         remote = CheckedReward(RemoteReward(urls, batch=1, workers=1))
-        slowly = threading.Lock()
         for server in (one, other):
-            server.faults = [lambda handler: (slowly.acquire(), time.sleep(0.02), slowly.release())] * 6
+            server.faults = [lambda handler: time.sleep(0.02)] * 6
         _assert_equal(remote(IMAGES, PROMPTS), CheckedReward(Numbers())(IMAGES, PROMPTS))
         assert len(one.sizes) + len(other.sizes) == 6 and one.sizes and other.sizes
 
@@ -160,9 +169,8 @@ def test_a_token_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         remote = RemoteReward(server.url, token_file=str(file), retries=0)
         server.token = "new"
         begun = remote.begin(IMAGES, PROMPTS)
-        while "401: the token is missing or wrong" not in capfd.readouterr().err:
-            assert not begun.done()
-            time.sleep(0.01)
+        _until(lambda: "401: the token is missing or wrong" in capfd.readouterr().err)
+        assert not begun.done()
         file.write_text("new\n")
         assert torch.equal(begun.result(20).reward, CheckedReward(Numbers())(IMAGES, PROMPTS).reward)
         monkeypatch.setenv(service.TOKEN, "new")
@@ -215,8 +223,8 @@ def test_what_it_cannot_be_made_with_is_a_sentence(tmp_path: Path) -> None:
     assert "Connection refused" in refused(urls=url)
     for odd in ("127.0.0.1:80", "ftp://a", "http://", "http://u:p@h", "http://h:port", "http://h?x"):
         assert refused(urls=odd).startswith(f"data.reward_args.urls is {odd!r}; "), odd
-    for odd in ([], 5, ["http://h", 5]):
-        assert refused(urls=odd).endswith("accepted is the URL of a server, or a list of several")
+    for none in ([], 5, ["http://h", 5]):
+        assert refused(urls=none).endswith("accepted is the URL of a server, or a list of several")
 
 
 def test_servers_that_serve_different_rewards_are_not_mixed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +319,73 @@ def test_what_a_background_reward_returns_is_checked() -> None:
             scoring.scores()
 
 
+class Slow(Numbers):
+    """A score takes a fifth of a second."""
+
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        time.sleep(0.2 * len(prompts))
+        return super().__call__(images, prompts)
+
+
+def test_four_workers_hide_a_slow_reward_behind_the_next_batch() -> None:
+    """Six batches of four images that take 0.2 s to draw and, with four workers, 0.2 s to score."""
+    with ExitStack() as stack:
+        urls = [stack.enter_context(_served(slow=Slow())).url for _ in range(4)]
+        remote = RemoteReward(urls, batch=1, workers=1)
+        began = time.monotonic()
+        with _scoring(remote, images=24) as scoring:
+            for _ in range(6):
+                time.sleep(0.2)
+                scoring.add(IMAGES[:4])
+            scoring.scores()
+        seconds = time.monotonic() - began
+    assert 1 - (seconds - 6 * 0.2) / (24 * 0.2 / 4) >= 0.7
+
+
+@pytest.mark.slow
+def test_four_workers_hide_a_slow_reward_behind_a_models_next_batch(small_config: Any) -> None:
+    """The same of a real rollout: eight batches, of which at most the last one's scores are waited for."""
+    images, batch = 64, 8
+    with ExitStack() as stack:
+        rewards = {"embedded": load_reward("embedded"), "slow": CheckedReward(SlowEmbedded())}
+        urls = [stack.enter_context(FaultyServer(rewards)).url for _ in range(4)]
+        rollout = RolloutConfig(prompts=8, images_per_prompt=8, steps=60, batch=batch)
+        seconds: dict[str, list[float]] = {"embedded": [], "slow": []}
+        trainers = {
+            name: Trainer(
+                small_config(
+                    rollout=rollout,
+                    data=DataConfig(
+                        reward="remote", reward_args={"urls": urls, "reward": name, "batch": 1, "workers": 1}
+                    ),
+                )
+            )
+            for name in seconds
+        }
+        found = {}
+        for repeat in range(3):
+            for name, trainer in trainers.items():
+                began = time.monotonic()
+                _, found[name] = trainer.roll_out(repeat)
+                seconds[name].append(time.monotonic() - began)
+            assert found["slow"] == found["embedded"]
+    of_reward = images * 0.2 / 4
+    hidden = 1 - (min(seconds["slow"]) - min(seconds["embedded"])) / of_reward
+    print(f"hidden: {hidden:.1%} of {of_reward:.1f} s, beside a rollout of {min(seconds['embedded']):.1f} s; {seconds}")
+    assert hidden >= 0.7
+
+
+class SlowEmbedded:
+    """The embedded world's reward, 0.2 s an image."""
+
+    def __init__(self) -> None:
+        self._reward = load_reward("embedded")
+
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        time.sleep(0.2 * len(prompts))
+        return self._reward(images, prompts)
+
+
 # Whole runs
 
 WORDS = [*SMALL, "--iterations", "2", "--evaluation.every", "2"]
@@ -348,8 +423,7 @@ def test_a_server_that_is_killed_and_started_again(undisturbed: Path, tmp_path: 
 
         def start() -> None:
             server.__exit__()
-            while "The run waits" not in capfd.readouterr().err:
-                time.sleep(0.05)
+            _until(lambda: "The run waits" in capfd.readouterr().err)
             again.append(FaultyServer({"embedded": embedded}, port=port))
 
         threading.Thread(target=start, daemon=True).start()
@@ -378,8 +452,7 @@ def test_an_interrupt_while_the_run_waits_leaves_what_resumes(
     def kill(handler: Any) -> None:
         def stop() -> None:
             server.__exit__()
-            while "The run waits" not in capfd.readouterr().err:
-                time.sleep(0.05)
+            _until(lambda: "The run waits" in capfd.readouterr().err)
             signal.raise_signal(signal.SIGINT)
 
         threading.Thread(target=stop, daemon=True).start()

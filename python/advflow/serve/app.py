@@ -16,7 +16,7 @@ from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.rewards import CheckedReward
 from advflow.rewards.wire import JSON, NPZ, BadRequest, decode_check, decode_request, encode_answer
 from advflow.serve.metrics import Metrics
-from advflow.serve.schema import ANSWERS, CHECK, SCORE
+from advflow.serve.schema import ANSWERS, check_schema, score_schema
 from advflow.serve.work import Job, Unavailable, Workers
 from advflow.settings.serve import ServeConfig
 
@@ -41,6 +41,10 @@ class Service:
         self._workers, self._metrics = workers, metrics
         self._most, self._most_held = settings.max_request_mb * 10**6, settings.max_waiting_mb * 10**6
         self._held = 0
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._served)
 
     async def score(self, request: Request) -> Response:
         names = self._names(request)
@@ -184,10 +188,11 @@ def make_app(service: Service, token: str | None, workers: Workers, metrics: Met
         yield
         await asyncio.to_thread(workers.close, grace)
 
+    names = service.names
     # No pages that load scripts from elsewhere.
     app = FastAPI(title="advflow reward-server", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_api_route("/score", service.score, methods=["POST"], openapi_extra=SCORE, responses=ANSWERS)
-    app.add_api_route("/check", service.check, methods=["POST"], openapi_extra=CHECK, responses=ANSWERS)
+    app.add_api_route("/score", service.score, methods=["POST"], openapi_extra=score_schema(names), responses=ANSWERS)
+    app.add_api_route("/check", service.check, methods=["POST"], openapi_extra=check_schema(names), responses=ANSWERS)
     app.add_api_route("/rewards", service.rewards, methods=["GET"], responses=ANSWERS)
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"], responses=ANSWERS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import socket
+from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +37,16 @@ def serve(settings: ServeConfig) -> None:
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=math.ceil(settings.grace), server_header=False
     )
+    listening.listen(1024)  # so that who reads the next line may connect
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"serving {', '.join(settings.rewards)} at {address}{'' if token else ', without a token'}", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    # uvicorn raises the signal again that has ended it; who was told to stop and did has not failed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+    print("stopped", flush=True)
 
 
 def application(settings: ServeConfig, token: str | None) -> FastAPI:
