@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -154,39 +154,55 @@ def _refused(reward: CheckedReward, prompts: list[Prompt]) -> dict[int, str]:
 
 
 class Guard:
-    """Answers 401 to whoever brings no token, where there is one, before anything of a request is read.
+    """Answers 401 to whoever brings no token, where there is one; counts the answers.
 
     /health alone is for everybody: it says nothing but that the server is there.
     """
 
-    def __init__(self, app: Any, token: str | None, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: Any, token: str | None, metrics: Metrics, most: int, seconds: float) -> None:
+        self._app, self._metrics, self._most, self._seconds = app, metrics, most, seconds
         self._token = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        unread = True
 
-        async def counted(message: MutableMapping[str, Any]) -> None:
+        async def watched() -> MutableMapping[str, Any]:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def drained() -> None:
+            """Reads what of a body nobody has read, and forgets it: who still sends would miss the answer."""
+            size = 0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    while unread and size <= 2 * self._most:
+                        size += len((await watched()).get("body", b""))
+
+        async def answered(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.add("requests_total", status=str(message["status"]))
+                if message["status"] != 408:
+                    await drained()
             await send(message)
 
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if self._token is None or scope["path"] == "/health" or hmac.compare_digest(given, self._token):
-            await self._app(scope, receive, counted)
+            await self._app(scope, watched, answered)
             return
         content = json.dumps({"detail": "the token is missing or wrong; accepted: Authorization: Bearer TOKEN"})
-        refusal = Response(content, 401, {"WWW-Authenticate": "Bearer"}, JSON)
-        await refusal(scope, receive, counted)
+        await Response(content, 401, {"WWW-Authenticate": "Bearer"}, JSON)(scope, watched, answered)
 
 
-def make_app(service: Service, token: str | None, workers: Workers, metrics: Metrics, grace: float) -> FastAPI:
+def make_app(settings: ServeConfig, service: Service, token: str | None, workers: Workers, metrics: Metrics) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(workers.close, grace)
+        await asyncio.to_thread(workers.close, settings.grace)
 
     names = service.names
     # No pages that load scripts from elsewhere.
@@ -196,5 +212,6 @@ def make_app(service: Service, token: str | None, workers: Workers, metrics: Met
     app.add_api_route("/rewards", service.rewards, methods=["GET"], responses=ANSWERS)
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"], responses=ANSWERS)
-    app.add_middleware(Guard, token=token, metrics=metrics)
+    most, seconds = settings.max_request_mb * 10**6, settings.max_seconds
+    app.add_middleware(Guard, token=token, metrics=metrics, most=most, seconds=seconds)
     return app

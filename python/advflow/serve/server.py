@@ -59,7 +59,7 @@ def application(settings: ServeConfig, token: str | None) -> FastAPI:
     served = [load(settings.rewards) for _ in range(settings.workers)]
     workers = Workers([*served], settings.batch, settings.wait, metrics)
     service = Service(settings, served[0], identity(settings), workers, metrics)
-    return make_app(service, token, workers, metrics, settings.grace)
+    return make_app(settings, service, token, workers, metrics)
 
 
 def read_token(settings: ServeConfig) -> str | None:
