@@ -328,18 +328,18 @@ class Slow(Numbers):
 
 
 def test_four_workers_hide_a_slow_reward_behind_the_next_batch() -> None:
-    """Six batches of four images that take 0.2 s to draw and, with four workers, 0.2 s to score."""
+    """Ten batches of four images that take 0.2 s to draw and, with four workers, 0.2 s to score."""
     with ExitStack() as stack:
         urls = [stack.enter_context(_served(slow=Slow())).url for _ in range(4)]
         remote = RemoteReward(urls, batch=1, workers=1)
         began = time.monotonic()
-        with _scoring(remote, images=24) as scoring:
-            for _ in range(6):
+        with _scoring(remote, images=40) as scoring:
+            for _ in range(10):
                 time.sleep(0.2)
                 scoring.add(IMAGES[:4])
             scoring.scores()
         seconds = time.monotonic() - began
-    assert 1 - (seconds - 6 * 0.2) / (24 * 0.2 / 4) >= 0.7
+    assert 1 - (seconds - 10 * 0.2) / (40 * 0.2 / 4) >= 0.7
 
 
 @pytest.mark.slow

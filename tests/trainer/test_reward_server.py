@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import io
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -17,6 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ from advflow.rewards.wire import JSON, NPZ, BadRequest, decode_request, encode_r
 from advflow.serve.metrics import Metrics
 from advflow.serve.server import identity, load, read_token
 from advflow.serve.work import Job, Unavailable, Workers, score
+from advflow.settings import registry
 from advflow.settings.numbers import WrongSetting
+from advflow.settings.registry import Choice
 from advflow.settings.serve import ServeConfig
 from hypothesis import given
 from hypothesis import strategies as st
@@ -294,8 +299,13 @@ def test_who_is_reached_from_elsewhere_needs_a_token(tmp_path: Path, monkeypatch
     assert read_token(ServeConfig(host="0.0.0.0", token_file=str(tmp_path / "token"))) == "secret"
     monkeypatch.setenv(service.TOKEN, "other")
     assert read_token(ServeConfig(host="0.0.0.0")) == "other"
+    monkeypatch.setenv(service.TOKEN, "ß")
+    with pytest.raises(ValueError, match="ADVFLOW_REWARD_TOKEN holds no token: accepted is a line of ASCII"):
+        read_token(ServeConfig())
     (tmp_path / "empty").write_text("\n")
-    for name in ("empty", "none"):
+    (tmp_path / "two lines").write_text("a\nb\n")
+    (tmp_path / "no text").write_bytes(b"\xff")
+    for name in ("empty", "two lines", "no text", "none"):
         with pytest.raises(ValueError, match=r"^token_file is '.*': the token file"):
             read_token(ServeConfig(token_file=str(tmp_path / name)))
 
@@ -326,6 +336,31 @@ def test_what_is_served_has_a_name_of_its_own() -> None:
         load(ServeConfig(reward="beauty").rewards)
     with pytest.raises(ValueError, match=r"^there is no reward\.x\.args\.a; reward 'shapes' takes no arguments$"):
         load(ServeConfig(reward={"x": args}).rewards)
+
+
+@dataclass
+class DarkConfig:
+    """Settings of a plugin's reward."""
+
+    level: float = 0.5
+
+
+class Dark:
+    def __init__(self, settings: DarkConfig) -> None:
+        self.level = settings.level
+
+    def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
+        dark = (images < self.level).float().mean((1, 2, 3))
+        return Scores(dark, dark)
+
+
+def test_a_plugins_reward_is_given_its_section_as_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.REWARDS, "dark", Choice(Dark, DarkConfig))
+    served = load(
+        ServeConfig(reward={"dark": {"args": {"level": 2.0}, "batch": 2}, "other": {"reward": "dark"}}).rewards
+    )
+    assert served["dark"](IMAGES, PROMPTS).score.tolist() == [1.0, 1.0, 1.0] and served["dark"].batch == 2
+    assert 0 < served["other"](IMAGES, PROMPTS).score.mean() < 1
 
 
 def test_without_its_packages_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,3 +577,34 @@ def test_the_description_names_every_route(url: str) -> None:
         "/score": ["post"], "/check": ["post"], "/rewards": ["get"], "/health": ["get"], "/metrics": ["get"],
     }  # fmt: skip
     assert list(paths["/score"]["post"]["requestBody"]["content"]) == [JSON, NPZ]
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/reward-server.md").read_text()
+
+
+def _block(words: str, url: str) -> str:
+    """The Python on the page that holds `words`, for the server at `url`."""
+    (found,) = [each for each in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S) if words in each]
+    return found.replace("http://127.0.0.1:8500", url)
+
+
+def test_what_the_page_asks_by_hand_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("fastapi", "uvicorn"):
+        pytest.importorskip(module, reason='needs the extra "serve": pip install "advflow[serve]"')
+    settings = ServeConfig(port=0)
+    with real_server(settings) as address:
+        exec(_block("urllib.request.urlopen", address), {})
+    given = ast.literal_eval(capsys.readouterr().out)
+    said = re.findall(r'^answers `(\{"service": "\.\.\.", .*)`\. Where', PAGE, re.M)[0]
+    assert given == json.loads(said) | {"service": identity(settings)}
+
+
+def test_the_function_for_flow_grpo_asks_this_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("requests")
+    monkeypatch.setenv(service.TOKEN, "secret")
+    names: dict[str, Any] = {}
+    exec(_block("def remote_score", url), names)
+    scores, more = names["remote_score"]("cpu", reward="redness")(IMAGES, ["a", "b", "c"], [{}, None, {"n": 1}])
+    assert torch.equal(torch.tensor(scores), load_reward("redness")(IMAGES, PROMPTS).reward) and more == {}
+    with pytest.raises(RuntimeError, match="not every image has a score"):
+        names["remote_score"]("cpu", url, "odd")(IMAGES, ["a", "b", "c"], [{}, {"n": 1}, {}])

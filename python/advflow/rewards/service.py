@@ -32,16 +32,18 @@ class Token:
         self._file = file
 
     def read(self) -> str | None:
-        """Raises ServiceError where the file cannot be read, or holds none."""
-        if self._file is None:
-            return os.environ.get(TOKEN)
+        """None where there is neither. Raises ServiceError where the file cannot be read, or holds something else."""
+        if self._file is None and TOKEN not in os.environ:
+            return None
+        place = TOKEN if self._file is None else f"the token file {self._file!r}"
         try:
-            text = Path(self._file).read_text(encoding="ascii").strip()
+            text = os.environ[TOKEN] if self._file is None else Path(self._file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ServiceError(f"the token file {self._file!r} cannot be read: {error}") from error
-        if not text.isprintable() or not text:
-            raise ServiceError(f"the token file {self._file!r} holds no token: accepted is one line of ASCII")
-        return text
+            raise ServiceError(f"{place} cannot be read: {error}") from error
+        token = text.strip()
+        if not token or not token.isascii() or not token.isprintable():
+            raise ServiceError(f"{place} holds no token: accepted is a line of ASCII")
+        return token
 
 
 class Server:

@@ -150,6 +150,8 @@ def _refused(reward: CheckedReward, prompts: list[Prompt]) -> dict[int, str]:
             reward.check(prompt)
         except UnknownPrompt as error:
             refused[place] = str(error)
+        except Exception as error:
+            refused[place] = f"{type(error).__name__}: {error}"
     return refused
 
 
