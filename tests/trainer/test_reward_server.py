@@ -115,6 +115,16 @@ def test_npz_loses_nothing() -> None:
     assert torch.equal(images, IMAGES) and images.dtype == torch.float32 and prompts == PROMPTS
 
 
+def test_what_is_sent_is_an_npz_file() -> None:
+    with np.load(io.BytesIO(encode_request(IMAGES, PROMPTS)), allow_pickle=False) as archive:
+        assert np.array_equal(archive["images"], IMAGES.numpy()) and archive["images"].dtype == np.float32
+        assert json.loads(str(archive["prompts"]))[1] == {
+            "text": "a red circle", "category": "single", "metadata": {"n": 1},
+        }  # fmt: skip
+    by_columns = _npz(images=np.asfortranarray(IMAGES.numpy()), prompts=TEXT)
+    assert torch.equal(decode_request(by_columns, NPZ, MOST)[0], IMAGES)
+
+
 def test_by_hand_it_is_two_lines() -> None:
     eight = eight_bit(IMAGES).numpy()
     images, prompts = decode_request(_npz(images=eight, prompts=json.dumps(["a", {"text": "b"}, "c"])), NPZ, MOST)
@@ -318,7 +328,7 @@ def test_who_is_reached_from_elsewhere_needs_a_token(tmp_path: Path, monkeypatch
         ({"wait": -1.0}, "wait is -1.0; accepted: zero or a positive number of seconds"),
         ({"max_waiting_mb": 5}, "max_waiting_mb is 5; accepted: max_request_mb, 256, or more"),
         ({"grace": 0.0}, "grace is 0.0; accepted: a positive number of seconds"),
-        ({"reward": {}}, "data.reward is {}; accepted: a name, or one reward or more by their names"),
+        ({"reward": {}}, "reward is {}; accepted: a name, or one reward or more by their names"),
     ],
 )
 def test_a_wrong_setting_is_a_sentence(settings: dict[str, Any], said: str) -> None:

@@ -6,7 +6,6 @@ A request is images and prompts: an npz file, which loses nothing, or JSON with 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import math
@@ -44,7 +43,13 @@ class Scored:
 def encode_request(images: torch.Tensor, prompts: list[Prompt]) -> bytes:
     """A request as npz, of fp32 images on the CPU. Raises ValueError for metadata that JSON does not hold."""
     buffer = io.BytesIO()
-    np.savez(buffer, images=images.numpy(), prompts=np.array(encode_prompts(prompts)))
+    arrays = {"images.npy": images.contiguous().numpy(), "prompts.npy": np.array(encode_prompts(prompts))}
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            # As np.savez, which takes twice as long: it copies what it writes piece by piece.
+            with archive.open(name, "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
+                member.write(array.tobytes() if array.ndim == 0 else array.data)
     return buffer.getvalue()
 
 
@@ -94,11 +99,12 @@ def _array(content: bytes) -> np.ndarray[Any, Any]:
     version = np.lib.format.read_magic(stream)
     if version not in read:
         raise BadRequest(f"an array is in version {version} of its format; accepted are 1.0 and 2.0")
-    shape, _, dtype = read[version](stream)
+    shape, by_columns, dtype = read[version](stream)
     if dtype.hasobject or dtype.itemsize * math.prod(shape) != len(content) - stream.tell():
         raise BadRequest(f"an array of {dtype} and shape {list(shape)} is not what the file holds")
-    stream.seek(0)
-    return np.lib.format.read_array(stream, allow_pickle=False)
+    # Read here, where no pickle can be: an array of objects is one.
+    numbers = np.frombuffer(bytearray(content), dtype, offset=stream.tell())
+    return numbers.reshape(shape, order="F" if by_columns else "C")
 
 
 def _image_array(images: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -132,7 +138,7 @@ def _pictures(pictures: object, most: int) -> torch.Tensor:
         raise BadRequest(f"the images take more than the {most} bytes that this server accepts")
     try:
         pixels = np.stack([np.asarray(each) for each in opened])
-    except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged
+    except Exception as error:  # as above
         raise BadRequest(f"an image is no PNG that can be read: {_line(error)}") from error
     return _image_array(pixels.transpose(0, 3, 1, 2))
 
@@ -141,7 +147,7 @@ def _opened(picture: object, place: int) -> Image.Image:
     try:
         content = base64.b64decode(picture, validate=True) if isinstance(picture, str) else b""
         opened = Image.open(io.BytesIO(content), formats=["PNG"])
-    except (binascii.Error, Exception) as error:
+    except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged
         raise BadRequest(f"images[{place}] is no PNG in base64: {_line(error)}") from error
     if opened.mode != "RGB":
         raise BadRequest(f"images[{place}] is a PNG of mode {opened.mode}; accepted is RGB of 8 bits, without alpha")

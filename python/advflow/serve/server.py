@@ -98,10 +98,10 @@ def load(rewards: dict[str, RewardConfig]) -> dict[str, CheckedReward]:
 
 def _load(each: RewardConfig) -> CheckedReward:
     section = REWARDS[each.reward].settings if each.reward in REWARDS else None
-    places = {"place": each.place.removeprefix("data."), "arguments_place": each.arguments.removeprefix("data.")}
-    if section is None:
-        return load_reward(each.reward, each.args, batch=each.batch, **places)
-    return load_reward(each.reward, None, section(**each.args), batch=each.batch, **places)
+    arguments, settings = (each.args, None) if section is None else (None, section(**each.args))
+    return load_reward(
+        each.reward, arguments, settings, batch=each.batch, place=each.place, arguments_place=each.arguments
+    )
 
 
 def identity(settings: ServeConfig) -> str:

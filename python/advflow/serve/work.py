@@ -137,7 +137,7 @@ def score(reward: CheckedReward, images: torch.Tensor, prompts: list[Prompt]) ->
 
     Raises Unavailable where the fault is none of the images'.
     """
-    usable = ((images >= 0) & (images <= 1)).flatten(1).all(1)  # false of NaN
+    usable = (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)  # false of NaN
     if not usable.all():
         if len(prompts) == 1:
             return _failed("its pixels are not all in [0, 1]")

@@ -56,12 +56,12 @@ class ServeConfig:
         require(self.wait >= 0, "wait", self.wait, "zero or a positive number of seconds")
         for name in ("max_seconds", "grace"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of seconds")
-        read_rewards(self.reward, self.reward_args)
+        read_rewards(self.reward, self.reward_args, "reward")
 
     @property
     def rewards(self) -> dict[str, RewardConfig]:
         """The rewards by name."""
-        return read_rewards(self.reward, self.reward_args)
+        return read_rewards(self.reward, self.reward_args, "reward")
 
     @property
     def is_local(self) -> bool:
