@@ -34,6 +34,7 @@ from advflow.rewards.several import load_rewards
 from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.scoring import Scoring
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
@@ -46,14 +47,18 @@ from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SA
 class Trainer:
     """One run: everything that lives as long as it does.
 
-    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation. Of the
-    images of an iteration `ranks` have a share each; all else, weights and advantages too, every process has whole.
+    `check_stop` is called before each batch of images and while scores are waited for; what it raises ends a rollout or
+    an evaluation. Of the images of an iteration `ranks` have a share each; all else, weights and advantages too, every
+    process has whole.
     """
 
     def __init__(
-        self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None, ranks: Ranks | None = None
+        self, config: TrainConfig, check_stop: Callable[[], None] = lambda: None, ranks: Ranks | None = None
     ) -> None:
-        self.config, self._between_batches, self.ranks = config, between_batches, ranks or Ranks()
+        self.config, self._check_stop, self.ranks = config, check_stop, ranks or Ranks()
+        # One process alone can stop between two batches; several must agree on when, which they do between iterations
+        # and where their scores have come.
+        self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
         self._check_shares()
         self.device = pick_device(config.device, self.ranks.local)
@@ -69,7 +74,7 @@ class Trainer:
         self.learnt = self.rewards.learnt()
         if data.embeddings_cache is not None:
             require_folder(data.embeddings_cache, "data.embeddings_cache")
-        for remark in check_prompts(data, self.learnt.check, self.rewards.check):
+        for remark in check_prompts(data, self.learnt.check, self.rewards.check, self.rewards.expect):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         if len(self.eval_prompts) < self.ranks.size:
@@ -213,6 +218,7 @@ class Trainer:
                 keep,
                 self._between_batches,
                 self.ranks,
+                self._check_stop,
             )
 
     def given_away(self) -> AbstractContextManager[None]:
@@ -233,9 +239,10 @@ class Trainer:
         told = self._conditioning(chosen, rows)
         drawn_with = guide(told, self._untold, config.guidance)
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], drawn_with, iteration, rows.start)
-        images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.learnt(images, prompts)
+        start = self.process.starting_noise(noise)[rows]
+        with Scoring(self.learnt, prompts, self._check_stop, ranks) as scoring:
+            x0, transitions = self._sample(start, drawn_with, iteration, rows.start, scoring)
+            scores = scoring.scores()
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
@@ -291,6 +298,7 @@ class Trainer:
             config.batch,
             self._between_batches,
             self.ranks,
+            self._check_stop,
         )
         return [drawn[place] for place in self.curriculum.choose(scores)]
 
@@ -302,10 +310,10 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(
-        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int
+        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int, scoring: Scoring
     ) -> tuple[torch.Tensor, Transitions | None]:
         """Latents of images, the first being the iteration's `first`; with the steps that made them where the algorithm
-        learns from those."""
+        learns from those. The images are given to `scoring`."""
         config, process = self.config.rollout, self.process
         velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
         latents, transitions = [], []
@@ -316,6 +324,7 @@ class Trainer:
             if not used:
                 continue
             latents.append(x0)
+            scoring.add(self.latents.decode(x0))
             if steps is not None:
                 transitions.append(steps)
         return torch.cat(latents), join(transitions) if transitions else None
