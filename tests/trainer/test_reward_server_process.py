@@ -133,7 +133,7 @@ def test_what_has_begun_is_answered_before_it_stops(tmp_path: Path, started: Any
         raise AssertionError("it still listens")
 
 
-def test_nonsense_is_never_the_servers_fault(started: Any) -> None:
+def test_nonsense_is_never_the_servers_fault(tmp_path: Path, started: Any) -> None:
     pytest.importorskip("schemathesis", reason="fuzzing needs schemathesis: pip install schemathesis")
     rewards = json.dumps({"redness": 1, "embedded": 1, "shapes": 1, "compressibility": 1})
     process, url = started("--reward", rewards, ADVFLOW_REWARD_TOKEN="secret")
@@ -146,6 +146,7 @@ def test_nonsense_is_never_the_servers_fault(started: Any) -> None:
         capture_output=True,
         text=True,
         timeout=1200,
+        cwd=tmp_path,  # where it leaves what it has found
     )
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-4000:]
