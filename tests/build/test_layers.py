@@ -31,7 +31,7 @@ TRAINER_FLOORS = (
     ("world", "shapes", "models", "algorithms"),
     ("ar_world", "data", "control", "policies"),
     ("rewards", "processes"),
-    ("run",),
+    ("run", "serve"),
     ("report",),
     ("cli", "__main__"),
 )

@@ -27,10 +27,12 @@ class DistributionReward:
         self._extractor = extractor
         self._distance = af.LeaveOneOutFID(reference, beta=config.beta, covariance=config.covariance)
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """The rewards [N] of an iteration's `images`, which count from now on, and what belongs into its log."""
-        # The moments lie on the CPU, where processes exchange small numbers.
-        features = self._extractor(images).cpu()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """On the CPU, where processes exchange small numbers."""
+        return self._extractor(images).cpu()
+
+    def __call__(self, features: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """The rewards [N] of an iteration's images, which count from now on, and what belongs into its log."""
         rewards = self._distance.reward(features)
         self._distance.update(features)
         return rewards, {"loo_fid": self._distance.fid().item()}

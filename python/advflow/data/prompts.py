@@ -80,10 +80,14 @@ _CHECKED = 64  # held-out prompts of a category that is built in
 
 
 def check_prompts(
-    data: DataConfig, check: Callable[[Prompt], None], check_held_out: Callable[[Prompt], None] | None = None
+    data: DataConfig,
+    check: Callable[[Prompt], None],
+    check_held_out: Callable[[Prompt], None] | None = None,
+    expect: Callable[[list[Prompt]], None] = lambda prompts: None,
 ) -> list[str]:
     """Refuses prompts that `check` does not know, of held-out ones what `check_held_out` does not where there is one.
 
+    `expect` is told before which they will be.
     Returns what else should be said about the files, a sentence each. Raises ValueError naming the field, the file, the
     line and the prompt.
     """
@@ -96,6 +100,7 @@ def check_prompts(
         ("data.prompts", data.prompts, training, check),
         ("data.eval_prompts", data.eval_prompts, held_out, check_held_out or check),
     ):
+        expect(list(prompts))
         for prompt, (line, *_) in prompts.items():
             try:
                 known(prompt)

@@ -27,7 +27,7 @@ class HPSv2:
 
     def __init__(self, checkpoint: str, architecture: str = "ViT-H-14") -> None:
         weights = read_weights("checkpoint", checkpoint)
-        open_clip = needed("open_clip", "hpsv2", "hpsv2")
+        open_clip = needed("open_clip", "the reward 'hpsv2'", "hpsv2")
         self._device = scoring_device()
         self._model = open_clip.create_model(architecture, output_dict=True).eval().requires_grad_(False)
         load_into(self._model, weights, "checkpoint", checkpoint)

@@ -74,13 +74,13 @@ def _shape(weights: Mapping[str, torch.Tensor], name: str) -> list[int] | None:
     return list(weights[name].shape) if name in weights else None
 
 
-def needed(module: str, reward: str, extra: str) -> Any:
-    """The module, imported; ValueError says what to install where it is not there."""
+def needed(module: str, what: str, extra: str) -> Any:
+    """The module, imported; ValueError says what to install where it is not there, and what needs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module:
             raise
         raise ValueError(
-            f'the reward {reward!r} needs the package {module}, which is not installed: pip install "advflow[{extra}]"'
+            f'{what} needs the package {module}, which is not installed: pip install "advflow[{extra}]"'
         ) from error

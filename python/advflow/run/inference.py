@@ -103,6 +103,7 @@ def load_judgement(config: TrainConfig) -> Judgement:
     data = config.data
     rewards = load_rewards(data, lambda name: config.section(REWARDS, name))
     prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+    rewards.expect(prompts)
     for prompt in prompts:
         try:
             rewards.check(prompt)

@@ -7,18 +7,13 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
 
 import torch
 
 import advflow_ext as af
-from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
 from advflow.control.distribution import DistributionReward
-from advflow.control.entropy import EntropyControl
-from advflow.control.gamma import GammaControl
-from advflow.control.reference import ReferenceControl
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
 from advflow.core.randomness import generator
@@ -27,38 +22,40 @@ from advflow.core.sharding import clip_gradients
 from advflow.data.prompts import check_prompts, load_eval_prompts, load_training_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
-from advflow.models.family import Latents, make_family
+from advflow.models.family import make_family
 from advflow.policies import follow, make_policies
-from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
-from advflow.processes.process import Process
-from advflow.processes.reverse import ReverseProcess, join
-from advflow.processes.tokens import TokenProcess
+from advflow.processes.reverse import join
 from advflow.rewards.several import load_rewards
 from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
 from advflow.run.drawing import draw_of
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.process import make_process
+from advflow.run.scoring import Scoring
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
-from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
-from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS
+from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS
 
 
 class Trainer:
     """One run: everything that lives as long as it does.
 
-    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation. Of the
-    images of an iteration `ranks` have a share each; all else, weights and advantages too, every process has whole.
+    `check_stop` is called before each batch of images and while scores are waited for; what it raises ends a rollout or
+    an evaluation. Of the images of an iteration `ranks` have a share each; all else, weights and advantages too, every
+    process has whole.
     """
 
     def __init__(
-        self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None, ranks: Ranks | None = None
+        self, config: TrainConfig, check_stop: Callable[[], None] = lambda: None, ranks: Ranks | None = None
     ) -> None:
-        self.config, self._between_batches, self.ranks = config, between_batches, ranks or Ranks()
+        self.config, self._check_stop, self.ranks = config, check_stop, ranks or Ranks()
+        # One process alone can stop between two batches; several must agree on when, which they do between iterations
+        # and where their scores have come.
+        self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
         self._check_shares()
         self.device = pick_device(config.device, self.ranks.local)
@@ -74,7 +71,7 @@ class Trainer:
         self.learnt = self.rewards.learnt()
         if data.embeddings_cache is not None:
             require_folder(data.embeddings_cache, "data.embeddings_cache")
-        for remark in check_prompts(data, self.learnt.check, self.rewards.check):
+        for remark in check_prompts(data, self.learnt.check, self.rewards.check, self.rewards.expect):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         if len(self.eval_prompts) < self.ranks.size:
@@ -95,7 +92,9 @@ class Trainer:
         del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
         self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start, self.ranks)
         self.sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
-        self._make_process()
+        made = make_process(config, self.policies, self.latents, self.sampler)
+        self.process, self.reference_control = made.process, made.reference
+        self.gamma_control, self.entropy_control = made.gamma, made.entropy
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -111,10 +110,8 @@ class Trainer:
             "optimizer": OptimizerState(self.optimizer, self.policies.learner),
             "reference": self.reference_control,
         }
-        if self.gamma_control is not None:
-            self.parts["gamma"] = self.gamma_control
-        if self.entropy_control is not None:
-            self.parts["entropy"] = self.entropy_control
+        controls = {"gamma": self.gamma_control, "entropy": self.entropy_control}
+        self.parts |= {name: control for name, control in controls.items() if control is not None}
         self.distribution: DistributionReward | None = None
         if config.loo_fid.weight:
             if self.real is None:
@@ -153,57 +150,6 @@ class Trainer:
             raise ValueError(
                 f'rollout.prompts is {config.rollout.prompts}; with reward_weighted.method "best", which compares the '
                 f"images of a prompt, and {size} processes accepted is a multiple of {size}"
-            )
-
-    def _make_process(self) -> None:
-        """The algorithm in its process, and what adapts its settings; each is handed its own section."""
-        config, policies = self.config, self.policies
-        algorithm = make_algorithm(config.algorithm, config.method)
-        # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
-        adapts = config.process == "forward" and algorithm.needs.reference
-        self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
-        self.gamma_control: GammaControl | None = None
-        if isinstance(config.method, AdvantageFlowConfig) and config.method.gamma == "auto":
-            self.gamma_control = GammaControl(config.method.target_move)
-        self.entropy_control: EntropyControl | None = None
-        self.process: Process
-        if config.process == "tokens":
-            self.entropy_control = EntropyControl(
-                config.entropy, config.iterations, len(policies.transformer("learner").head_weight)
-            )
-            role = config.rollout.policy
-            on_policy = role == "learner" or config.rollout_policy.rate == 0
-            self.process = TokenProcess(
-                policies,
-                algorithm,
-                self.entropy_control,
-                config.optim,
-                config.tokens.epochs,
-                config.seed,
-                role,
-                on_policy,
-            )
-            return
-        latents = cast(Latents, self.latents)  # which the settings see to
-        sigmas = latents.sigmas(config.rollout.steps)
-        if config.process == "forward":
-            draws = Draws(config.draws, latents, sigmas, config.seed)
-            self.process = ForwardProcess(
-                policies,
-                algorithm,
-                draws,
-                self.sampler,
-                sigmas,
-                self.reference_control,
-                self.gamma_control,
-                config.optim,
-            )
-        else:
-            steps = STOCHASTIC_SAMPLERS.make(
-                config.sde.sampler, config.section(STOCHASTIC_SAMPLERS, config.sde.sampler)
-            )
-            self.process = ReverseProcess(
-                policies, algorithm, config.sde, steps, config.rollout, sigmas, config.optim, config.seed
             )
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -246,6 +192,7 @@ class Trainer:
                 keep,
                 self._between_batches,
                 self.ranks,
+                self._check_stop,
                 compare=None if self.real is None else self.real.compare,
             )
 
@@ -267,9 +214,10 @@ class Trainer:
         told = self._conditioning(chosen, rows)
         drawn_with = guide(told, self._untold, config.guidance)
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], drawn_with, iteration, rows.start)
-        images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.learnt(images, prompts)
+        start = self.process.starting_noise(noise)[rows]
+        with Scoring(self.learnt, prompts, self._check_stop, ranks) as scoring:
+            x0, transitions, features = self._sample(start, drawn_with, iteration, rows.start, scoring)
+            scores = scoring.scores()
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
@@ -288,7 +236,7 @@ class Trainer:
             advantages, of_curriculum = self.curriculum.fuse(self.learnt.total(reward), advantages)
         more_advantages: tuple[torch.Tensor, ...] = ()
         if self.distribution is not None:
-            of_set, of_distribution = self.distribution(images)
+            of_set, of_distribution = self.distribution(torch.cat(features))
             more_advantages = (self.config.loo_fid.weight * self._advantages(ranks.gather(of_set)),)
         groups = rewards.view(-1, group)
         row = (
@@ -333,6 +281,7 @@ class Trainer:
             config.batch,
             self._between_batches,
             self.ranks,
+            self._check_stop,
         )
         return [drawn[place] for place in self.curriculum.choose(scores)]
 
@@ -344,13 +293,13 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(
-        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int
-    ) -> tuple[torch.Tensor, Transitions | None]:
+        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int, scoring: Scoring
+    ) -> tuple[torch.Tensor, Transitions | None, list[torch.Tensor]]:
         """Latents of images, the first being the iteration's `first`; with the steps that made them where the algorithm
-        learns from those."""
+        learns from those, and with the images' features where those are rewarded. The images are given to `scoring`."""
         config, process = self.config.rollout, self.process
         policy = process.policy(config.policy)
-        latents, transitions = [], []
+        latents, transitions, features = [], [], []
         most = longest(self.ranks.in_step(config.images))
         for rows, used in batches(len(noise), config.batch, most):
             self._between_batches()
@@ -358,9 +307,13 @@ class Trainer:
             if not used:
                 continue
             latents.append(x0)
+            images = self.latents.decode(x0)
+            scoring.add(images)
+            if self.distribution is not None:
+                features.append(self.distribution.features(images))
             if steps is not None:
                 transitions.append(steps)
-        return torch.cat(latents), join(transitions) if transitions else None
+        return torch.cat(latents), join(transitions) if transitions else None, features
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         group, choice = self.config.rollout.images_per_prompt, self.config.advantage

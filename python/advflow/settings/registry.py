@@ -103,6 +103,7 @@ REWARDS = Choices[Choice](
     imagereward=Choice("advflow.rewards.imagereward:ImageReward"),
     ocr=Choice("advflow.rewards.ocr:OCR"),
     geneval=Choice("advflow.rewards.geneval:GenEval"),
+    remote=Choice("advflow.rewards.remote:RemoteReward"),
 )
 """`data.reward`."""
 
