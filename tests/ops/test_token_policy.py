@@ -127,7 +127,11 @@ def test_damage_stays_in_its_sequence(space, what, form):
     rest = of_sequences(call, [0, 2])
     alone, expected = value_and_gradients(space.token_policy_loss, rest, **form, **WEIGHTS, reduction="none")
     assert out.loss[1] == 0 and not grads[0][1].any()
-    assert torch.equal(out.loss[[0, 2]], alone.loss) and torch.equal(grads[0][[0, 2]], expected[0])
+    if space is af:
+        assert torch.equal(out.loss[[0, 2]], alone.loss) and torch.equal(grads[0][[0, 2]], expected[0])
+    else:  # whose products take all sequences at once, and on several threads round by how many they are
+        torch.testing.assert_close(out.loss[[0, 2]], alone.loss, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grads[0][[0, 2]], expected[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(grads[1], expected[1], rtol=1e-6, atol=1e-7)
     numbers, others = out.metrics.as_dict(), alone.metrics.as_dict()
     assert numbers.pop("nonfinite_samples") == 1 and others.pop("nonfinite_samples") == 0

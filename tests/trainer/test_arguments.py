@@ -146,7 +146,7 @@ def test_the_error_comes_first_and_where_to_look_last(capsys: pytest.CaptureFixt
     [
         (["tran"], "advflow: there is no command 'tran'; did you mean 'train'?"),
         (["zoom"], "advflow: there is no command 'zoom'; accepted: train, eval, sample, export, report, shapes,"),
-        ([], "advflow: no command is given; accepted: train, eval, sample, export, report, shapes, pretrain"),
+        ([], "advflow: no command is given; accepted: train, eval, sample, export, report, shapes, reward-server,"),
         (["eval"], "advflow: eval is given without --run"),
         (["eval", "--ru", "x"], "advflow eval: there is no option --ru; did you mean '--run'?"),
         (["sample", "--run", "x"], "advflow: sample is given without --prompt"),
