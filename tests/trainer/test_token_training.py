@@ -219,7 +219,7 @@ def test_the_controller_holds_what_there_was_where_no_target_is_set() -> None:
         (["--draws.guidance", "2"], "draws.guidance is 2.0; accepted: 1.0"),
         (["--model.resolution", "64"], 'model.resolution is 64; accepted with "llamagen": 32'),
         (["--model.pipeline", "nowhere"], "model.pipeline is 'nowhere'; accepted with model.family \"llamagen\""),
-        (["--data.prompts", "embedded"], "accepted: 1 to"),
+        (["--data.prompts", "shapes", "--data.reward", "redness"], "accepted: 1 to"),
         (["--optim.steps_per_iteration", "5"], "accepted are divisors of the 6 images of an iteration"),
         (["--token_grpo.clip", "1"], "token_grpo.clip is 1.0"),
         (["--config", "tiny", "--loo_fid.weight", "1"], "loo_fid.weight is 1.0; accepted: 0 with"),
