@@ -67,6 +67,24 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained == [("--algorithm awm", 1)]
 
 
+def test_what_is_collected_names_the_commits_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    for seed, commit in enumerate(("abc", None, "abc")):
+        out = tmp_path / study.folder_of("--algorithm awm", seed)
+        out.mkdir()
+        evaluation = {"iteration": 0, "images": 0, "overall": 0.123456789, "categories": {}}
+        (out / "config.yaml").write_text(f"seed: {seed}\n")
+        (out / "evals.jsonl").write_text(json.dumps(evaluation) + "\n")
+        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
+        (out / "summary.json").write_text(json.dumps({"device": "cpu", "commit": commit}))
+    study.collect("x", Study("", {"AWM": "--algorithm awm"}), tmp_path)
+    found = json.loads((tmp_path / "results" / "x.json").read_text())
+    assert found["environment"]["commit"] == "abc, unknown" and found["environment"]["torch"]
+    assert [(each["label"], each["seed"], each["held_out"]) for each in found["runs"]] == [
+        ("AWM", seed, [0.12346]) for seed in SEEDS
+    ]
+
+
 def run(label: str, seed: int, *held_out: float) -> dict[str, Any]:
     images = [128 * place for place in range(len(held_out))]
     rewards = {"embedded": list(held_out), "redness": [2 * score for score in held_out]}
