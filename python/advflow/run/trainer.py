@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import advflow_ext as af
+from advflow.algorithms import require_proportional
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
 from advflow.control.distribution import DistributionReward
@@ -58,6 +59,8 @@ class Trainer:
         self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
         self._check_shares()
+        if config.process == "reverse" and config.sde.reweight:
+            require_proportional(config.algorithm, config.method)
         self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require("rollout.prompts", config.rollout.prompts)

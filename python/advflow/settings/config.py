@@ -197,6 +197,29 @@ class TrainConfig:
             f"a multiple of rollout.images_per_prompt, {self.rollout.images_per_prompt}, with sde.shared_anchor",
         )
         self._require_equal_parts()
+        if self.sde.reweight:
+            self._require_one_update_on_policy()
+
+    def _require_one_update_on_policy(self) -> None:
+        """What `sde.reweight` asks of them: each ratio is 1, and the gradient of every image is at hand."""
+        sde, runtime = self.sde, self.runtime
+        for name, given, accepted in (
+            ("optim.steps_per_iteration", self.optim.steps_per_iteration, 1),
+            ("sde.epochs", sde.epochs, 1),
+            ("sde.trained_share", sde.trained_share, 1.0),
+            ("sde.anchor", sde.anchor, "stored"),
+            ("sde.shared_anchor", sde.shared_anchor, False),
+            ("model.trainable", self.model.trainable, "lora"),
+            ("runtime.fused", runtime.fused, True),
+            ("runtime.shard", runtime.shard, False),
+            ("runtime.compile", runtime.compile, "none"),
+        ):
+            require(given == accepted, name, given, f"{accepted!r} with sde.reweight")
+        merge = runtime.merge_lora
+        require(merge != "all", "runtime.merge_lora", merge, "'images' or 'none' with sde.reweight")
+        on_policy = self.rollout.policy == "learner" or self.rollout_policy.rate == 0
+        accepted = '0 with sde.reweight, whose images the learner draws, or rollout.policy "learner"'
+        require(on_policy, "rollout_policy.rate", self.rollout_policy.rate, accepted)
 
     def _require_equal_parts(self) -> None:
         if self.rollout.images % self.optim.steps_per_iteration:
