@@ -156,6 +156,8 @@ class TrainConfig:
             ("model.trainable", model.trainable, "full"),
             ("model.dtype", model.dtype, "float32"),
             ("model.gradient_checkpointing", model.gradient_checkpointing, False),
+            ("model.vae_dtype", model.vae_dtype, "float32"),
+            ("model.vae_batch", model.vae_batch, None),
             ("runtime.shard", runtime.shard, False),
             ("runtime.cuda_graphs", runtime.cuda_graphs, False),
             ("rollout.negative_prompt", rollout.negative_prompt, ""),
@@ -167,12 +169,19 @@ class TrainConfig:
     def _require_draws(self) -> None:
         """What the forward process asks of settings that stand in different sections."""
         require_grid(self.draws, self.rollout.steps)
+        if self.draws.split == "images":
+            method = self.method
+            best = isinstance(method, RewardWeightedConfig) and method.method == "best"
+            accepted = '"pairs" with reward_weighted.method "best", which compares the images of a prompt'
+            require(not best, "draws.split", self.draws.split, accepted)
+            self._require_equal_parts()
+            return
         share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
         require(
             share >= 1 and rest == 0,
             "optim.steps_per_iteration",
             self.optim.steps_per_iteration,
-            f"a divisor of draws.per_image, which is {self.draws.per_image}",
+            f'a divisor of draws.per_image, which is {self.draws.per_image}, or draws.split "images"',
         )
 
     def _require_stochastic_steps(self) -> None:

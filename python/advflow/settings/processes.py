@@ -79,6 +79,8 @@ class DrawConfig:
             (arXiv 2403.03206, eq. 23): above 1, more of the pairs are noisy ones.
         guidance: scale of classifier-free guidance of the velocities that are learnt from, 1 being none: the policy is
             then trained to draw well without (DiffusionNFT).
+        split: what each of several optimiser steps of an iteration takes its share of: "pairs", of every image some, or
+            "images", with all pairs of each, drawn anew each iteration (DiffusionNFT's code).
     """
 
     per_image: int = 4
@@ -86,6 +88,7 @@ class DrawConfig:
     timesteps: Literal["uniform", "stratified", "sampler_grid"] = "stratified"
     shift: float = 1.0
     guidance: float = 1.0
+    split: Literal["pairs", "images"] = "pairs"
 
     def __post_init__(self) -> None:
         require(self.guidance >= 0, "draws.guidance", self.guidance, "zero or a positive number")
