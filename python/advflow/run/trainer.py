@@ -59,8 +59,6 @@ class Trainer:
         self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
         self._check_shares()
-        if config.process == "reverse" and config.sde.reweight:
-            require_proportional(config.algorithm, config.method)
         self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require("rollout.prompts", config.rollout.prompts)
@@ -68,6 +66,8 @@ class Trainer:
             self.prompts.require("capability.candidates", config.capability.candidates)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
+        if config.process == "reverse" and config.sde.reweight:
+            require_proportional(config.algorithm, config.method)
         start = read_adapter(config.model)
         data = config.data
         self.rewards = load_rewards(data, lambda name: config.section(REWARDS, name))

@@ -155,9 +155,9 @@ class TrainConfig:
         for name, given, accepted in (
             ("model.trainable", model.trainable, "full"),
             ("model.dtype", model.dtype, "float32"),
-            ("model.gradient_checkpointing", model.gradient_checkpointing, False),
             ("model.vae_dtype", model.vae_dtype, "float32"),
             ("model.vae_batch", model.vae_batch, None),
+            ("model.gradient_checkpointing", model.gradient_checkpointing, False),
             ("runtime.shard", runtime.shard, False),
             ("runtime.cuda_graphs", runtime.cuda_graphs, False),
             ("rollout.negative_prompt", rollout.negative_prompt, ""),

@@ -28,11 +28,11 @@ class ModelConfig:
             or another run; the reference is the base without it. Its rank, alpha and targets must be those above. null:
             a new one.
         dtype: precision of the frozen weights and of the forward passes; what is trained is always fp32.
+        vae_dtype: precision in which latents are decoded; of Stable Diffusion 3's float16 would overflow.
+        vae_batch: images decoded at a time (VAE slicing); null: those that are drawn at a time.
         resolution: side of the square images in pixels.
         max_sequence_length: tokens a prompt is padded or cut to.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        vae_dtype: precision in which latents are decoded; of Stable Diffusion 3's float16 would overflow.
-        vae_batch: images decoded at a time (VAE slicing); null: those that are drawn at a time.
     """
 
     family: FamilyName = "sd3"
@@ -43,11 +43,11 @@ class ModelConfig:
     lora_targets: list[str] | None = None
     lora_start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_batch: int | None = None
     resolution: int = 32
     max_sequence_length: int = 12
     gradient_checkpointing: bool = False
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    vae_batch: int | None = None
 
     def __post_init__(self) -> None:
         require(self.vae_batch is None or self.vae_batch >= 1, "model.vae_batch", self.vae_batch, "1 or more, or null")
