@@ -136,26 +136,29 @@ def test_a_broken_image_breaks_no_other(trainer: Trainer) -> None:
     _assert_same(found, right)
 
 
-@pytest.mark.usefixtures("recordings")
-def test_recorded_passes_give_it_too(trainer: Trainer, ordinary: list[torch.Tensor | None]) -> None:
+def test_recorded_passes_give_it_too(
+    trainer: Trainer, ordinary: list[torch.Tensor | None], recordings: list[Callable[[], None]]
+) -> None:
     plain = trainer.policies
     try:
         trainer.policies = GraphedPolicies(plain)
         found, _ = _gradients(trainer, _config(runtime=RuntimeConfig(cuda_graphs=True)))
     finally:
         trainer.policies = plain
+    assert len(recordings) == 6  # of 8 images and of 4: forward passes with a gradient and without, backward passes
     _assert_same(found, ordinary)
 
 
 def test_checkpointed_passes_give_it_too(trainer: Trainer, ordinary: list[torch.Tensor | None]) -> None:
-    transformer = trainer.policies.transformer("learner")
+    transformer: Any = trainer.policies.transformer("learner")
     transformer.enable_gradient_checkpointing()
-    transformer.train()
+    checkpoint, blocks = transformer._gradient_checkpointing_func, []
+    transformer._gradient_checkpointing_func = lambda block, *given: blocks.append(block) or checkpoint(block, *given)
     try:
         found, _ = _gradients(trainer, _config())
     finally:
         transformer.disable_gradient_checkpointing()
-        transformer.eval()
+    assert len(blocks) == 2 * 2 * len(transformer.transformer_blocks)  # two batches, two steps learnt from
     _assert_same(found, ordinary)
 
 
