@@ -61,7 +61,7 @@ class ModelConfig:
 
 @dataclass
 class RuntimeConfig:
-    """How a run uses its machine. One that trains every weight looks at `shard`, `fused`, `compile` and `cuda_graphs`.
+    """How a run uses its machine. One that trains every weight merges and shares nothing.
 
     Args:
         shard: of several processes each holds a part of every weight but the adapters', by FSDP2, and of moments and
