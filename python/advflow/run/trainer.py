@@ -34,6 +34,7 @@ from advflow.rewards.several import load_rewards
 from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.shares import check_shares
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
@@ -55,7 +56,7 @@ class Trainer:
     ) -> None:
         self.config, self._between_batches, self.ranks = config, between_batches, ranks or Ranks()
         # First what takes no model to check, so that a mistake is seen within seconds.
-        self._check_shares()
+        check_shares(config, self.ranks.size)
         self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require("rollout.prompts", config.rollout.prompts)
@@ -120,26 +121,6 @@ class Trainer:
                 config.capability, rollout.prompts, rollout.images_per_prompt, config.advantage
             )
             self.parts["capability"] = self.curriculum
-
-    def _check_shares(self) -> None:
-        """Refuses more processes than images, and groups in two processes where a loss compares within groups."""
-        config, size = self.config, self.ranks.size
-        if config.rollout.images < size:
-            raise ValueError(
-                f"rollout.prompts x rollout.images_per_prompt is {config.rollout.images}; with {size} processes "
-                f"accepted are {size} images or more"
-            )
-        candidates = config.capability.candidates
-        if candidates is not None and candidates < size:
-            raise ValueError(
-                f"capability.candidates is {candidates}; with {size} processes accepted are {size} candidates or more"
-            )
-        best = config.algorithm == "reward_weighted" and config.method.method == "best"
-        if best and config.rollout.prompts % size:
-            raise ValueError(
-                f'rollout.prompts is {config.rollout.prompts}; with reward_weighted.method "best", which compares the '
-                f"images of a prompt, and {size} processes accepted is a multiple of {size}"
-            )
 
     def _make_process(self) -> None:
         """The algorithm in its process, and what adapts its settings; each is handed its own section."""

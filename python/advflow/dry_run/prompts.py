@@ -1,0 +1,64 @@
+"""Prompts of a run that has not started: how many, of what kinds, which of them no reward could score."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from advflow.data.prompt import Prompt
+from advflow.data.prompts import (
+    held_out_lines,
+    load_eval_prompts,
+    said_of_files,
+    training_lines,
+    unknown_prompts,
+)
+from advflow.dry_run.findings import Findings
+from advflow.settings.data import DataConfig
+
+_CATEGORIES_SHOWN = 12
+_ALL = 10**9
+
+
+def look_at_prompts(
+    data: DataConfig, per_category: int, checks: Mapping[bool, list[Callable[[Prompt], None]]], found: Findings
+) -> tuple[int, int]:
+    """Says what the files hold; returns how many prompts are trained on, and how many evaluated.
+
+    `checks` of rewards, by whether they are learnt from: the others see held-out prompts alone.
+    """
+    training: dict[Prompt, list[int]] = {}
+    held_out: dict[Prompt, list[int]] = {}
+    evaluated: list[Prompt] = []
+    with found.noting():
+        training = training_lines(data)
+        found.say("training prompts", _counts(data.prompts, training))
+    with found.noting():
+        held_out = held_out_lines(data)
+        evaluated = load_eval_prompts(data.eval_prompts, per_category)
+        found.say("held-out prompts", f"{_counts(data.eval_prompts, evaluated)} an evaluation")
+    for field, path, prompts, known in (
+        ("data.prompts", data.prompts, training, checks[True]),
+        ("data.eval_prompts", data.eval_prompts, held_out, checks[True] + checks[False]),
+    ):
+        unknown = unknown_prompts(field, path, prompts, partial(_ask_all, known), _ALL)
+        if unknown:
+            more = f"; and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+            found.fault(unknown[0] + more)
+    for remark in said_of_files(data, training, held_out):
+        found.say("note", remark)
+    return len(training), len(evaluated)
+
+
+def _ask_all(checks: Iterable[Callable[[Prompt], None]], prompt: Prompt) -> None:
+    for check in checks:
+        check(prompt)
+
+
+def _counts(name: str, prompts: Iterable[Prompt]) -> str:
+    sizes = Counter(prompt.category for prompt in prompts)
+    kinds = [f"{category} {count:,}" for category, count in sizes.most_common(_CATEGORIES_SHOWN)]
+    left = len(sizes) - len(kinds)
+    of = f" ({', '.join(kinds)}{f' and {left} more categories' if left else ''})" if len(sizes) > 1 else ""
+    return f"{sum(sizes.values()):,} of {name}{of}"
