@@ -73,7 +73,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch python/pyproject.toml $(NATIVE)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' --editable python
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' --editable 'python[serve]'
 	touch $@
 
 lint: setup ## ruff, mypy, clang-format

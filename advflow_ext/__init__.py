@@ -35,9 +35,11 @@ from advflow_ext.ops.modules import (
     FlowGRPOLoss,
     GRPOGuardLoss,
     RewardWeightedLoss,
+    TokenPolicyLoss,
 )
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
 from advflow_ext.ops.sde_step import sde_step
+from advflow_ext.ops.token_policy import token_log_prob, token_policy_loss
 from advflow_ext.ops.transition_log_prob import from_means, transition_log_prob, transition_noise
 from advflow_ext.patches._patch import TransformerPatch
 from advflow_ext.patches.flux import apply_to_flux
@@ -73,6 +75,7 @@ __all__ = [
     "RewardWeightedLoss",
     "SdeStep",
     "StepTable",
+    "TokenPolicyLoss",
     "TransformerPatch",
     "advantage_flow_loss",
     "apply_to_flux",
@@ -100,6 +103,8 @@ __all__ = [
     "reward_weighted_loss",
     "sde_step",
     "softmax_advantages",
+    "token_log_prob",
+    "token_policy_loss",
     "transition_log_prob",
     "transition_noise",
     "vendi_score",

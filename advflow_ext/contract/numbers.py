@@ -81,8 +81,9 @@ class Numbers:
     of one sample that is not finite, :meth:`contain` drops the samples concerned.
     """
 
-    def __init__(self, v: Tensor, dtype: torch.dtype, *, per_sample: bool = True) -> None:
+    def __init__(self, v: Tensor, dtype: torch.dtype, *, per_sample: bool = True, name: str = "v") -> None:
         self._v = v
+        self._name = name
         self._per_sample = per_sample
         self._dtype = dtype
         self._most = torch.finfo(dtype).max
@@ -158,7 +159,7 @@ class Numbers:
                 f"{name} has shape {list(value.shape)}; accepted are a number{bounds} and a tensor of shape {shapes}."
             )
         if value.device != v.device and not (single and value.device.type == "cpu"):
-            raise ValueError(f"{name} is on {value.device}; accepted is the device of v, {v.device}.")
+            raise ValueError(f"{name} is on {value.device}; accepted is the device of {self._name}, {v.device}.")
         number = constant(value, torch.float64 if single else self._dtype)
         if values_are_at_hand(value):
             wrong = ~self._in_range(number, low, high, exclusive)

@@ -46,6 +46,8 @@ JOINS: dict[str, Join] = {
     "invalid_timesteps": "sum",
     "invalid_steps": "sum",
     "contrast_alive": "mean",
+    "mean_entropy": "mean",
+    "invalid_sequences": "sum",
     "approx_kl": "mean",
     "ratio_mean": "mean",
     "ratio_std": "root_mean_square",
@@ -96,7 +98,23 @@ class LossMetrics(NamedTuple):
     contrast_alive       share of transitions with v != v_old
     ==================== ==============================================================================
 
-    and the metrics of their ratio r, as public trainers log them:
+    and :func:`token_policy_loss`, where a sample is the sequence of tokens of an image,
+
+    ==================== ==============================================================================
+    loss                 mean per-sequence loss, whatever ``reduction`` was asked for
+    policy_term          mean of the advantage-weighted term alone, after clipping
+    mean_entropy         mean entropy of a token's distribution, in nats
+    mean_log_ratio       mean of the log-ratio of a token to the rollout policy
+    mean_kl_ref          mean of the KL term to the reference policy, as ``kl`` forms it
+    mean_advantage       mean of A, or of the sum of several
+    mean_abs_advantage   mean of its magnitude
+    max_abs_log_ratio    largest magnitude of the log-ratio that is clipped, of a sequence or of a token
+    clipped_fraction     share of the policy term's parts, one an advantage and ratio, that the clip leaves no gradient
+    nonfinite_samples    how many were dropped because an input, their loss or their gradient is not finite
+    invalid_sequences    how many were dropped because the mask leaves no token, or one is not in the vocabulary
+    ==================== ==============================================================================
+
+    The latter two have the metrics of their ratio r, as public trainers log them:
 
     ==================== ==============================================================================
     approx_kl            mean of (log r)^2 / 2
@@ -174,6 +192,22 @@ TRANSITION_METRICS = (
     "nonfinite_samples",
     "invalid_steps",
     "contrast_alive",
+    *RATIO_METRICS,
+)
+
+
+TOKEN_METRICS = (
+    "loss",
+    "policy_term",
+    "mean_entropy",
+    "mean_log_ratio",
+    "mean_kl_ref",
+    "mean_advantage",
+    "mean_abs_advantage",
+    "max_abs_log_ratio",
+    "clipped_fraction",
+    "nonfinite_samples",
+    "invalid_sequences",
     *RATIO_METRICS,
 )
 

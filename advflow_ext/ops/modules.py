@@ -19,6 +19,7 @@ from advflow_ext.ops.flow_dppo import flow_dppo_loss
 from advflow_ext.ops.flow_grpo import flow_grpo_loss
 from advflow_ext.ops.grpo_guard import grpo_guard_loss
 from advflow_ext.ops.reward_weighted import reward_weighted_loss
+from advflow_ext.ops.token_policy import token_policy_loss
 
 P = ParamSpec("P")
 
@@ -77,3 +78,4 @@ FlowDPPOLoss = _module("FlowDPPOLoss", flow_dppo_loss)
 FlowGRPOLoss = _module("FlowGRPOLoss", flow_grpo_loss)
 GRPOGuardLoss = _module("GRPOGuardLoss", grpo_guard_loss)
 RewardWeightedLoss = _module("RewardWeightedLoss", reward_weighted_loss)
+TokenPolicyLoss = _module("TokenPolicyLoss", token_policy_loss)

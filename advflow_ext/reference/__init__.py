@@ -15,6 +15,7 @@ from advflow_ext.reference.joint_qk_norm import joint_qk_norm
 from advflow_ext.reference.lora_linear import lora_linear
 from advflow_ext.reference.reward_weighted import reward_weighted_loss
 from advflow_ext.reference.sde_step import sde_step
+from advflow_ext.reference.token_policy import token_log_prob, token_policy_loss
 from advflow_ext.reference.transition_log_prob import from_means, transition_log_prob, transition_noise
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "lora_linear",
     "reward_weighted_loss",
     "sde_step",
+    "token_log_prob",
+    "token_policy_loss",
     "transition_log_prob",
     "transition_noise",
 ]

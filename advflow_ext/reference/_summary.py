@@ -35,11 +35,11 @@ def summarise(
     if contrast is not None:
         parts.append((share * (contrast.detach() > 0)).sum(0, keepdim=True))
     if ratio is not None:
-        parts.append(_of_ratio(ratio, usable, share))
+        parts.append(of_ratio(ratio, usable, share))
     return torch.cat(parts)
 
 
-def _of_ratio(ratio: Ratio, usable: Tensor, share: Tensor) -> Tensor:
+def of_ratio(ratio: Ratio, usable: Tensor, share: Tensor) -> Tensor:
     """:data:`advflow_ext.contract.outputs.RATIO_METRICS`."""
     log_ratio = torch.where(usable, ratio.log_ratio.detach(), 0)
     # In float64: of a ratio this near to 1 float32 has no digits left of r - 1 squared.

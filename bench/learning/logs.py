@@ -10,6 +10,7 @@ import yaml
 
 # Logged by some methods and settings alone, and not in every iteration.
 _SOMETIMES = (
+    "target_error",
     "reference_deviation",
     "reference_scale",
     "gamma",

@@ -45,6 +45,7 @@ examples:
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
   advflow export --run runs/tiny --out tuned          what a run has learnt, as diffusers loads it
   advflow report --run runs/tiny                      write report.html again
+  advflow reward-server --reward pickscore            scores for the trainers of other machines or GPUs, over HTTP
   advflow shapes --out shapes                         prompts of the shapes rule as files, and a page of examples
   advflow pretrain --out pipeline                     make the embedded world's base from nothing"""
 
@@ -109,6 +110,7 @@ def _parser() -> Parser:
     commands.add_subcommand("export", _export_parser(), help="write a run's model as diffusers loads it")
     commands.add_subcommand("report", _report_parser(), help="write a run's report.html")
     commands.add_subcommand("shapes", _shapes_parser(), help="write the prompts of the shapes rule, and examples")
+    commands.add_subcommand("reward-server", _serve_parser(), help="serve rewards to trainers, over HTTP")
     commands.add_subcommand("pretrain", _pretrain_parser(), help="pretrain the embedded world's pipeline from nothing")
     return parser
 
@@ -196,6 +198,17 @@ def _shapes_parser() -> Parser:
     parser.add_argument("--out", type=str, required=True, help="a new folder")
     parser.add_argument("--per_category", type=int, default=128, help="at most so many prompts of each category")
     parser.add_argument("--seed", type=int, default=0, help="which ones, and which scenes")
+    return parser
+
+
+def _serve_parser() -> Parser:
+    from advflow.settings.serve import ServeConfig
+
+    parser = Parser(
+        description="Serve rewards to trainers, over HTTP: POST /score, /check; GET /rewards, /health, /metrics."
+    )
+    parser.add_argument("--config", action="config", help="YAML file of these settings")
+    parser.add_class_arguments(ServeConfig)
     return parser
 
 
@@ -389,6 +402,19 @@ def _shapes(arguments: Namespace) -> None:
     print(f"wrote {', '.join(map(str, write_folder(out, arguments.per_category, arguments.seed)))}")
 
 
+def _serve(arguments: Namespace) -> None:
+    from advflow.settings.serve import ServeConfig
+
+    arguments.pop("config")
+    settings: ServeConfig = ServeConfig(**_serve_parser().instantiate(arguments).as_dict())
+    load_plugins(settings.plugins)
+    _quiet_libraries()
+    keep_freed_memory()
+    from advflow.serve.server import serve
+
+    serve(settings)
+
+
 def _pretrain(arguments: Namespace) -> None:
     from advflow.world.settings import PretrainSettings
 
@@ -419,6 +445,7 @@ _COMMANDS = {
     "export": _export,
     "report": _report,
     "shapes": _shapes,
+    "reward-server": _serve,
     "pretrain": _pretrain,
 }
 

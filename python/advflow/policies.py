@@ -6,7 +6,7 @@ import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from diffusers import ModelMixin
@@ -17,7 +17,7 @@ from advflow.algorithms.batch import Needs
 from advflow.core.ranks import Ranks
 from advflow.core.sharding import shard, whole_state
 from advflow.models.adapters import Adapter
-from advflow.models.family import FusedKernels, ModelFamily
+from advflow.models.family import AnyFamily, FusedKernels, ModelFamily
 from advflow.samplers.guidance import guided
 from advflow.samplers.sampling import Conditioning, Velocity
 from advflow.settings.model import ModelConfig, RuntimeConfig
@@ -35,9 +35,11 @@ class Policies(Protocol):
 
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
-    family: ModelFamily
     kernels: FusedKernels | None
     all_merged: bool
+
+    @property
+    def family(self) -> AnyFamily: ...
 
     def transformer(self, role: Role, *, for_images: bool = False) -> ModelMixin:
         """The transformer with the weights of `role` in force, until the next call.
@@ -64,7 +66,7 @@ class Policies(Protocol):
 
 
 def make_policies(
-    family: ModelFamily,
+    family: AnyFamily,
     transformer: ModelMixin,
     config: ModelConfig,
     runtime: RuntimeConfig,
@@ -87,11 +89,11 @@ def make_policies(
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policies = LoraPolicies(family, transformer, config, runtime, start, ranks)
+            policies = LoraPolicies(cast(ModelFamily, family), transformer, config, runtime, start, ranks)
     return GraphedPolicies(policies) if runtime.cuda_graphs else policies
 
 
-def _speed_up(family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig) -> FusedKernels | None:
+def _speed_up(family: AnyFamily, transformer: ModelMixin, runtime: RuntimeConfig) -> FusedKernels | None:
     """Fused kernels, and regional compilation of what is then left of the blocks."""
     kernels = family.fuse(transformer) if runtime.fused else None
     if runtime.compile == "regional":
@@ -99,7 +101,7 @@ def _speed_up(family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConf
     return kernels
 
 
-def compile_blocks(family: ModelFamily, transformer: ModelMixin) -> None:
+def compile_blocks(family: AnyFamily, transformer: ModelMixin) -> None:
     # Every kind of block is compiled for each policy, with and without gradients, and for some batch sizes; past the
     # limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -112,7 +114,7 @@ class FullPolicies:
 
     all_merged = False
 
-    def __init__(self, family: ModelFamily, transformer: ModelMixin, runtime: RuntimeConfig, ranks: Ranks) -> None:
+    def __init__(self, family: AnyFamily, transformer: ModelMixin, runtime: RuntimeConfig, ranks: Ranks) -> None:
         self.family, self._ranks = family, ranks
 
         def settled(its: ModelMixin) -> ModelMixin:
@@ -262,7 +264,7 @@ def _graphs_of(transformer: ModelMixin) -> af.CudaGraphs:
 
 def velocity_of(policies: Policies, role: Role, *, for_images: bool = False) -> Velocity:
     """The velocity of `role`, in force until the next policy is. `for_images` as in `Policies.transformer`."""
-    family, transformer = policies.family, policies.transformer(role, for_images=for_images)
+    family, transformer = _flow(policies), policies.transformer(role, for_images=for_images)
 
     def velocity(x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         timestep = family.timesteps(t)
@@ -275,7 +277,8 @@ def policy_velocities(
     policies: Policies, needs: Needs, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The learner's velocity at (x, t), with gradients, and those of rollout policy and reference where needed."""
-    family, timestep = policies.family, policies.family.timesteps(t)
+    family = _flow(policies)
+    timestep = family.timesteps(t)
 
     def velocity(role: Role) -> torch.Tensor:
         transformer = policies.transformer(role)
@@ -290,6 +293,11 @@ def policy_velocities(
         v_ref = frozen("reference") if needs.reference else None
         # The learner comes last and stays in force: a checkpointed backward pass runs its forward again.
         return velocity("learner"), v_old, v_ref
+
+
+def _flow(policies: Policies) -> ModelFamily:
+    """Nobody asks a model of tokens for velocities, which the settings see to."""
+    return cast(ModelFamily, policies.family)
 
 
 def follow(policies: Policies, rho: float) -> None:

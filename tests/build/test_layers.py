@@ -29,9 +29,9 @@ TRAINER_FLOORS = (
     ("settings",),
     ("core", "samplers"),
     ("world", "shapes", "models", "algorithms"),
-    ("data", "control", "policies"),
+    ("ar_world", "data", "control", "policies"),
     ("rewards", "processes"),
-    ("run",),
+    ("run", "serve"),
     ("report", "dry_run"),
     ("cli", "__main__"),
 )

@@ -10,19 +10,20 @@ import torch
 
 import advflow_ext as af
 from advflow_ext import conformance
-from advflow_ext.contract.outputs import JOINS, TRANSITION_METRICS, forward_metrics
+from advflow_ext.contract.outputs import JOINS, TOKEN_METRICS, TRANSITION_METRICS, forward_metrics
 from advflow_ext.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
-# A distillation has no advantages: it is no method of policy improvement.
-NOT_A_METHOD = {"distillation_loss"}
+# A distillation has no advantages: it is no method of policy improvement. The list is of losses of flows: one of tokens
+# has neither latents nor times nor a step.
+NOT_OF_THE_LIST = {"distillation_loss", "token_policy_loss"}
 
 
 def test_the_list_is_that_of_the_package() -> None:
     public = {name for name in af.__all__ if name.endswith("_loss")}
-    assert public - NOT_A_METHOD == set(LOSSES)
+    assert public - NOT_OF_THE_LIST == set(LOSSES)
 
 
 @every_loss
@@ -58,7 +59,7 @@ def test_its_metrics_are_known(name: str) -> None:
 
 def test_every_metric_is_explained() -> None:
     explained = af.LossMetrics.__doc__ or ""
-    names = {*forward_metrics(("clipped_fraction",), ratio=True), *TRANSITION_METRICS}
+    names = {*forward_metrics(("clipped_fraction",), ratio=True), *TRANSITION_METRICS, *TOKEN_METRICS}
     assert [name for name in names if name not in explained] == []
     assert set(JOINS) == names | {"teacher_deviation"}  # which distillation_loss explains
 
@@ -80,8 +81,8 @@ def test_the_loop_trains_with_each() -> None:
     from advflow.settings.registry import METHODS
 
     assert {(f"{METHODS.section_of(name)}_loss", method.process) for name, method in METHODS.items()} == {
-        (name, loss.family) for name, loss in LOSSES.items()
-    }
+        ("token_grpo_loss", "tokens"),  # af.token_policy_loss, whose arguments are no flow's
+    } | {(name, loss.family) for name, loss in LOSSES.items()}
 
 
 def test_the_list_of_methods_names_each() -> None:

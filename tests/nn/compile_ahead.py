@@ -18,12 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from advflow_ext.kernels import adaln, qk_norm
+from advflow_ext.kernels import adaln, qk_norm, softmax_rows_triton
 
 CAPABILITIES = (80, 90)
 EPS = 1e-6
-# Pointers that are always of another type than the activations: angles, sums of gradients, and factors kept for them.
-FLOAT32 = re.compile(r"rotary$|rstd$|sums$|d_w[qk]$")
+# Pointers that are always of another type than the activations: angles, sums of gradients, and factors kept for them;
+# of logits all but the gradient that is written.
+FLOAT32 = re.compile(r"rotary$|rstd$|sums$|d_w[qk]$|logits$|others$|log_prob$|entropy$|kl$|state$|of_")
+OTHER_TYPES = {"targets": "*i64", "live": "*i1"}
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
@@ -53,11 +55,20 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             more = constants | {"HAS_D_H": gates > 0, "MODULATION_GRAD": grad, "ROWS": rows}
             warps = adaln.backward_warps(head, grad)
             yield f"adaln backward {gates} {norms} grad={grad}", adaln.backward_kernel, more, warps
+    for ref in (False, True):
+        constants = {"HAS_REF": ref, "BLOCK": softmax_rows_triton.BLOCK}
+        warps = softmax_rows_triton.STATISTICS_WARPS
+        yield f"softmax statistics ref={ref}", softmax_rows_triton.statistics_kernel, constants, warps
+        more = constants | {"HAS_ENTROPY": True}
+        warps = softmax_rows_triton.GRADIENT_WARPS
+        yield f"softmax gradient ref={ref}", softmax_rows_triton.gradient_kernel, more, warps
 
 
 def untouched(name: str, constants: dict[str, Any]) -> bool:
     """Whether such a variant is launched without this tensor."""
     given = constants.get
+    if "BLOCK" in constants:  # of a softmax
+        return name in ("others", "kl", "of_kl") and not given("HAS_REF")
     if "GATES" in constants:  # of adaln
         branches = given("GATES") if given("MODULATION_GRAD", True) or not re.match(r"x_\d$", name) else 0
         counts = {"x": branches, "gate": branches, "d_x": branches, "scale": given("NORMS"), "shift": given("NORMS")}
@@ -86,12 +97,12 @@ def compile_ahead(kernel: Any, constants: dict[str, Any], warps: int, dtype: str
         if name in constants or untouched(name, constants):
             signature[name] = "constexpr"
             values[(i,)] = constants.get(name)
-        elif name in ("rows", "tokens", "image_tokens", "heads", "chunks") or "_s" in name[-3:]:
+        elif name in ("rows", "tokens", "image_tokens", "heads", "chunks", "vocabulary") or "_s" in name[-3:]:
             signature[name] = "i32"
-            if "_s" in name[-3:]:
+            if "_s" in name[-3:] or name == "vocabulary":
                 hints[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "*fp32" if FLOAT32.match(name) else f"*{dtype}"
+            signature[name] = OTHER_TYPES.get(name, "*fp32" if FLOAT32.match(name) else f"*{dtype}")
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

@@ -15,7 +15,7 @@ SMALL = (
     "--rollout.prompts 2 --rollout.images_per_prompt 3 --rollout.steps 2 --draws.per_image 1 --rollout.batch 4 "
     "--evaluation.prompts_per_category 1 --evaluation.steps 2 --checkpoint_every 1 --evaluation.every 1"
 ).split()
-_TIMES = ("seconds_rollout", "seconds_train", "seconds")
+_TIMES = ("seconds_rollout", "seconds_train", "seconds", "images_per_second")
 
 
 def files(folder: Path) -> dict[str, bytes]:

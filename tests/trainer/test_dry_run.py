@@ -13,7 +13,7 @@ from advflow.dry_run.account import PeakBytes, account
 from advflow.dry_run.passes import Passes, passes_of
 from advflow.models.sd3 import SD3, pipeline_folder
 from advflow.models.sd3_structure import SD35_MEDIUM, missing_weights, published_sizes
-from advflow.rewards import Prompt, Scores
+from advflow.rewards import Prompt, Scores, load_reward
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import RolloutConfig
@@ -22,6 +22,7 @@ from advflow.settings.model import ModelConfig
 from advflow.settings.processes import SDEConfig
 from safetensors.torch import load_file
 
+from tests.trainer.reward_servers import FaultyServer
 from tests.trainer.test_ranks import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def test_settings_that_are_wrong_in_several_sections_are_all_named(here: Path) -
 
 
 def test_a_run_that_is_ready(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SD3, "load", None)
+    monkeypatch.setattr(SD3, "load", lambda *_: pytest.fail("a dry run has loaded weights"))
     monkeypatch.setenv("WORLD_SIZE", "3")
     text = said("--rollout.prompts 2 --rollout.images_per_prompt 4 --optim.micro_batch 2", capsys)
     assert text.splitlines()[-1] == "ready" and not list(here.iterdir())
@@ -116,6 +117,29 @@ def test_a_run_that_is_ready(here: Path, capsys: pytest.CaptureFixture[str], mon
     assert "with 9 processes accepted are 9 images or more" in said(
         "--rollout.prompts 2 --rollout.images_per_prompt 4", capsys, 1
     )
+
+
+def test_a_model_of_tokens_is_looked_at_without_an_estimate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said("--config ar", capsys)
+    assert "embedded; no estimate: the family 'llamagen' has no outline" in text
+    assert "1; of an iteration's 128 images each draws 128, in 1 batch of at most 128; micro-batches of 32" in text
+    assert text.splitlines()[-1] == "ready" and not list(here.iterdir())
+    wrong = said("--config ar --model.pipeline nowhere --rollout.prompts 100000", capsys, 1)
+    assert "model.pipeline is 'nowhere'; accepted with model.family \"llamagen\"" in wrong
+    assert "rollout.prompts is 100000; data.prompts has only" in wrong
+    with pytest.raises(SystemExit, match='model.random_weights is True; accepted: False with "token_grpo"'):
+        main("train --dry_run --config ar --random_weights".split())
+
+
+def test_prompts_are_shown_to_a_reward_server_many_at_a_time(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "some.txt").write_text("a red circle\na green dog\n")
+    with FaultyServer({"rules": load_reward("embedded")}) as server:
+        words = f'--data.prompts some.txt --data.reward remote --data.reward_args {{"urls":"{server.url}"}}'
+        text = said(f"{words} --rollout.prompts 2", capsys, 1)
+        assert sum(path.startswith("/check") for path in server.asked) == 2  # the file, and the held-out prompts
+    assert "data.prompts is 'some.txt', line 2: the reward 'embedded' scores" in text
+    assert text.splitlines()[-1] == "not ready: 1 thing is missing or wrong, above"
+    assert "data.reward_args.urls" in said(words, capsys, 1)  # nobody serves there any more
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -154,7 +178,7 @@ def test_passes_are_those_that_a_run_makes(words: str, tmp_path: Path) -> None:
         [*(small + words).split(), "--evaluation.prompts_per_category", "1", "--evaluation.guidance", "3"]
     )
     trainer = Trainer(config)
-    passes = passes_of(config, trainer.sigmas, len(trainer.eval_prompts))
+    passes = passes_of(config, trainer.latents.sigmas(config.rollout.steps), len(trainer.eval_prompts))
     counted = Counted(trainer)
     trainer.iterate(0)
     assert (counted.learning, counted.others) == (passes.learning, passes.drawing + passes.comparing)
@@ -180,6 +204,7 @@ def test_the_shapes_of_sd35_medium_are_the_published_ones() -> None:
     )
     outline = SD3().outline(config)
     assert sum(each.numel() for each in outline.transformer.parameters()) == 2_243_171_520
+    assert sum(each.numel() for each in outline.transformer.buffers()) == 384 * 384 * 1536  # a table of positions
     assert sum(each.numel() for each in outline.encoders[2].parameters()) == 4_762_310_656  # T5 v1.1 XXL's encoder
     assert outline.latents == (16, 64, 64)
     assert outline.sigmas(10)[:2] == pytest.approx([1.0, 0.9601], abs=1e-3)

@@ -10,7 +10,8 @@ import torch
 from advflow.models.sd3 import decode, encode_prompts, load_pipeline, pipeline_folder
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
-from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, caption_words, pretrain
+from advflow.world.captions import caption_words
+from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, pretrain
 from advflow.world.reward import score
 from advflow.world.scene import CATEGORIES, all_captions, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings

@@ -28,6 +28,7 @@ from advflow.run.log import RunLog, image_grid
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import AdvantageConfig, EvalConfig, RolloutConfig
 from advflow.settings.methods import FlowGRPOConfig
+from advflow.settings.model import ModelConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
 from PIL import Image
@@ -91,6 +92,7 @@ def metrics_row(iteration: int, **changes: Any) -> dict[str, Any]:
         "rollout_policy_rho": min(0.01 * iteration, 0.5),
         "seconds_rollout": 1.5,
         "seconds_train": 2.5,
+        "images_per_second": 32.0,
     }
     return {"iteration": iteration} | row | changes
 
@@ -266,7 +268,8 @@ def test_a_file_of_bytes_that_are_no_text_is_read_up_to_them(tmp_path: Path) -> 
 
 def test_every_method_shows_its_own_section(tmp_path: Path) -> None:
     for name, method in METHODS.items():
-        text = read(make_run(tmp_path / name, iterations=1, algorithm=name)).text
+        family = ModelConfig(family="llamagen" if method.process == "tokens" else "sd3")
+        text = read(make_run(tmp_path / name, iterations=1, algorithm=name, model=family)).text
         shown = text[text.index(f"Algorithm {name} ") :]
         for setting, value in asdict(method.settings()).items():  # type: ignore[misc]
             assert value is None or f"{setting} {plain(value)}" in shown, (name, setting)

@@ -27,6 +27,12 @@ ZERO_IS_FINE = {
     "runtime.merged_gigabytes",
     "capability.decay",
     "capability.weight",
+    "entropy.weight",
+    "entropy.least",
+    "entropy.deadband",
+    "entropy.gain",
+    "loo_fid.weight",
+    "loo_fid.beta",
     "advantage_flow.gamma",
     "advantage_flow.lam",
     "advantage_flow.offset",
@@ -43,6 +49,8 @@ ZERO_IS_FINE = {
     "flow_cps.kl_weight",
     "flow_dppo.kl_weight",
     "flow_dppo.threshold",
+    "token_grpo.clip",
+    "token_grpo.kl_weight",
 }
 
 

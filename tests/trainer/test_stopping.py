@@ -47,8 +47,9 @@ def _no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WORDS = [*SMALL, "--iterations", "3", "--evaluation.every", "2", "--data.reward", f"{__name__}:Red"]
-# Six held-out prompts in batches of 4 are two calls, the six images of a rollout are one: so calls 1 and 2 are the
-# evaluation of the base, 3 and 4 rollouts, 5 and 6 an evaluation, 7 the third rollout, 8 and 9 the last evaluation.
+# Six held-out prompts in batches of 4 are two calls, and so are the six images of a rollout: calls 1 and 2 are the
+# evaluation of the base, 3 to 6 rollouts, 7 and 8 an evaluation, 9 and 10 the third rollout, 11 and 12 the evaluation
+# after it.
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,9 @@ def _send(number: signal.Signals) -> Any:
     ("call", "calls", "done", "answer"),
     [
         (1, 1, 0, 1),  # the evaluation of the base
-        (5, 5, 2, 2),  # an evaluation along the way
-        (8, 8, 3, 3),  # the last one
-        (3, 3, 1, 1),  # scoring the last batch of a rollout: there the iteration is finished
+        (7, 7, 2, 2),  # an evaluation along the way
+        (11, 11, 3, 3),  # the last one
+        (4, 4, 1, 1),  # scoring the last batch of a rollout: there the iteration is finished
     ],
 )
 def test_a_signal_stops_within_one_batch(
@@ -87,7 +88,7 @@ def test_a_signal_stops_within_one_batch(
     with pytest.raises(SystemExit) as caught:
         main(["train", "--out", str(folder), *WORDS])
     assert caught.value.code not in (0, None)
-    assert len(Red.calls) == calls and max(Red.calls) <= 6
+    assert len(Red.calls) == calls and max(Red.calls) <= 4
     assert f"{number.name}: finishing iteration {answer}:" in capfd.readouterr().err
     names = [path.name for path in checkpoints(folder / "checkpoints")]
     if done:
@@ -105,17 +106,17 @@ def test_a_signal_in_a_rollout_ends_it(whole: Path, tmp_path: Path, monkeypatch:
     """Between two batches: the state before the iteration is saved, though none was due, and the rollout made again."""
     folder, sample, drawn = tmp_path / "run", Trainer._sample, []
 
-    def interrupted(self: Trainer, noise: torch.Tensor, embeddings: Any, iteration: int, first: int) -> Any:
+    def interrupted(self: Trainer, noise: torch.Tensor, embeddings: Any, iteration: int, *more: Any) -> Any:
         drawn.append(iteration)
         if iteration == 1 and len(drawn) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return sample(self, noise, embeddings, iteration, first)
+        return sample(self, noise, embeddings, iteration, *more)
 
     monkeypatch.setattr(Trainer, "_sample", interrupted)
     with pytest.raises(SystemExit, match="stopped after iteration 1, saved"):
         main(["train", "--out", str(folder), *WORDS, "--checkpoint_every", "3"])
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["000001"]
-    assert Red.calls == [4, 2, 6]
+    assert Red.calls == [4, 2, 4, 2]
     main(["train", "--out", str(folder), "--resume", "--checkpoint_every", "1"])
     assert drawn == [0, 1, 1, 2]
     assert_same_run(whole, folder)

@@ -1,8 +1,8 @@
 """Policy-improvement methods: one small file each, which turns a batch into a loss.
 
 A method of the forward process learns from (t, noise) pairs put on the images of a rollout, one of the reverse process
-from the sampler steps that made them. Each is a class, made with its own section of the settings; the list of them is
-`advflow.settings.registry.METHODS`.
+from the sampler steps that made them, one of tokens from how likely those were. Each is a class, made with its own
+section of the settings; the list of them is `advflow.settings.registry.METHODS`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 
 import advflow_ext as af
-from advflow.algorithms.batch import ForwardBatch, Needs, ReverseBatch
+from advflow.algorithms.batch import ForwardBatch, Needs, ReverseBatch, TokenBatch
 from advflow.algorithms.trust_region import Bound
+from advflow.models.autoregressive.token_model import Hidden
 from advflow.settings.registry import METHODS
 
 
@@ -31,8 +32,14 @@ class ReverseAlgorithm(Protocol):
     def loss(self, batch: ReverseBatch) -> af.LossOutput: ...
 
 
+class TokenAlgorithm(Protocol):
+    needs: Needs
+
+    def loss(self, batch: TokenBatch) -> af.LossOutput: ...
+
+
 def make_algorithm(name: str, settings: object) -> Any:
-    """The method called `name`, a ForwardAlgorithm or a ReverseAlgorithm, with its own section of the settings."""
+    """The method called `name`, an algorithm of its process, with its own section of the settings."""
     return METHODS.make(name, settings)
 
 
@@ -53,6 +60,12 @@ def check_settings(name: str, settings: Any, group_size: int) -> None:
 def _loss_of_ones(name: str, settings: object, count: int) -> None:
     algorithm = make_algorithm(name, settings)
     latent, ones = torch.ones(count, 4), torch.ones(count)
+    if METHODS[name].process == "tokens":
+        policy = Hidden(torch.ones(count, 1, 4), torch.ones(2, 4))
+        tokens = torch.zeros(count, 1, dtype=torch.int64)
+        reference = policy if algorithm.needs.reference else None
+        algorithm.loss(TokenBatch(policy, reference, tokens, tokens.float(), (ones,), entropy_weight=0.0))
+        return
     v = latent.clone().requires_grad_()
     v_ref = latent if algorithm.needs.reference else None
     if METHODS[name].process == "forward":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import advflow_ext as af
+from advflow.models.autoregressive.token_model import Hidden
 from advflow.samplers.sampling import Conditioning
 
 
@@ -27,11 +28,12 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Experience:
-    """This process's images of one iteration, group after group: x0 [N, C, H, W], rewards and advantages [N], what the
-    policies were told.
+    """This process's images of one iteration, group after group: x0 [N, C, H, W], or their tokens [N, T], rewards and
+    advantages [N], what the policies were told.
 
     They are `rows` of the iteration's `images`; a group may lie in two processes. `in_step` are the rows of those that
-    make as many passes as this one. `transitions` is there for methods of the reverse process alone.
+    make as many passes as this one. `transitions` is there for methods of the reverse process alone, `more_advantages`
+    [N] each for those of tokens, beside the others.
     """
 
     x0: torch.Tensor
@@ -43,6 +45,7 @@ class Experience:
     images: int
     in_step: Sequence[slice]
     transitions: Transitions | None = None
+    more_advantages: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,18 @@ class ReverseBatch:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, af.StepTable, torch.Tensor, torch.Tensor]:
         """What every loss of the reverse process takes first, in that order."""
         return self.v, self.v_old, self.eps, self.table, self.index, self.advantages
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Images of T tokens: states and heads of policies, tokens and log_prob_old [B, T], advantages [B] of each kind.
+
+    `policy` alone carries gradients. `reference` is there where the method needs it.
+    """
+
+    policy: Hidden
+    reference: Hidden | None
+    tokens: torch.Tensor
+    log_prob_old: torch.Tensor
+    advantages: tuple[torch.Tensor, ...]
+    entropy_weight: float

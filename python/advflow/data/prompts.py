@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
+from advflow.ar_world import texts as ar_world
 from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.data.prompt_files import read_prompts
-from advflow.settings.data import EMBEDDED, SHAPES, DataConfig
+from advflow.settings.data import AR_WORLD, EMBEDDED, SHAPES, DataConfig
 from advflow.shapes import prompts as shapes
 from advflow.shapes.request import to_metadata
 from advflow.world.captions import held_out_captions, training_captions
@@ -67,20 +68,26 @@ def _of_shapes(prompts: Iterable[shapes.ShapesPrompt]) -> list[Prompt]:
 
 _TRAINING: dict[str, Callable[[], list[Prompt]]] = {
     EMBEDDED: lambda: _of_captions(training_captions()),
+    AR_WORLD: lambda: _of_captions(ar_world.training_prompts()),
     SHAPES: lambda: _of_shapes(shapes.training_prompts()),
 }
 _HELD_OUT: dict[str, Callable[[int], list[Prompt]]] = {
     EMBEDDED: lambda count: _of_captions(held_out_captions(count)),
+    AR_WORLD: lambda count: _of_captions(ar_world.held_out_prompts(count)),
     SHAPES: lambda count: _of_shapes(shapes.held_out_prompts(count)),
 }
 _CHECKED = 64  # held-out prompts of a category that is built in
 
 
 def check_prompts(
-    data: DataConfig, check: Callable[[Prompt], None], check_held_out: Callable[[Prompt], None] | None = None
+    data: DataConfig,
+    check: Callable[[Prompt], None],
+    check_held_out: Callable[[Prompt], None] | None = None,
+    expect: Callable[[list[Prompt]], None] = lambda prompts: None,
 ) -> list[str]:
     """Refuses prompts that `check` does not know, of held-out ones what `check_held_out` does not where there is one.
 
+    `expect` is told before which they will be.
     Returns what else should be said about the files, a sentence each. Raises ValueError naming the field, the file, the
     line and the prompt.
     """
@@ -89,6 +96,7 @@ def check_prompts(
         ("data.prompts", data.prompts, training, check),
         ("data.eval_prompts", data.eval_prompts, held_out, check_held_out or check),
     ):
+        expect(list(prompts))
         if unknown := unknown_prompts(field, path, prompts, known, most=1):
             raise ValueError(unknown[0])
     return said_of_files(data, training, held_out)

@@ -28,6 +28,7 @@ class Account:
 
     Args:
         parameters: of the transformer, without adapters.
+        buffers: numbers in what it keeps beside them, such as a table of positions.
         trained: of them, or of an adapter.
         merged: of the layers that an adapter changes.
         decoder: parameters.
@@ -41,6 +42,7 @@ class Account:
     """
 
     parameters: int
+    buffers: int
     trained: int
     merged: int
     decoder: int
@@ -86,7 +88,7 @@ def account(family: ModelFamily, outline: Outline, config: ModelConfig, micro_ba
     Counted on diffusers' own blocks and PEFT's own layers.
     """
     transformer = outline.transformer.requires_grad_(False)
-    parameters = _numel(transformer.parameters())
+    parameters, buffers = _numel(transformer.parameters()), _numel(transformer.buffers())
     merged = 0
     if config.trainable == "lora":
         targets = list(family.lora_targets) if config.lora_targets is None else config.lora_targets
@@ -114,6 +116,7 @@ def account(family: ModelFamily, outline: Outline, config: ModelConfig, micro_ba
         told = outline.tensors(outline.conditioning(1))
     return Account(
         parameters,
+        buffers,
         trained,
         merged,
         _numel(outline.decoder.parameters()),

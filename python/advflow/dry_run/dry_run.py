@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from advflow.algorithms import check_settings
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
-from advflow.data.prompt import Prompt
 from advflow.dry_run.account import account
 from advflow.dry_run.estimate import decoded_at_once, memory, micro_batch, shares, work
 from advflow.dry_run.findings import Findings
@@ -16,9 +14,9 @@ from advflow.dry_run.passes import passes_of
 from advflow.dry_run.prompts import look_at_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import IN_MEMORY_AT_MOST, user_cache
-from advflow.models.family import ModelFamily, Outline, Outlined, make_family
+from advflow.models.family import Outline, Outlined, make_family
 from advflow.processes.reverse import StochasticSampler
-from advflow.rewards.examined import examine
+from advflow.rewards.examined import Examined, examine
 from advflow.run.folder import check_folder
 from advflow.run.shares import check_shares
 from advflow.run.trackers import check_trackers
@@ -31,13 +29,12 @@ def dry_run(config: TrainConfig, resume: bool, size: int) -> Findings:
     """What can be known of a run in `size` processes. Loads no weights, asks no network, writes nothing."""
     found = Findings()
     _look_at_settings(config, resume, size, found)
-    checks = _look_at_rewards(config, found)
-    prompts, held_out = look_at_prompts(config.data, config.evaluation.prompts_per_category, checks, found)
+    rewards = _look_at_rewards(config, found)
+    prompts, held_out = look_at_prompts(config.data, config.evaluation.prompts_per_category, rewards, found)
     _look_at_numbers(config, size, prompts, held_out, found)
-    family, outline = _look_at_model(config, found)
-    if family is not None and outline is not None:
+    if outlined := _look_at_model(config, found):
         with found.noting():
-            _estimate(config, family, outline, size, prompts, held_out, found)
+            _estimate(config, *outlined, size, prompts, held_out, found)
     return found
 
 
@@ -60,18 +57,17 @@ def _look_at_settings(config: TrainConfig, resume: bool, size: int, found: Findi
         found.say("processes", shares(config, size))
 
 
-def _look_at_rewards(config: TrainConfig, found: Findings) -> dict[bool, list[Callable[[Prompt], None]]]:
-    """The checks of prompts, by whether a reward is learnt from."""
-    checks: dict[bool, list[Callable[[Prompt], None]]] = {True: [], False: []}
+def _look_at_rewards(config: TrainConfig, found: Findings) -> dict[bool, list[Examined]]:
+    """The rewards, by whether they are learnt from."""
+    rewards: dict[bool, list[Examined]] = {True: [], False: []}
     for name, each in config.data.rewards.items():
         examined = examine(each, config.section(REWARDS, each.reward))
         state = examined.remark or ("see below" if examined.faults else "what it needs is here")
         found.say("reward", f"{name}, weight {each.weight:g}: {state}")
         for fault in examined.faults:
             found.fault(fault)
-        if examined.check is not None:
-            checks[bool(each.weight)].append(examined.check)
-    return checks
+        rewards[bool(each.weight)].append(examined)
+    return rewards
 
 
 def _look_at_numbers(config: TrainConfig, size: int, prompts: int, held_out: int, found: Findings) -> None:
@@ -93,7 +89,8 @@ def _look_at_numbers(config: TrainConfig, size: int, prompts: int, held_out: int
         require_folder(folder or str(user_cache()), "data.embeddings_cache")
 
 
-def _look_at_model(config: TrainConfig, found: Findings) -> tuple[ModelFamily | None, Outline | None]:
+def _look_at_model(config: TrainConfig, found: Findings) -> tuple[Outlined, Outline] | None:
+    """Its family and its shapes, where it has any and they can be read."""
     with found.noting():
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         with found.noting():
@@ -103,16 +100,16 @@ def _look_at_model(config: TrainConfig, found: Findings) -> tuple[ModelFamily | 
             found.say(
                 "model", f"{config.model.pipeline}; no estimate: the family {config.model.family!r} has no outline"
             )
-            return family, None
+            return None
         for fault in family.missing(config.model):
             found.fault(fault)
         return family, family.outline(config.model)
-    return None, None
+    return None
 
 
 def _estimate(
     config: TrainConfig,
-    family: ModelFamily,
+    family: Outlined,
     outline: Outline,
     size: int,
     prompts: int,

@@ -12,8 +12,8 @@ from advflow.settings.model import RuntimeConfig
 
 PEAK = 989e12  # FLOP/s, the data sheet's dense bf16 of H100 and H200
 _PEAK_OF = "989 TFLOP/s, dense bf16 of H100 and H200"
-# bench/results/nvidia-h200/step.json and step-compiled.json: SD3.5 Medium, LoRA, 512 px, micro-batches of 9. Shares of
-# the peak while drawing and while learning, which credit every variant with the FLOPs that are counted here.
+# bench/results/nvidia-h200/step.json and step-compiled.json: Stable Diffusion 3.5 Medium, LoRA, 512 px, micro-batches
+# of 9. Shares of the peak while drawing and while learning, which credit every variant with the FLOPs counted here.
 _GRAPHS, _FUSED, _COMPILED, _STOCK = (0.478, 0.404), (0.297, 0.215), (0.413, 0.380), (0.192, 0.187)
 _KEPT_BY_FUSED = 0.5  # of what diffusers' own blocks keep for the backward pass: 10.9 of 21.9 GB there
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -27,11 +27,11 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     trained = float(its.trained * _FP32)
     parts: dict[str, float] = {}
     if model.trainable == "full":
-        parts["learner and rollout policy, fp32"] = 2 * trained / share
-        parts[f"reference, {model.dtype}"] = its.parameters * dtype / share
+        parts["learner and rollout policy, fp32"] = 2 * (trained / share + its.buffers * _FP32)
+        parts[f"reference, {model.dtype}"] = (its.parameters / share + its.buffers) * dtype
         trained /= share
     else:
-        parts[f"frozen weights, {model.dtype}"] = its.parameters * dtype / share
+        parts[f"frozen weights, {model.dtype}"] = (its.parameters / share + its.buffers) * dtype
         parts["learner and rollout policy, fp32 adapters"] = 2 * trained
         if runtime.merge_lora != "none" and not runtime.shard:
             parts["merged weights"] = min(2 * its.merged * dtype, runtime.merged_gigabytes * 1e9)
@@ -58,7 +58,7 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     peak = kept_by_pass + its.decoding if runtime.cuda_graphs else max(kept_by_pass, its.decoding)
     yield "memory", f"{_size(held + peak)}  together; reward models, CUDA and fragments come on top"
     if its.encoders:
-        start = (its.parameters + its.encoders) * dtype + its.decoder * _FP32
+        start = (its.parameters + its.buffers + its.encoders) * dtype + its.decoder * _FP32
         yield "memory", f"{_size(start)}  at the start, with the text encoders, before the policies are made"
 
 

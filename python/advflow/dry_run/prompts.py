@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from advflow.data.prompt import Prompt
@@ -15,6 +15,7 @@ from advflow.data.prompts import (
     unknown_prompts,
 )
 from advflow.dry_run.findings import Findings
+from advflow.rewards.examined import Examined
 from advflow.settings.data import DataConfig
 
 _CATEGORIES_SHOWN = 12
@@ -22,11 +23,11 @@ _ALL = 10**9
 
 
 def look_at_prompts(
-    data: DataConfig, per_category: int, checks: Mapping[bool, list[Callable[[Prompt], None]]], found: Findings
+    data: DataConfig, per_category: int, rewards: Mapping[bool, list[Examined]], found: Findings
 ) -> tuple[int, int]:
     """Says what the files hold; returns how many prompts are trained on, and how many evaluated.
 
-    `checks` of rewards, by whether they are learnt from: the others see held-out prompts alone.
+    `rewards` by whether they are learnt from: the others see held-out prompts alone.
     """
     training: dict[Prompt, list[int]] = {}
     held_out: dict[Prompt, list[int]] = {}
@@ -38,11 +39,15 @@ def look_at_prompts(
         held_out = held_out_lines(data)
         evaluated = load_eval_prompts(data.eval_prompts, per_category)
         found.say("held-out prompts", f"{_counts(data.eval_prompts, evaluated)} an evaluation")
-    for field, path, prompts, known in (
-        ("data.prompts", data.prompts, training, checks[True]),
-        ("data.eval_prompts", data.eval_prompts, held_out, checks[True] + checks[False]),
+    for field, path, prompts, asked in (
+        ("data.prompts", data.prompts, training, rewards[True]),
+        ("data.eval_prompts", data.eval_prompts, held_out, rewards[True] + rewards[False]),
     ):
-        unknown = unknown_prompts(field, path, prompts, partial(_ask_all, known), _ALL)
+        unknown = []
+        with found.noting():
+            for each in asked:
+                each.expect(list(prompts))
+            unknown = unknown_prompts(field, path, prompts, partial(_ask_all, asked), _ALL)
         if unknown:
             more = f"; and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
             found.fault(unknown[0] + more)
@@ -51,9 +56,10 @@ def look_at_prompts(
     return len(training), len(evaluated)
 
 
-def _ask_all(checks: Iterable[Callable[[Prompt], None]], prompt: Prompt) -> None:
-    for check in checks:
-        check(prompt)
+def _ask_all(rewards: Iterable[Examined], prompt: Prompt) -> None:
+    for each in rewards:
+        if each.check is not None:
+            each.check(prompt)
 
 
 def _counts(name: str, prompts: Iterable[Prompt]) -> str:

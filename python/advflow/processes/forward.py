@@ -14,7 +14,7 @@ from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
 from advflow.core.ranks import batches, longest
 from advflow.models.family import Latents
-from advflow.policies import Policies, policy_velocities
+from advflow.policies import Policies, Role, policy_velocities, velocity_of
 from advflow.processes.metrics import WeightedMetrics
 from advflow.samplers.sampling import Conditioning, Sampler, Velocity, like, sample_latents
 from advflow.settings.optim import OptimConfig
@@ -65,8 +65,6 @@ class Draws:
 class ForwardProcess:
     """Turns the images of a rollout into optimiser steps of a forward-process algorithm."""
 
-    for_images = True
-
     def __init__(
         self,
         policies: Policies,
@@ -82,18 +80,21 @@ class ForwardProcess:
         self._control, self._gamma = control, gamma
         self._sampler, self._sigmas, self._optim = sampler, sigmas, optim
 
+    def policy(self, role: Role) -> Velocity:
+        return velocity_of(self._policies, role, for_images=True)
+
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         return noise
 
     def sample(
         self,
-        velocity: Velocity,
+        policy: Velocity,
         noise: torch.Tensor,
         conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, None]:
-        return sample_latents(velocity, noise, self._sigmas, conditioning, self._sampler), None
+        return sample_latents(policy, noise, self._sigmas, conditioning, self._sampler), None
 
     def diagnose(self, parts: list[WeightedMetrics]) -> dict[str, float]:
         return {}

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from advflow.algorithms.batch import Experience, Transitions, WeightedLoss
+from advflow.policies import Role
 from advflow.processes.metrics import WeightedMetrics
-from advflow.samplers.sampling import Conditioning, Velocity
+from advflow.samplers.sampling import Conditioning
 
 
 class Process(Protocol):
-    # Whether images may be drawn on merged weights; what a ratio is anchored on may not.
-    for_images: bool
+    def policy(self, role: Role) -> Any:
+        """What `sample` draws with, in force until another policy is."""
 
     def starting_noise(self, noise: torch.Tensor) -> torch.Tensor:
         """The noise [N, ...] that an iteration's images start from, of what was drawn for them."""
 
     def sample(
         self,
-        velocity: Velocity,
+        policy: Any,
         noise: torch.Tensor,
         conditioning: Conditioning,
         iteration: int,
         first_image: int,
     ) -> tuple[torch.Tensor, Transitions | None]:
-        """Latents [B, ...] of some images, the first being the iteration's `first_image`, and the steps to them."""
+        """Latents, or tokens, of some images, the first being the iteration's `first_image`, and the steps to them."""
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes."""

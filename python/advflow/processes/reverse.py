@@ -12,7 +12,7 @@ from advflow.algorithms import ReverseAlgorithm
 from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
 from advflow.core.ranks import batches
-from advflow.policies import Policies, policy_velocities
+from advflow.policies import Policies, Role, policy_velocities, velocity_of
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.euler import euler_step
 from advflow.samplers.sampling import Conditioning, Velocity, like
@@ -86,7 +86,7 @@ class StochasticSampler:
     @torch.no_grad()
     def sample(
         self,
-        velocity: Velocity,
+        policy: Velocity,
         noise: torch.Tensor,
         conditioning: Conditioning,
         iteration: int,
@@ -105,7 +105,7 @@ class StochasticSampler:
         x, told = noise.float()[anchors], conditioning[anchors]
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
-            v = velocity(x, torch.full((len(x),), sigma, device=x.device), told)
+            v = policy(x, torch.full((len(x),), sigma, device=x.device), told)
             if step in window and len(x) < len(noise):  # here the images of a group part
                 x, v, told = x[anchor_of], v[anchor_of], conditioning
             if step in window:
@@ -152,10 +152,12 @@ class ReverseProcess(StochasticSampler):
     ) -> None:
         super().__init__(config, steps, rollout, sigmas, seed)
         self._policies, self._algorithm, self._optim = policies, algorithm, optim
-        # Stored velocities are what the learner's are compared with; replayed ones are not those of the rollout.
-        self.for_images = config.anchor == "replay"
         self._needs = Needs(config.anchor == "replay", algorithm.needs.reference)
         self._warned = False
+
+    def policy(self, role: Role) -> Velocity:
+        # Stored velocities are what the learner's are compared with: a ratio is not anchored on merged weights.
+        return velocity_of(self._policies, role, for_images=self._config.anchor == "replay")
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes.

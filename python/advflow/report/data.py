@@ -21,6 +21,7 @@ from advflow.settings.yaml_files import read_yaml
 _MOST_GRIDS = 12
 _GRID_WIDTH = 760  # pixels; what a half-width column shows on a dense screen
 _GRID_BYTES = 52_000  # twelve of these in base64, and the charts, stay below 1 MB
+_MAPPINGS = ("categories", "rewards", "distribution")  # of an evaluation
 _QUALITIES = (92, 80, 65, 50)
 
 T = TypeVar("T")
@@ -116,6 +117,15 @@ class Run:
         return [number(row["rewards"].get(name, {}).get("overall")) for row in self.evals]
 
     @property
+    def numbers_of_sets(self) -> list[str]:
+        """Names of what was found of the held-out images together; none where they are not compared with real ones."""
+        return list(dict.fromkeys(name for row in self.evals for name in row["distribution"]))
+
+    def of_sets(self, name: str) -> list[float | None]:
+        """One of these numbers in every evaluation."""
+        return [number(row["distribution"].get(name)) for row in self.evals]
+
+    @property
     def best(self) -> tuple[float, int] | None:
         """The highest overall held-out score and the iteration that first reached it."""
         pairs = zip(self.scores(), self.evals, strict=True)
@@ -143,7 +153,7 @@ def load_run(folder: Path) -> Run:
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{path} is not the config of a run: it does not say how many iterations")
     evals = [
-        row | {name: value if isinstance(value := row.get(name), dict) else {} for name in ("categories", "rewards")}
+        row | {name: value if isinstance(value := row.get(name), dict) else {} for name in _MAPPINGS}
         for row in _numbered(read_rows(folder / EVALS))
     ]
     summary = _load_json(folder / "summary.json")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 
-from advflow.report.charts import Chart, Series, draw, draw_both, swatch, value_axis
+from advflow.report.charts import Chart, Series, Values, draw, draw_both, swatch, value_axis
 from advflow.report.data import Grid, Run, evenly_spaced, number
 from advflow.report.text import DASH, direction, duration_text, gain_text, readable, score_text
 
@@ -50,30 +51,58 @@ def held_out_section(run: Run) -> tuple[str, list[Chart]]:
 
 def held_out_rewards_section(run: Run) -> tuple[str, list[Chart]]:
     """A chart for each of several rewards."""
+    lead = "Held-out score of each, without its weight. Above is their weighted sum."
+    columns = {name: run.reward_scores(name) for name in run.rewards}
+    return _panels_section(run, "Each reward", lead, "held_out", columns, {name: name for name in columns})
+
+
+_OF_SETS = {
+    "fid": "FID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "modes": "Modes that occur",
+    "modes_kl": "Unevenness of modes",
+    "vendi": "Vendi score",
+}
+
+
+def distribution_section(run: Run) -> tuple[str, list[Chart]]:
+    """A chart for each number of the held-out images as a set."""
+    lead = (
+        "The held-out images together, beside real ones of the same prompts. FID and unevenness, of colours and shapes "
+        "where the prompt leaves the colour open, are better low, the others high."
+    )
+    columns = {name: run.of_sets(name) for name in run.numbers_of_sets}
+    titles = {name: _OF_SETS.get(name, readable(name)) for name in columns}
+    return _panels_section(run, "Quality and variety", lead, "distribution", columns, titles)
+
+
+def _panels_section(
+    run: Run, heading: str, lead: str, key: str, columns: Mapping[str, Values], titles: Mapping[str, str]
+) -> tuple[str, list[Chart]]:
+    """A small chart for each of `columns`, numbers of every evaluation."""
     charts = [
         Chart(
-            key=f"held_out/{name}",
-            label=f"Held-out score of {name} by iteration, at last {score_text(run.reward_scores(name)[-1])}",
+            key=f"{key}/{name}",
+            label=f"{titles[name]} of held-out images by iteration, at last {score_text(values[-1])}",
             x=[row["iteration"] for row in run.evals],
-            series=[Series(name, run.reward_scores(name))],
+            series=[Series(titles[name], values)],
             x_label="",
             notes=_evaluation_notes(run),
             markers=True,
         )
-        for name in run.rewards
+        for name, values in columns.items()
     ]
     if not charts:
         return "", []
     figures = "".join(
-        f'<figure class="card panel"><figcaption><b>{escape(name)}</b>'
+        f'<figure class="card panel"><figcaption><b>{escape(titles[name])}</b>'
         f'<span class="value">{score_text(chart.series[0].values[-1])}</span></figcaption>'
         f"{draw(chart, 260, 150)}</figure>"
-        for name, chart in zip(run.rewards, charts, strict=True)
+        for name, chart in zip(columns, charts, strict=True)
     )
     return (
-        "<section>\n<h2>Each reward</h2>\n"
-        '<p class="lead">Held-out score of each, without its weight. Above is their weighted sum.</p>\n'
-        f'<div class="panels">{figures}</div>\n</section>'
+        f'<section>\n<h2>{heading}</h2>\n<p class="lead">{lead}</p>\n<div class="panels">{figures}</div>\n</section>'
     ), charts
 
 

@@ -98,13 +98,19 @@ def _method_cells(run: Run) -> list[tuple[str, str, str]]:
     elif process == "forward" and "draws.per_image" in config:
         each = f"{plain(config['draws.per_image'])} an image"
         cells.append(("Draws of (t, noise)", each, _section_text(run, "draws", but=("per_image", "guidance"))))
+    elif process == "tokens" and "tokens.epochs" in config:
+        cells.append(("Tokens", f"{plain(config['tokens.epochs'])} epochs", ""))
+        for section, title in (("loo_fid", "Leave-one-out FID"), ("entropy", "Entropy")):
+            if config.get(f"{section}.weight"):
+                weight = f"weight {plain(config[f'{section}.weight'])}"
+                cells.append((title, weight, _section_text(run, section, but=("weight",))))
     if "advantage.norm" in config:
         cells.append(("Advantages", plain(config["advantage.norm"]), _section_text(run, "advantage", but=("norm",))))
     if config.get("capability.candidates") is not None:
         chosen = f"{plain(config.get('capability.select'))} of {config['capability.candidates']}"
         cells.append(("Curriculum", chosen, _section_text(run, "capability", but=("select", "candidates"))))
     scales = {section: config.get(f"{section}.guidance", 1) for section in ("rollout", "draws", "evaluation")}
-    if process == "reverse":
+    if process in ("reverse", "tokens"):
         scales["draws"] = scales["rollout"]
     if set(scales.values()) != {1}:
         drawn, learnt, evaluated = map(plain, scales.values())

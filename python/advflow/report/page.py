@@ -12,7 +12,13 @@ from typing import Any
 from advflow.report.charts import Chart, swatch
 from advflow.report.comparison import comparison_sections
 from advflow.report.data import Run
-from advflow.report.evaluation import categories_section, held_out_rewards_section, held_out_section, samples_section
+from advflow.report.evaluation import (
+    categories_section,
+    distribution_section,
+    held_out_rewards_section,
+    held_out_section,
+    samples_section,
+)
 from advflow.report.overview import head_section, headline, settings_section, versions_section
 from advflow.report.training import metrics_section, reward_section
 
@@ -51,13 +57,15 @@ def render(run: Run) -> str:
     """The whole page."""
     curves, evaluation_chart = held_out_section(run)
     each_reward, each_reward_charts = held_out_rewards_section(run)
+    of_sets, of_sets_charts = distribution_section(run)
     reward, reward_chart = reward_section(run)
     metrics, metric_charts = metrics_section(run)
-    charts = [*evaluation_chart, *each_reward_charts, *reward_chart, *metric_charts]
+    charts = [*evaluation_chart, *each_reward_charts, *of_sets_charts, *reward_chart, *metric_charts]
     sections = [
         head_section(run),
         curves,
         each_reward,
+        of_sets,
         samples_section(run),
         categories_section(run),
         reward,

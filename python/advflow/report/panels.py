@@ -42,7 +42,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("rollout_policy_rho", "Rollout policy rho", "share of itself the rollout policy keeps", smoothed=False),
     ],
     "Trust region": [
-        Panel("mean_log_ratio", "Mean log-ratio", "of sampler steps under learner and rollout policy"),
+        Panel("mean_log_ratio", "Mean log-ratio", "of sampler steps, or tokens, under learner and rollout policy"),
         Panel("max_abs_log_ratio", "Largest |log-ratio|", "", worst=max),
         Panel("mean_kl_old", "KL to the rollout policy", "mean over the latent"),
         Panel("mean_kl_ref", "KL to the reference", "mean over the latent"),
@@ -65,6 +65,12 @@ GROUPS: dict[str, list[Panel]] = {
         ),
         Panel("min_curvature", "Smallest curvature", "of a sample's loss in v", worst=min),
     ],
+    "Tokens": [
+        Panel("mean_entropy", "Entropy", "of a token, in nats"),
+        Panel("entropy_share", "Share of entropy", "of the logarithm of the vocabulary"),
+        Panel("entropy_weight", "Weight of the entropy", "in the loss", smoothed=False),
+        Panel("loo_fid", "Leave-one-out FID", "of the moving distribution of images to real ones", smoothed=False),
+    ],
     "Curriculum": [
         Panel("candidate_reward", "Candidates' reward", "mean over one image a candidate prompt"),
         Panel("capability_mean", "Capability", "moving average of that", smoothed=False),
@@ -76,6 +82,7 @@ GROUPS: dict[str, list[Panel]] = {
     "Time": [
         Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
         Panel("seconds_train", "Update", "optimiser steps", unit=" s"),
+        Panel("images_per_second", "Images per second", "drawn in an iteration, over the seconds of both"),
         Panel("gigabytes", "GPU memory", "the most that tensors held", unit=" GB", smoothed=False),
     ],
     "Faults": [
@@ -83,6 +90,7 @@ GROUPS: dict[str, list[Panel]] = {
         Panel("nonfinite_samples", "Non-finite samples", "dropped by the loss, of all in the iteration", fault=True),
         Panel("invalid_timesteps", "Invalid timesteps", "dropped: t outside (0, 1]", fault=True),
         Panel("invalid_steps", "Invalid steps", "dropped: not a stochastic step of the sampler", fault=True),
+        Panel("invalid_sequences", "Invalid sequences", "dropped: without a token that counts", fault=True),
         Panel("broken_images", "Broken images", "not finite", fault=True),
         Panel("unscored_images", "Unscored images", "whose reward was not finite", fault=True),
         Panel("unscored_candidates", "Unscored candidates", "whose one image has no finite reward", fault=True),

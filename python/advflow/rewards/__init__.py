@@ -4,8 +4,10 @@ A reward is any class with the method of `Reward`. Some are built in, a file eac
 "package.module:Class" names your own, looked for in the current folder first. It is made with what `data.reward_args`
 holds, or with its own section of the settings where `advflow.settings.registry.REWARDS` names one, and asked for
 nothing but what `Reward` says: what it returns is checked here, copied, and never written to. A reward that cannot
-score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot; one whose forward
-pass cannot take `MOST_AT_ONCE` images has a number of its own, `batch`. Several together are `advflow.rewards.several`.
+score every prompt has a method `check(prompt)`, which raises UnknownPrompt for one that it cannot, and may have
+`expect(prompts)`, which is told before which they will be; one whose forward pass cannot take `MOST_AT_ONCE` images has
+a number of its own, `batch`. One that scores elsewhere has a method `begin`, which takes what `__call__` does and
+returns a Future of its Scores, while images go on being drawn. Several together are `advflow.rewards.several`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,19 +77,32 @@ class CheckedReward:
             raise ValueError(f"reward {self.name} has batch = {self.batch!r}; accepted is how many images it scores")
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
-        parts = [
-            self._score(images[start : start + self.batch], prompts[start : start + self.batch])
-            for start in range(0, len(prompts), self.batch)
-        ]
-        return Scores(torch.cat([part.reward for part in parts]), torch.cat([part.score for part in parts]))
+        return self.begin(images, prompts).result()
 
-    def _score(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
-        scores = self._reward(images, list(prompts))
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it scores in the background."""
+        return hasattr(self._reward, "begin")
+
+    def begin(self, images: torch.Tensor, prompts: list[Prompt]) -> Begun:
+        """As a call. Of a reward that scores elsewhere, the scores need not be there yet when this returns."""
+        begin = getattr(self._reward, "begin", self._score)
+        parts = [slice(start, start + self.batch) for start in range(0, len(prompts), self.batch)]
+        return Begun(self, [(begin(images[rows], list(prompts[rows])), len(prompts[rows])) for rows in parts])
+
+    def _score(self, images: torch.Tensor, prompts: list[Prompt]) -> Future[Scores]:
+        scores: Future[Scores] = Future()
+        # Copied at once: the next call may write into the same tensor.
+        scores.set_result(self.checked(self._reward(images, prompts), len(prompts)))
+        return scores
+
+    def checked(self, scores: object, count: int) -> Scores:
+        """What the reward has returned for `count` images, where that keeps to the contract."""
         if not isinstance(scores, Scores):
             raise ValueError(
                 f"reward {self.name} returned {_described(scores)}; accepted: advflow.rewards.Scores(reward, score)"
             )
-        return Scores(*(self._numbers(name, getattr(scores, name), len(prompts)) for name in ("reward", "score")))
+        return Scores(*(self._numbers(name, getattr(scores, name), count) for name in ("reward", "score")))
 
     def _numbers(self, name: str, values: object, count: int) -> torch.Tensor:
         """A fresh fp32 [count] on the CPU."""
@@ -98,10 +114,33 @@ class CheckedReward:
             )
         return tensor.detach().to("cpu", torch.float32, copy=True)
 
+    def expect(self, prompts: list[Prompt]) -> None:
+        """Says which prompts will be checked, one by one."""
+        if expect := getattr(self._reward, "expect", None):
+            expect(prompts)
+
+    @property
+    def checks(self) -> bool:
+        """Whether there are prompts that it cannot score."""
+        return hasattr(self._reward, "check")
+
     def check(self, prompt: Prompt) -> None:
         """Raises UnknownPrompt for one that the reward cannot score."""
         if check := getattr(self._reward, "check", None):
             check(prompt)
+
+
+class Begun:
+    """Scores that a reward has been asked for, a Future for each part of the images."""
+
+    def __init__(self, reward: CheckedReward, parts: list[tuple[Future[Scores], int]]) -> None:
+        self._reward, self._parts = reward, parts
+        self.futures = [future for future, _ in parts]
+
+    def result(self) -> Scores:
+        """The scores, when they are there, in the order of the images."""
+        parts = [self._reward.checked(future.result(), count) for future, count in self._parts]
+        return Scores(torch.cat([part.reward for part in parts]), torch.cat([part.score for part in parts]))
 
 
 def _as_tensor(values: object) -> torch.Tensor | None:

@@ -16,12 +16,13 @@ from advflow.settings.rewards import RewardConfig
 class Examined:
     """What is wrong with a reward, a sentence each, and its `check` of a prompt; None where only the made one has it.
 
-    `made` says how far it went.
+    `expect` is told before which prompts will be checked. `remark` says how far the examination went.
     """
 
     faults: list[str]
     check: Callable[[Prompt], None] | None
     remark: str = ""
+    expect: Callable[[list[Prompt]], None] = lambda prompts: None
 
 
 def examine(config: RewardConfig, settings: object) -> Examined:
@@ -43,7 +44,8 @@ def examine(config: RewardConfig, settings: object) -> Examined:
         if not found.__module__.startswith("advflow.rewards."):
             remark = "not made, since it says by no `lacking` what it would load"
             return Examined([], _static_check(found), remark)
-        return Examined([], CheckedReward(found(settings) if own_section else found(**config.args)).check)
+        made = CheckedReward(found(settings) if own_section else found(**config.args))
+        return Examined([], made.check, expect=made.expect)
     except ValueError as error:
         return Examined([_sentence(error, config)], None)
 

@@ -34,7 +34,7 @@ class HPSv2:
 
     def __init__(self, checkpoint: str, architecture: str = "ViT-H-14") -> None:
         weights = read_weights("checkpoint", checkpoint)
-        open_clip = needed("open_clip", "hpsv2", "hpsv2")
+        open_clip = needed("open_clip", "the reward 'hpsv2'", "hpsv2")
         self._device = scoring_device()
         self._model = open_clip.create_model(architecture, output_dict=True).eval().requires_grad_(False)
         load_into(self._model, weights, "checkpoint", checkpoint)
@@ -48,7 +48,7 @@ class HPSv2:
     @staticmethod
     def lacking(checkpoint: str, architecture: str = "ViT-H-14") -> list[ValueError]:
         file = lacking_file("checkpoint", checkpoint, "hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir .")
-        return file + lacking_package("open_clip", "hpsv2", "hpsv2")
+        return file + lacking_package("open_clip", "the reward 'hpsv2'", "hpsv2")
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:

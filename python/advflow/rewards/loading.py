@@ -76,25 +76,23 @@ def _shape(weights: Mapping[str, torch.Tensor], name: str) -> list[int] | None:
     return list(weights[name].shape) if name in weights else None
 
 
-def needed(module: str, reward: str, extra: str) -> Any:
-    """The module, imported; ValueError says what to install where it is not there."""
+def needed(module: str, what: str, extra: str) -> Any:
+    """The module, imported; ValueError says what to install where it is not there, and what needs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module:
             raise
-        raise _not_installed(module, reward, extra) from error
+        raise _not_installed(module, what, extra) from error
 
 
-def _not_installed(module: str, reward: str, extra: str) -> ValueError:
-    return ValueError(
-        f'the reward {reward!r} needs the package {module}, which is not installed: pip install "advflow[{extra}]"'
-    )
+def _not_installed(module: str, what: str, extra: str) -> ValueError:
+    return ValueError(f'{what} needs the package {module}, which is not installed: pip install "advflow[{extra}]"')
 
 
-def lacking_package(module: str, reward: str, extra: str) -> list[ValueError]:
+def lacking_package(module: str, what: str, extra: str) -> list[ValueError]:
     """What `needed` would raise, without an import."""
-    return [] if importlib.util.find_spec(module) else [_not_installed(module, reward, extra)]
+    return [] if importlib.util.find_spec(module) else [_not_installed(module, what, extra)]
 
 
 def lacking_model(argument: str, name: str) -> list[ValueError]:

@@ -25,8 +25,8 @@ class OCR:
     batch = 32
 
     def __init__(self) -> None:
-        rapidocr = needed("rapidocr", "ocr", "ocr")
-        needed("onnxruntime", "ocr", "ocr")
+        rapidocr = needed("rapidocr", "the reward 'ocr'", "ocr")
+        needed("onnxruntime", "the reward 'ocr'", "ocr")
         self._read = rapidocr.RapidOCR(params={"Global.use_cls": False, "Global.log_level": "critical"})
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
@@ -38,7 +38,10 @@ class OCR:
 
     @staticmethod
     def lacking() -> list[ValueError]:
-        return lacking_package("rapidocr", "ocr", "ocr") + lacking_package("onnxruntime", "ocr", "ocr")
+        return [
+            *lacking_package("rapidocr", "the reward 'ocr'", "ocr"),
+            *lacking_package("onnxruntime", "the reward 'ocr'", "ocr"),
+        ]
 
     @staticmethod
     def check(prompt: Prompt) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import advflow_ext as af
 from advflow.data.prompt import Prompt
-from advflow.rewards import CheckedReward, Scores, load_reward
+from advflow.rewards import Begun, CheckedReward, Scores, load_reward
 from advflow.settings.data import DataConfig
 
 Rule: TypeAlias = Literal["weighted_sum", "gdpo", "worst_first"]
@@ -31,8 +31,20 @@ class Rewards:
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         """Rewards and scores, fp32 [B, R] on the CPU, in the order of `names`."""
-        each = [reward(images, prompts) for reward in self._rewards.values()]
-        return Scores(torch.stack([part.reward for part in each], 1), torch.stack([part.score for part in each], 1))
+        return in_columns(self.begin(images, prompts))
+
+    def begin(self, images: torch.Tensor, prompts: list[Prompt]) -> list[Begun]:
+        """What each is asked for, in the order of `names`; those that score elsewhere begin before the others."""
+        begun = {
+            name: reward.begin(images, prompts)
+            for name, reward in sorted(self._rewards.items(), key=lambda item: not item[1].elsewhere)
+        }
+        return [begun[name] for name in self._rewards]
+
+    def expect(self, prompts: list[Prompt]) -> None:
+        """Says which prompts will be checked, one by one."""
+        for reward in self._rewards.values():
+            reward.expect(prompts)
 
     def check(self, prompt: Prompt) -> None:
         """Raises UnknownPrompt for one that a reward cannot score."""
@@ -76,6 +88,12 @@ class Rewards:
             finite = column.isfinite()
             row |= {f"reward/{name}": column[finite].mean().item(), f"unscored/{name}": int((~finite & ~broken).sum())}
         return row
+
+
+def in_columns(begun: list[Begun]) -> Scores:
+    """The scores of several rewards, [B, R], when they are there."""
+    each = [part.result() for part in begun]
+    return Scores(torch.stack([part.reward for part in each], 1), torch.stack([part.score for part in each], 1))
 
 
 def load_rewards(data: DataConfig, section: Callable[[str], Any]) -> Rewards:

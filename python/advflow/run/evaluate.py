@@ -11,11 +11,12 @@ import torch
 from advflow.core.randomness import generator
 from advflow.core.ranks import Ranks, batches, longest
 from advflow.data.prompt import Prompt
-from advflow.models.family import Latents
+from advflow.models.family import Comparison, Images
 from advflow.rewards import Scores
 from advflow.rewards.several import Rewards
-from advflow.samplers.euler import Euler
-from advflow.samplers.sampling import Conditioning, Velocity, sample_latents
+from advflow.run.drawing import Draw
+from advflow.run.scoring import Scoring
+from advflow.samplers.sampling import Conditioning
 
 _NOISE_SEED = 0  # of no run: every run, whatever its seed, is judged on the same noise
 
@@ -38,6 +39,7 @@ class Evaluation:
     """The same of the rewards' weighted sum, and of `each` by its name where there are several.
 
     `images` [N, 3, H, W] are what was scored, `scores` [N, R] what every image got, of those that were not kept too.
+    `distribution` are the numbers of all images together, where they are compared with real ones.
     """
 
     overall: float
@@ -47,51 +49,57 @@ class Evaluation:
     unscored: int = 0
     each: dict[str, HeldOut] = field(default_factory=dict)
     scores: Scores | None = None
+    distribution: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
-    velocity: Velocity,
-    latents: Latents,
+    draw: Draw,
+    latents: Images,
     prompts: list[Prompt],
     conditioning: Conditioning,
     rewards: Rewards,
-    sigmas: list[float],
     batch: int,
     device: torch.device,
     keep: list[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
+    check_stop: Callable[[], None] = lambda: None,
     keeper: Callable[[torch.Tensor], None] = lambda _: None,
+    compare: Comparison | None = None,
 ) -> Evaluation:
     """Samples one image for each prompt and scores it, `batch` at a time.
 
     Of the images only those number `keep` are returned, in that order; None: all. `between_batches` may end the
-    evaluation by raising. Each of `ranks` draws and scores its share; all are returned the whole. `keeper` is given
-    each batch of this process as it comes.
+    evaluation by raising, and `check_stop` where scores are waited for. Each of `ranks` draws and scores its share; all
+    are returned the whole. `keeper` is given each batch of this process as it comes, `compare` all
+    images together.
     """
     ranks = ranks or Ranks()
     noise = latents.noise(len(prompts), generator(_NOISE_SEED, "evaluation", 0), torch.device("cpu"))
     keep = list(range(len(prompts))) if keep is None else keep
+    shown = keep
+    if compare is not None:
+        keep = list(range(len(prompts)))
     kept: list[int] = []
-    images, reward_parts, score_parts = [], [], []
+    images = []
     own = ranks.share(len(prompts))
     most = longest(ranks.in_step(len(prompts)))
-    for within, used in batches(own.stop - own.start, batch, most):
-        between_batches()
-        rows = range(own.start + within.start, own.start + within.stop)
-        part = slice(rows.start, rows.stop)
-        x0 = sample_latents(velocity, noise[part].to(device), sigmas, conditioning[part], Euler())
-        if not used:
-            continue
-        drawn = latents.decode(x0).cpu()
-        result = rewards(drawn, prompts[part])
-        keeper(drawn)
-        reward_parts.append(result.reward)
-        score_parts.append(result.score)
-        wanted = [row for row in rows if row in keep]
-        kept += wanted
-        images.append(drawn[[row - rows.start for row in wanted]])
-    score, reward = ranks.gather(torch.cat(score_parts)), ranks.gather(torch.cat(reward_parts))
+    with Scoring(rewards, prompts[own], check_stop, ranks) as scoring:
+        for within, used in batches(own.stop - own.start, batch, most):
+            between_batches()
+            rows = range(own.start + within.start, own.start + within.stop)
+            part = slice(rows.start, rows.stop)
+            x0 = draw(noise[part].to(device), conditioning[part])
+            if not used:
+                continue
+            drawn = latents.decode(x0).cpu()
+            keeper(drawn)
+            scoring.add(drawn)
+            wanted = [row for row in rows if row in keep]
+            kept += wanted
+            images.append(drawn[[row - rows.start for row in wanted]])
+        scores = scoring.scores()
+    score, reward = ranks.gather(scores.score), ranks.gather(scores.reward)
     of_rows = [row for rows in ranks.everyone(kept) for row in rows]
     in_order = ranks.gather(torch.cat(images))[[of_rows.index(row) for row in keep]]
     categories = [prompt.category for prompt in prompts]
@@ -102,10 +110,11 @@ def evaluate(
         whole.overall,
         whole.reward,
         whole.categories,
-        in_order,
+        in_order if compare is None else in_order[shown],
         whole.unscored,
         each if len(each) > 1 else {},
         Scores(reward, score),
+        {} if compare is None else compare(in_order, prompts),
     )
 
 

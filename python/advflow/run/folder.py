@@ -17,7 +17,7 @@ import yaml
 from advflow.core.files import require_folder, write_atomically
 from advflow.settings.config import TrainConfig
 from advflow.settings.numbers import in_yaml
-from advflow.settings.rewards import read_rewards
+from advflow.settings.rewards import read_rewards, scored_alike
 from advflow.settings.yaml_files import CONFIG
 
 MAY_CHANGE = (
@@ -35,7 +35,11 @@ MAY_CHANGE = (
     "tracking.project",
     "tracking.args",
 )
-"""Settings that `--resume` may change: how long, where, in how much memory, how often and who is told."""
+"""Settings that `--resume` may change: how long, where, in how much memory, how often and who is told.
+
+And where the servers of a remote reward are, how often and how long they are asked.
+"""
+_REWARDS = {"data.reward": "reward", "data.reward_args": "reward_args"}
 _LOCK = ".lock"
 
 
@@ -116,7 +120,11 @@ class FolderLock:
 
 
 def _refuse_changes(config: TrainConfig) -> None:
-    differing = {name: pair for name, pair in changed_settings(config).items() if name not in MAY_CHANGE}
+    changed = changed_settings(config)
+    reward, arguments = (changed.get(name, [getattr(config.data, field)])[0] for name, field in _REWARDS.items())
+    same_rewards = scored_alike(read_rewards(reward, arguments), config.data.rewards)
+    accepted = (*MAY_CHANGE, *(_REWARDS if same_rewards else ()))
+    differing = {name: pair for name, pair in changed.items() if name not in accepted}
     if differing:
         named = ", ".join(f"{name} is {new!r} and was {old!r}" for name, (old, new) in differing.items())
         raise ValueError(

@@ -19,18 +19,17 @@ from advflow.data.prompts import load_eval_prompts
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
 from advflow.models.family import LoadedModel, make_family
-from advflow.policies import Policies, make_policies, velocity_of
+from advflow.policies import Policies, make_policies
 from advflow.rewards.several import Rewards, load_rewards
 from advflow.run.average import AVERAGE
 from advflow.run.checkpoint import checkpoint_name, checkpoints, load_checkpoint, load_newest
+from advflow.run.drawing import draw_of
 from advflow.run.evaluate import Evaluation, evaluate
 from advflow.run.log import best_iteration
 from advflow.run.run import CHECKPOINTS
 from advflow.run.scored_images import ScoredImages
 from advflow.run.state import Part, Weights
-from advflow.samplers.euler import Euler
 from advflow.samplers.guidance import guide
-from advflow.samplers.sampling import sample_latents
 from advflow.settings.config import TrainConfig
 from advflow.settings.registry import FAMILIES, REWARDS
 
@@ -104,6 +103,7 @@ def load_judgement(config: TrainConfig) -> Judgement:
     data = config.data
     rewards = load_rewards(data, lambda name: config.section(REWARDS, name))
     prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
+    rewards.expect(prompts)
     for prompt in prompts:
         try:
             rewards.check(prompt)
@@ -126,17 +126,17 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
     told, scale = encode([prompt.text for prompt in prompts], "data.eval_prompts"), config.evaluation.guidance
     untold = None if scale == 1 else encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1]
     result = evaluate(
-        velocity_of(run.policies, "learner", for_images=True),
+        draw_of(config, run.policies, run.model.latents, "learner", config.evaluation.steps),
         run.model.latents,
         prompts,
         guide(told, untold, scale),
         rewards,
-        run.model.latents.sigmas(config.evaluation.steps),
         config.rollout.batch,
         run.device,
         keep=[0],
         between_batches=lambda: next(progress, None),
         keeper=images.add if images is not None else lambda _: None,
+        compare=run.model.real.compare if run.model.real is not None else None,
     )
     next(progress, None)  # the last batch is done too
     if not math.isfinite(result.overall):
@@ -164,10 +164,9 @@ def draw_images(
     untold = None if guidance == 1 else run.model.encode([negative_prompt])
     conditioning, latents = guide(told, untold, guidance), run.model.latents
     noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
-    velocity = velocity_of(run.policies, "learner", for_images=True)
+    draw = draw_of(run.config, run.policies, latents, "learner", steps)
     images = []
     for part in noise.split(run.config.rollout.batch):
         same = conditioning[torch.zeros(len(part), dtype=torch.int64)]
-        x0 = sample_latents(velocity, part.to(run.device), latents.sigmas(steps), same, Euler())
-        images.append(latents.decode(x0).cpu())
+        images.append(latents.decode(draw(part.to(run.device), same)).cpu())
     return torch.cat(images)

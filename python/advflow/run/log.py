@@ -82,12 +82,15 @@ class RunLog:
         }
         if result.each:
             row["rewards"] = {name: vars(each) for name, each in result.each.items()}
+        if result.distribution:
+            row["distribution"] = result.distribution
         picture = image_grid(result.images[grid], columns=max(1, len(grid) // max(1, len(result.categories))))
         write_atomically(self._folder / SAMPLES / f"{iteration:06d}.png", as_png(picture))
         self._append(EVALS, row)  # last: an evaluation that has its row is not made again
         told = {"held_out/overall": result.overall}
         told |= {f"held_out/{name}": value for name, value in result.categories.items()}
         told |= {f"held_out_rewards/{name}": each.overall for name, each in result.each.items()}
+        told |= {f"held_out_distribution/{name}": value for name, value in result.distribution.items()}
         for name, value in told.items():
             self._tensorboard.add_scalar(name, value, iteration)
         self._tensorboard.flush()

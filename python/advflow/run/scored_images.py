@@ -51,6 +51,7 @@ class ScoredImages:
             "categories": result.categories,
             "rewards": {name: vars(each) for name, each in result.each.items()},
             "unscored": result.unscored,
+            "distribution": result.distribution,
             "images": self._count,
         }
         write_atomically(self._folder / SUMMARY, to_json(asked | found, indent=2) + "\n")

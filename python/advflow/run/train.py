@@ -32,8 +32,7 @@ def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict
         if ranks.first and not new:
             lock.take()
         settings = _without_start(config) if resume and checkpoints(folder / CHECKPOINTS) else config
-        # One process alone can stop between two batches; several must agree on when, which they do between iterations.
-        trainer = Trainer(settings, stop.check) if ranks.size == 1 else Trainer(settings, ranks=ranks)
+        trainer = Trainer(settings, stop.check, ranks)
         first = _restore(trainer, folder) if resume else 0
         ranks.wait()
         if ranks.first:

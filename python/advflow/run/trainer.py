@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 
 import advflow_ext as af
-from advflow.algorithms import make_algorithm
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
-from advflow.control.gamma import GammaControl
-from advflow.control.reference import ReferenceControl
+from advflow.control.distribution import DistributionReward
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
 from advflow.core.randomness import generator
@@ -25,36 +23,40 @@ from advflow.data.prompts import check_prompts, load_eval_prompts, load_training
 from advflow.models.adapters import read_adapter
 from advflow.models.encoding import Encoder
 from advflow.models.family import make_family
-from advflow.policies import follow, make_policies, velocity_of
-from advflow.processes.forward import Draws, ForwardProcess
+from advflow.policies import follow, make_policies
 from advflow.processes.metrics import WeightedMetrics, join_metrics, of_all_ranks
-from advflow.processes.process import Process
-from advflow.processes.reverse import ReverseProcess, join
+from advflow.processes.reverse import join
 from advflow.rewards.several import load_rewards
 from advflow.run.average import AVERAGE, WeightAverage
 from advflow.run.candidates import score_candidates
+from advflow.run.drawing import draw_of
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
+from advflow.run.process import make_process
+from advflow.run.scoring import Scoring
 from advflow.run.shares import check_shares
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.config import TrainConfig
-from advflow.settings.methods import AdvantageFlowConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
-from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS
+from advflow.settings.registry import FAMILIES, REWARDS, SAMPLERS
 
 
 class Trainer:
     """One run: everything that lives as long as it does.
 
-    `between_batches` is called before each batch of images; what it raises ends a rollout or an evaluation. Of the
-    images of an iteration `ranks` have a share each; all else, weights and advantages too, every process has whole.
+    `check_stop` is called before each batch of images and while scores are waited for; what it raises ends a rollout or
+    an evaluation. Of the images of an iteration `ranks` have a share each; all else, weights and advantages too, every
+    process has whole.
     """
 
     def __init__(
-        self, config: TrainConfig, between_batches: Callable[[], None] = lambda: None, ranks: Ranks | None = None
+        self, config: TrainConfig, check_stop: Callable[[], None] = lambda: None, ranks: Ranks | None = None
     ) -> None:
-        self.config, self._between_batches, self.ranks = config, between_batches, ranks or Ranks()
+        self.config, self._check_stop, self.ranks = config, check_stop, ranks or Ranks()
+        # One process alone can stop between two batches; several must agree on when, which they do between iterations
+        # and where their scores have come.
+        self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
         check_shares(config, self.ranks.size)
         self.device = pick_device(config.device, self.ranks.local)
@@ -70,7 +72,7 @@ class Trainer:
         self.learnt = self.rewards.learnt()
         if data.embeddings_cache is not None:
             require_folder(data.embeddings_cache, "data.embeddings_cache")
-        for remark in check_prompts(data, self.learnt.check, self.rewards.check):
+        for remark in check_prompts(data, self.learnt.check, self.rewards.check, self.rewards.expect):
             print(remark)
         self.eval_prompts = load_eval_prompts(data.eval_prompts, config.evaluation.prompts_per_category)
         if len(self.eval_prompts) < self.ranks.size:
@@ -79,7 +81,7 @@ class Trainer:
                 "prompt or more for each"
             )
         model = family.load(config.model, self.device)
-        self.latents = model.latents
+        self.latents, self.real = model.latents, model.real
         encode = Encoder(model, data.embeddings_cache, self.device, self.ranks)
         self.conditioning = encode([prompt.text for prompt in self.prompts.prompts], "data.prompts")
         # What guidance leads away from; one row, held whole wherever embeddings are kept.
@@ -90,10 +92,10 @@ class Trainer:
         transformer = model.transformer
         del model, encode  # and with them, unless prompts are encoded on demand, the text encoders
         self.policies = make_policies(family, transformer, config.model, config.runtime, config.seed, start, self.ranks)
-        self.sigmas = self.latents.sigmas(config.rollout.steps)
-        self.eval_sigmas = self.latents.sigmas(config.evaluation.steps)
         self.sampler = SAMPLERS.make(config.rollout.solver, config.section(SAMPLERS, config.rollout.solver))
-        self._make_process()
+        made = make_process(config, self.policies, self.latents, self.sampler)
+        self.process, self.reference_control = made.process, made.reference
+        self.gamma_control, self.entropy_control = made.gamma, made.entropy
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policies.learner,
@@ -109,8 +111,17 @@ class Trainer:
             "optimizer": OptimizerState(self.optimizer, self.policies.learner),
             "reference": self.reference_control,
         }
-        if self.gamma_control is not None:
-            self.parts["gamma"] = self.gamma_control
+        controls = {"gamma": self.gamma_control, "entropy": self.entropy_control}
+        self.parts |= {name: control for name, control in controls.items() if control is not None}
+        self.distribution: DistributionReward | None = None
+        if config.loo_fid.weight:
+            if self.real is None:
+                raise ValueError(
+                    f"loo_fid.weight is {config.loo_fid.weight}; accepted is 0 with model.family "
+                    f"{config.model.family!r}, which does not say what real images are like"
+                )
+            self.distribution = DistributionReward(config.loo_fid, self.real.extractor, self.real.reference)
+            self.parts["loo_fid"] = self.distribution
         self.average: WeightAverage | None = None
         if config.evaluation.ema is not None:
             self.average = self.parts[AVERAGE] = WeightAverage(self.policies.learner, config.evaluation.ema)
@@ -121,37 +132,6 @@ class Trainer:
                 config.capability, rollout.prompts, rollout.images_per_prompt, config.advantage
             )
             self.parts["capability"] = self.curriculum
-
-    def _make_process(self) -> None:
-        """The algorithm in its process, and what adapts its settings; each is handed its own section."""
-        config, policies, sigmas = self.config, self.policies, self.sigmas
-        algorithm = make_algorithm(config.algorithm, config.method)
-        # Without a weight of the reference there is nothing to adapt; the reverse process has none that does.
-        adapts = config.process == "forward" and algorithm.needs.reference
-        self.reference_control = ReferenceControl(config.reference.target_deviation if adapts else None)
-        self.gamma_control: GammaControl | None = None
-        if isinstance(config.method, AdvantageFlowConfig) and config.method.gamma == "auto":
-            self.gamma_control = GammaControl(config.method.target_move)
-        self.process: Process
-        if config.process == "forward":
-            draws = Draws(config.draws, self.latents, sigmas, config.seed)
-            self.process = ForwardProcess(
-                policies,
-                algorithm,
-                draws,
-                self.sampler,
-                sigmas,
-                self.reference_control,
-                self.gamma_control,
-                config.optim,
-            )
-        else:
-            steps = STOCHASTIC_SAMPLERS.make(
-                config.sde.sampler, config.section(STOCHASTIC_SAMPLERS, config.sde.sampler)
-            )
-            self.process = ReverseProcess(
-                policies, algorithm, config.sde, steps, config.rollout, sigmas, config.optim, config.seed
-            )
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One round. Returns its numbers."""
@@ -168,6 +148,7 @@ class Trainer:
             "lr": self._rate((iteration + 1) * updates - 1),
             "seconds_rollout": round(rolled_out - started, 4),
             "seconds_train": round(trained - rolled_out, 4),
+            "images_per_second": round(self.config.images / (trained - started), 4),
             **self._memory(),
         }
 
@@ -183,17 +164,18 @@ class Trainer:
         """Scores what is given away on the held-out prompts; returns the images number `keep`, None being all."""
         with self.given_away():
             return evaluate(
-                velocity_of(self.policies, "learner", for_images=True),
+                draw_of(self.config, self.policies, self.latents, "learner", self.config.evaluation.steps),
                 self.latents,
                 self.eval_prompts,
                 self.eval_conditioning,
                 self.rewards,
-                self.eval_sigmas,
                 self.config.rollout.batch,
                 self.device,
                 keep,
                 self._between_batches,
                 self.ranks,
+                self._check_stop,
+                compare=None if self.real is None else self.real.compare,
             )
 
     def given_away(self) -> AbstractContextManager[None]:
@@ -214,9 +196,10 @@ class Trainer:
         told = self._conditioning(chosen, rows)
         drawn_with = guide(told, self._untold, config.guidance)
         noise = self.latents.noise(config.images, generator(self.config.seed, "rollout", iteration), self.device)
-        x0, transitions = self._sample(self.process.starting_noise(noise)[rows], drawn_with, iteration, rows.start)
-        images = torch.cat([self.latents.decode(latents) for latents in x0.split(config.batch)])
-        scores = self.learnt(images, prompts)
+        start = self.process.starting_noise(noise)[rows]
+        with Scoring(self.learnt, prompts, self._check_stop, ranks) as scoring:
+            x0, transitions, features = self._sample(start, drawn_with, iteration, rows.start, scoring)
+            scores = scoring.scores()
         broken = ~x0.flatten(1).isfinite().all(1).cpu()
         # NaN must not even enter the learner: a zero loss gradient times a NaN activation is a NaN weight gradient.
         x0[broken] = 0.0
@@ -230,8 +213,13 @@ class Trainer:
         unscored = ~rewards.isfinite() & ~broken
         advantages = self._advantages(rewards)
         of_curriculum: dict[str, float] = {}
+        of_distribution: dict[str, float] = {}
         if self.curriculum is not None:
             advantages, of_curriculum = self.curriculum.fuse(self.learnt.total(reward), advantages)
+        more_advantages: tuple[torch.Tensor, ...] = ()
+        if self.distribution is not None:
+            of_set, of_distribution = self.distribution(torch.cat(features))
+            more_advantages = (self.config.loo_fid.weight * self._advantages(ranks.gather(of_set)),)
         groups = rewards.view(-1, group)
         row = (
             self.learnt.means(reward, broken)
@@ -245,13 +233,18 @@ class Trainer:
                 "advantage_rms": advantages.square().mean().sqrt().item(),
             }
             | of_curriculum
+            | of_distribution
         )
         # The loss gives a sample with this advantage no gradient and counts it.
         advantages = advantages.masked_fill(broken | unscored, torch.nan)
         rewards, advantages = rewards[rows].to(self.device), advantages[rows].to(self.device)
         in_step = ranks.in_step(config.images)
         learnt_with = guide(told, self._untold, self.config.learnt_guidance)
-        return Experience(x0, rewards, advantages, learnt_with, group, rows, config.images, in_step, transitions), row
+        more_advantages = tuple(each[rows].to(self.device) for each in more_advantages)
+        experience = Experience(
+            x0, rewards, advantages, learnt_with, group, rows, config.images, in_step, transitions, more_advantages
+        )
+        return experience, row
 
     def _choose_prompts(self, iteration: int) -> list[int]:
         """The numbers of the prompts that this iteration learns from."""
@@ -261,17 +254,16 @@ class Trainer:
             return drawn
         told = self.conditioning[torch.tensor(drawn[self.ranks.share(len(drawn))], dtype=torch.long)]
         scores = score_candidates(
-            velocity_of(self.policies, config.policy, for_images=True),
+            draw_of(self.config, self.policies, self.latents, config.policy, config.steps, self.sampler),
             self.latents,
             [self.prompts.prompts[i] for i in drawn],
             guide(told, self._untold, config.guidance),
             self.latents.noise(len(drawn), generator(seed, "candidates", iteration), self.device),
             self.learnt,
-            self.sigmas,
-            self.sampler,
             config.batch,
             self._between_batches,
             self.ranks,
+            self._check_stop,
         )
         return [drawn[place] for place in self.curriculum.choose(scores)]
 
@@ -283,23 +275,27 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(
-        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int
-    ) -> tuple[torch.Tensor, Transitions | None]:
+        self, noise: torch.Tensor, conditioning: Conditioning, iteration: int, first: int, scoring: Scoring
+    ) -> tuple[torch.Tensor, Transitions | None, list[torch.Tensor]]:
         """Latents of images, the first being the iteration's `first`; with the steps that made them where the algorithm
-        learns from those."""
+        learns from those, and with the images' features where those are rewarded. The images are given to `scoring`."""
         config, process = self.config.rollout, self.process
-        velocity = velocity_of(self.policies, config.policy, for_images=process.for_images)
-        latents, transitions = [], []
+        policy = process.policy(config.policy)
+        latents, transitions, features = [], [], []
         most = longest(self.ranks.in_step(config.images))
         for rows, used in batches(len(noise), config.batch, most):
             self._between_batches()
-            x0, steps = process.sample(velocity, noise[rows], conditioning[rows], iteration, first + rows.start)
+            x0, steps = process.sample(policy, noise[rows], conditioning[rows], iteration, first + rows.start)
             if not used:
                 continue
             latents.append(x0)
+            images = self.latents.decode(x0)
+            scoring.add(images)
+            if self.distribution is not None:
+                features.append(self.distribution.features(images))
             if steps is not None:
                 transitions.append(steps)
-        return torch.cat(latents), join(transitions) if transitions else None
+        return torch.cat(latents), join(transitions) if transitions else None, features
 
     def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         group, choice = self.config.rollout.images_per_prompt, self.config.advantage
@@ -327,6 +323,8 @@ class Trainer:
         row = join_metrics([(metrics, weight / len(updates)) for parts in updates for metrics, weight in parts])
         row |= self.process.diagnose(updates[0])
         row |= self.reference_control.update(row)
+        if self.entropy_control is not None:
+            row |= self.entropy_control.update(row["mean_entropy"], iteration)
         if self.gamma_control is not None:
             done = iteration * self.config.updates
             rho, rate = rollout_decay(self.config.rollout_policy, done), self._rate(max(done - 1, 0))

@@ -19,12 +19,22 @@ from advflow.settings.methods import (
     FlowGRPOConfig,
     GRPOGuardConfig,
     RewardWeightedConfig,
+    TokenGRPOConfig,
 )
 from advflow.settings.model import ModelConfig, RuntimeConfig
 from advflow.settings.numbers import require, require_numbers
 from advflow.settings.optim import OptimConfig, ReferenceConfig, RolloutPolicyConfig
 from advflow.settings.processes import DrawConfig, SDEConfig, require_grid
-from advflow.settings.registry import FAMILIES, METHODS, REWARDS, SAMPLERS, STOCHASTIC_SAMPLERS, Choices
+from advflow.settings.registry import (
+    FAMILIES,
+    METHODS,
+    REWARDS,
+    SAMPLERS,
+    STOCHASTIC_SAMPLERS,
+    Choices,
+    TokenFamily,
+)
+from advflow.settings.tokens import EntropyConfig, LooFIDConfig, TokensConfig
 from advflow.settings.tracking import TrackingConfig
 
 T = TypeVar("T")
@@ -66,6 +76,9 @@ class TrainConfig:
     capability: CapabilityConfig = field(default_factory=CapabilityConfig)
     draws: DrawConfig = field(default_factory=DrawConfig)
     sde: SDEConfig = field(default_factory=SDEConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    loo_fid: LooFIDConfig = field(default_factory=LooFIDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     rollout_policy: RolloutPolicyConfig = field(default_factory=RolloutPolicyConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -81,6 +94,7 @@ class TrainConfig:
     grpo_guard: GRPOGuardConfig = field(default_factory=GRPOGuardConfig)
     flow_cps: FlowCPSConfig = field(default_factory=FlowCPSConfig)
     flow_dppo: FlowDPPOConfig = field(default_factory=FlowDPPOConfig)
+    token_grpo: TokenGRPOConfig = field(default_factory=TokenGRPOConfig)
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -108,8 +122,13 @@ class TrainConfig:
         require(negative == "" or self.guided, "rollout.negative_prompt", negative, '"" where no guidance is above 1')
         if isinstance(self.method, AdvantageFlowConfig) and self.method.gamma == "auto":
             self._require_rollout_policy()
+        least, most = self.entropy.least, self.entropy.most
+        require(most >= least, "entropy.most", most, f"entropy.least, {least}, or more")
+        self._require_family()
         if self.process == "reverse":
             self._require_stochastic_steps()
+        elif self.process == "tokens":
+            self._require_tokens()
         else:
             self._require_draws()
 
@@ -119,6 +138,32 @@ class TrainConfig:
         require(policy.rate > 0, "rollout_policy.rate", policy.rate, f"a positive number {reason}")
         enough = policy.maximum >= LEAST_RHO
         require(enough, "rollout_policy.maximum", policy.maximum, f"{LEAST_RHO} or more {reason}")
+
+    def _require_family(self) -> None:
+        """A method learns from what its model draws."""
+        of_tokens = isinstance(FAMILIES.get(self.model.family), TokenFamily)
+        kind = "tokens" if self.process == "tokens" else "latents"
+        accepted = f'a family that draws {kind}, with "{self.algorithm}"'
+        require(of_tokens == (kind == "tokens"), "model.family", self.model.family, accepted)
+        for name, weight in (("entropy", self.entropy.weight), ("loo_fid", self.loo_fid.weight)):
+            accepted = f'0 with "{self.algorithm}", which does not learn from tokens'
+            require(kind == "tokens" or weight == 0, f"{name}.weight", weight, accepted)
+
+    def _require_tokens(self) -> None:
+        """What learning from tokens asks of settings that stand in different sections."""
+        model, runtime, rollout = self.model, self.runtime, self.rollout
+        for name, given, accepted in (
+            ("model.trainable", model.trainable, "full"),
+            ("model.dtype", model.dtype, "float32"),
+            ("model.gradient_checkpointing", model.gradient_checkpointing, False),
+            ("model.random_weights", model.random_weights, False),
+            ("runtime.shard", runtime.shard, False),
+            ("runtime.cuda_graphs", runtime.cuda_graphs, False),
+            ("rollout.negative_prompt", rollout.negative_prompt, ""),
+            ("draws.guidance", self.draws.guidance, 1.0),
+        ):
+            require(given == accepted, name, given, f'{accepted!r} with "{self.algorithm}"')
+        self._require_equal_parts()
 
     def _require_draws(self) -> None:
         """What the forward process asks of settings that stand in different sections."""
@@ -152,6 +197,9 @@ class TrainConfig:
             self.rollout.batch,
             f"a multiple of rollout.images_per_prompt, {self.rollout.images_per_prompt}, with sde.shared_anchor",
         )
+        self._require_equal_parts()
+
+    def _require_equal_parts(self) -> None:
         if self.rollout.images % self.optim.steps_per_iteration:
             raise ValueError(
                 f"optim.steps_per_iteration is {self.optim.steps_per_iteration}; accepted are divisors of the "
@@ -168,14 +216,14 @@ class TrainConfig:
         return getattr(self, choices.section_of(name), None)
 
     @property
-    def process(self) -> Literal["forward", "reverse"]:
+    def process(self) -> Literal["forward", "reverse", "tokens"]:
         """What the algorithm learns from."""
         return METHODS[self.algorithm].process
 
     @property
     def learnt_guidance(self) -> float:
         """That of the velocities that are learnt from."""
-        return self.rollout.guidance if self.process == "reverse" else self.draws.guidance
+        return self.draws.guidance if self.process == "forward" else self.rollout.guidance
 
     @property
     def guided(self) -> bool:
@@ -190,7 +238,10 @@ class TrainConfig:
     @property
     def updates(self) -> int:
         """Optimiser steps in an iteration."""
-        return self.optim.steps_per_iteration * (self.sde.epochs if self.process == "reverse" else 1)
+        return (
+            self.optim.steps_per_iteration
+            * {"forward": 1, "reverse": self.sde.epochs, "tokens": self.tokens.epochs}[self.process]
+        )
 
 
 def config_class() -> type[TrainConfig]:

@@ -14,6 +14,9 @@ Solver: TypeAlias = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]  # name
 EMBEDDED = "embedded"
 """What stands for the embedded world where a setting names a file or a folder."""
 
+AR_WORLD = "ar_world"
+"""What stands for the prompts of the embedded world of autoregressive models where a setting names a file."""
+
 SHAPES = "shapes"
 """What stands for the prompts of `advflow.shapes` where a setting names a file."""
 
@@ -23,10 +26,10 @@ class DataConfig:
     """What is asked of the model and how its answers are scored.
 
     Args:
-        prompts: "embedded" (training prompts of the embedded world), "shapes" (those of the shapes rule), a text file
-            with one prompt a line, or a .jsonl file with one object a line, as GenEval's: its "prompt", its "tag" as
-            category, all else for the reward.
-        eval_prompts: "embedded" or "shapes" (their held-out prompts), or such a file.
+        prompts: "embedded" (training prompts of the embedded world), "ar_world" (those of them that its autoregressive
+            model knows), "shapes" (those of the shapes rule), a text file with one prompt a line, or a .jsonl file with
+            one object a line, as GenEval's: its "prompt", its "tag" as category, all else for the reward.
+        eval_prompts: "embedded", "ar_world" or "shapes" (their held-out prompts), or such a file.
         reward: a built-in one (docs/rewards.md lists them), a plugin's, or a dotted path "package.module:Class". Or
             several, a mapping of names to weights, or to mappings of weight, batch, args and reward, such as
             {pickscore: 1.0, text: {reward: ocr, weight: 0.5}}; `advantage.combine` says what becomes of them.

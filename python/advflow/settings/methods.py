@@ -177,3 +177,22 @@ class FlowDPPOConfig:
     mask: Literal["current", "predictive"] = "current"
     step_size: float | None = None
     kl_weight: float = 0.0
+
+
+@dataclass
+class TokenGRPOConfig:
+    """GRPO of image tokens; see `advflow_ext.token_policy_loss`.
+
+    Args:
+        clip: ratios are clipped to 1 +- this.
+        level: whose ratio: a "sequence"'s, of the mean log-probability of its tokens, or each "token"'s.
+        surrogate: "ppo", or "released", which takes the smaller of PPO's two terms, as the released trainer does.
+        kl_weight: weight of the KL divergence to the reference; 3 in the released trainer.
+        kl: "k3", of the tokens that were drawn, or "exact", over the vocabulary.
+    """
+
+    clip: float = 0.2
+    level: Literal["sequence", "token"] = "sequence"
+    surrogate: Literal["ppo", "released"] = "ppo"
+    kl_weight: float = 0.0
+    kl: Literal["k3", "exact"] = "k3"

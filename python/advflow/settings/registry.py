@@ -21,6 +21,7 @@ from advflow.settings.methods import (
     FlowGRPOConfig,
     GRPOGuardConfig,
     RewardWeightedConfig,
+    TokenGRPOConfig,
 )
 
 
@@ -40,7 +41,12 @@ class Choice:
 class Method(Choice):
     """A policy-improvement method; `process` is what it learns from."""
 
-    process: Literal["forward", "reverse"] = "forward"
+    process: Literal["forward", "reverse", "tokens"] = "forward"
+
+
+@dataclass(frozen=True)
+class TokenFamily(Choice):
+    """A model family whose images are tokens, drawn one after another; every other one has a flow."""
 
 
 C = TypeVar("C", bound=Choice)
@@ -80,6 +86,7 @@ METHODS = Choices[Method](
     flow_cps=Method("advflow.algorithms.flow_cps:FlowCPS", FlowCPSConfig, process="reverse"),
     grpo_guard=Method("advflow.algorithms.grpo_guard:GRPOGuard", GRPOGuardConfig, process="reverse"),
     flow_dppo=Method("advflow.algorithms.flow_dppo:FlowDPPO", FlowDPPOConfig, process="reverse"),
+    token_grpo=Method("advflow.algorithms.token_grpo:TokenGRPO", TokenGRPOConfig, process="tokens"),
 )
 """`algorithm`."""
 
@@ -96,6 +103,7 @@ REWARDS = Choices[Choice](
     imagereward=Choice("advflow.rewards.imagereward:ImageReward"),
     ocr=Choice("advflow.rewards.ocr:OCR"),
     geneval=Choice("advflow.rewards.geneval:GenEval"),
+    remote=Choice("advflow.rewards.remote:RemoteReward"),
 )
 """`data.reward`."""
 
@@ -112,7 +120,10 @@ STOCHASTIC_SAMPLERS = Choices[Choice](
 )
 """`sde.sampler`."""
 
-FAMILIES = Choices[Choice](sd3=Choice("advflow.models.sd3:SD3"))
+FAMILIES = Choices[Choice](
+    sd3=Choice("advflow.models.sd3:SD3"),
+    llamagen=TokenFamily("advflow.models.llamagen:LlamaGenFamily"),
+)
 """`model.family`."""
 
 

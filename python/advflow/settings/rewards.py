@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from advflow.settings.numbers import WrongSetting, require
@@ -30,30 +30,45 @@ class RewardConfig:
     place: str = field(default=_PLACE, compare=False)
     arguments: str = field(default=f"{_PLACE}_args", compare=False)
 
+    def whatever_server(self) -> RewardConfig:
+        """The same without what a remote reward is told of its servers: all but which of their rewards it is."""
+        if self.reward != "remote":
+            return self
+        return replace(self, args={name: value for name, value in self.args.items() if name == "reward"})
+
+
+def scored_alike(one: Mapping[str, RewardConfig], other: Mapping[str, RewardConfig]) -> bool:
+    """Whether these are the same rewards, wherever the servers of those are that are scored elsewhere."""
+    return {name: each.whatever_server() for name, each in one.items()} == {
+        name: each.whatever_server() for name, each in other.items()
+    }
+
 
 _SETTINGS = tuple(each.name for each in fields(RewardConfig) if each.name not in ("place", "arguments"))
 
 
-def read_rewards(reward: str | Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, RewardConfig]:
-    """The rewards of a run by name. `arguments` are those of one that is named alone.
+def read_rewards(
+    reward: str | Mapping[str, Any], arguments: Mapping[str, Any], place: str = _PLACE
+) -> dict[str, RewardConfig]:
+    """The rewards of a run by name. `arguments` are those of one that is named alone, `place` is the setting's name.
 
     Raises WrongSetting for what is none, and where none has a weight.
     """
     if isinstance(reward, str):
-        return {reward: RewardConfig(reward, args=arguments)}
-    require(not arguments, f"{_PLACE}_args", arguments, f"none where {_PLACE} names several, whose args stand in each")
-    require(len(reward) > 0, _PLACE, reward, "a name, or one reward or more by their names")
-    rewards = {name: _read(name, value) for name, value in reward.items()}
+        return {reward: RewardConfig(reward, args=arguments, place=place, arguments=f"{place}_args")}
+    require(not arguments, f"{place}_args", arguments, f"none where {place} names several, whose args stand in each")
+    require(len(reward) > 0, place, reward, "a name, or one reward or more by their names")
+    rewards = {name: _read(name, value, place) for name, value in reward.items()}
     learnt = any(each.weight for each in rewards.values())
-    require(learnt, _PLACE, reward, "one reward or more whose weight is not 0, to learn from")
+    require(learnt, place, reward, "one reward or more whose weight is not 0, to learn from")
     return rewards
 
 
-def _read(name: object, value: object) -> RewardConfig:
+def _read(name: object, value: object, home: str) -> RewardConfig:
     """One of several: its settings, or its weight alone."""
     named = isinstance(name, str) and name.isidentifier()
-    require(named, _PLACE, name, "names of letters, digits and underscores; a class of yours stands under its `reward`")
-    place = f"{_PLACE}.{name}"
+    require(named, home, name, "names of letters, digits and underscores; a class of yours stands under its `reward`")
+    place = f"{home}.{name}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = {"weight": value}
     value = {} if value is None else value

@@ -40,6 +40,8 @@ def resolve_configs(argv: list[str], base: Path | None = None) -> list[str]:
     whatever its order. The algorithm is that of the command line, else of the last of the user's files to name one.
     The file `base`, where there is one, stands in for the built-in "tiny", which is the base where none is named.
     """
+    if argv[:1] == ["reward-server"]:
+        return _as_list(argv)
     if argv[:1] != ["train"]:
         return argv
     known = packaged_configs()

@@ -28,6 +28,11 @@ def held_out_captions(per_category: int = EVAL_CAPTIONS_PER_CATEGORY) -> list[Ca
     return chosen
 
 
+def caption_words() -> list[str]:
+    """Every word of the world, in a fixed order."""
+    return sorted({word for prompt in all_captions() for word in prompt.text.split()})
+
+
 def _held_out_pool() -> list[Caption]:
     """One caption in four of every category."""
     pool: list[Caption] = []

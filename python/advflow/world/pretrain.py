@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ from transformers import (
 
 from advflow.core.files import require_folder
 from advflow.core.progress import show_progress
-from advflow.world.captions import training_captions
-from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Caption, all_captions, render, sample_scene
+from advflow.world.captions import caption_words, training_captions
+from advflow.world.scene import CATEGORIES, IMAGE_SIZE, Caption, Category, render, sample_scene
 from advflow.world.settings import FlowStage, PretrainSettings
 
 MAX_TOKENS = 12  # "a photo of a red circle and a blue square" between its start and end tokens
@@ -67,13 +68,15 @@ def pretrain(out: Path, settings: PretrainSettings) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def render_scenes(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[Caption]]:
-    """Scenes of all categories in equal shares. Returns images [count, 3, 32, 32] in [-1, 1] and their prompts."""
-    pool = {c: [p for p in training_captions() if p.category == c] for c in CATEGORIES}
+def render_scenes(
+    count: int, rng: np.random.Generator, categories: Sequence[Category] = CATEGORIES
+) -> tuple[torch.Tensor, list[Caption]]:
+    """Scenes of `categories` in equal shares. Returns images [count, 3, 32, 32] in [-1, 1] and their prompts."""
+    pool = {c: [p for p in training_captions() if p.category == c] for c in categories}
     prompts: list[Caption] = []
     images = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     for i in show_progress(range(count), desc="rendering scenes", unit="image"):
-        choices = pool[CATEGORIES[i % len(CATEGORIES)]]
+        choices = pool[categories[i % len(categories)]]
         prompts.append(choices[rng.integers(len(choices))])
         images[i] = render(sample_scene(prompts[-1], rng))
     return torch.from_numpy(images) * 2 - 1, prompts
@@ -116,10 +119,6 @@ def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     latents: torch.Tensor = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in images.split(500)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return latents.sub(latents.mean()).div(latents.std())
-
-
-def caption_words() -> list[str]:
-    return sorted({word for prompt in all_captions() for word in prompt.text.split()})
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:

@@ -24,7 +24,14 @@ PALETTE = {
 COLORS = tuple(PALETTE)
 BACKGROUND = (0.93, 0.93, 0.93)
 RELATIONS = ("left of", "right of", "above", "below")
-CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+CATEGORIES: tuple[Category, ...] = (
+    "single_object",
+    "two_objects",
+    "counting",
+    "colors",
+    "position",
+    "color_attribution",
+)
 COUNT_WORDS = {2: "two", 3: "three"}
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ")
 

@@ -1,0 +1,1 @@
+"""The embedded world for autoregressive models: its scenes as tokens, and a small pretrained LlamaGen."""

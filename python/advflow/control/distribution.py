@@ -1,0 +1,44 @@
+"""Leave-one-out FID as a reward of a run: what each image does to the distribution of all of them."""
+
+from __future__ import annotations
+
+import torch
+
+import advflow_ext as af
+from advflow.models.features import Extractor
+from advflow.run.state import State
+from advflow.settings.tokens import LooFIDConfig
+
+
+class DistributionReward:
+    """Rewards images of one iteration after another. The moving moments of all of them are the state.
+
+    Of several processes all call, each with its own images: moments are of those of all. Raises ValueError for a
+    reference whose features were made in another way.
+    """
+
+    def __init__(self, config: LooFIDConfig, extractor: Extractor, reference: af.FeatureMoments) -> None:
+        for name, own, other in (
+            ("extractor", extractor.name, reference.extractor),
+            ("preprocessing", extractor.preprocessing, reference.preprocessing),
+        ):
+            if own != other:
+                raise ValueError(f"the reference's {name} is {other!r}; accepted is that of the images, {own!r}")
+        self._extractor = extractor
+        self._distance = af.LeaveOneOutFID(reference, beta=config.beta, covariance=config.covariance)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """On the CPU, where processes exchange small numbers."""
+        return self._extractor(images).cpu()
+
+    def __call__(self, features: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """The rewards [N] of an iteration's images, which count from now on, and what belongs into its log."""
+        rewards = self._distance.reward(features)
+        self._distance.update(features)
+        return rewards, {"loo_fid": self._distance.fid().item()}
+
+    def state_dict(self) -> State:
+        return self._distance.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self._distance.load_state_dict(state)

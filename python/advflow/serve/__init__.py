@@ -1,0 +1,1 @@
+"""A reward server: the rewards of `advflow.rewards` over HTTP, for trainers that have no room for them."""
