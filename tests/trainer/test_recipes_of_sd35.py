@@ -97,6 +97,8 @@ def test_what_a_recipe_lacks_is_named(
     text = capsys.readouterr().out
     for name in [*NEEDED[recipe], SD35_MEDIUM, "train", "test"]:
         assert name in text.partition("missing or wrong")[2], name
+    folder = "pickscore" if recipe == "several" else recipe
+    assert f"is dataset/{folder}/test" in text and "github.com/yifan123/flow_grpo" in text
 
 
 def test_what_a_recipe_sets_for_a_method_goes_with_the_methods_own_settings() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and in no __all__
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Any of which transformers loads a model from."""
@@ -21,12 +23,11 @@ def has_one_of(name: str, files: Sequence[str]) -> bool:
         return False
 
 
-def is_repository(name: str) -> bool:
-    """Whether `name` may be that of a repository: OWNER/NAME, and nothing of that name lies here."""
-    owner, slash, rest = name.partition("/")
-    return bool(owner and slash and rest) and "/" not in rest and owner[0] not in ".~" and not Path(name).exists()
-
-
-def how_to_get(name: str) -> str:
-    """The end of a sentence about what is not there."""
-    return f"where the hub can be reached: hf download {name}" if is_repository(name) else "no such folder is here"
+def how_to_get(name: str, small: bool = False) -> str:
+    """The end of a sentence about what is not there, of which perhaps only the `small` files are wanted."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return "no such folder is here"
+    only = " --include '*.json' --include '*.txt'" if small else ""
+    return f"hf download {name}{only}, where the hub can be reached"

@@ -63,11 +63,15 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
 
 
 def work(config: TrainConfig, its: Account, passes: Passes, size: int) -> Iterator[tuple[str, str]]:
-    """Lines about passes, FLOPs and time."""
+    """Lines about passes, FLOPs and time; of evaluations too where there is anything to evaluate."""
+
+    def of_evaluation(text: str) -> str:
+        return f"; an evaluation {text}" if passes.evaluation else ""
+
     yield (
         "passes, an iteration",
         f"{passes.drawing:,} draw, {passes.learning:,} learn (forward and backward), {passes.comparing:,} beside them "
-        f"without gradient; an evaluation {passes.evaluation:,}",
+        f"without gradient{of_evaluation(f'{passes.evaluation:,}')}",
     )
     drawing = passes.drawing * its.forward
     learning = passes.learning * its.learning + passes.comparing * its.forward
@@ -75,7 +79,7 @@ def work(config: TrainConfig, its: Account, passes: Passes, size: int) -> Iterat
     yield (
         "FLOPs, an iteration",
         f"{(drawing + learning) / 1e12:,.4g} TFLOP in the transformer ({its.forward / 1e12:.3g} an image forward, "
-        f"{its.learning / 1e12:.3g} forward and backward); an evaluation {evaluation / 1e12:,.4g}",
+        f"{its.learning / 1e12:.3g} forward and backward){of_evaluation(f'{evaluation / 1e12:,.4g}')}",
     )
     if config.model.dtype != "bfloat16":
         yield "time", "no estimate: what was measured is bfloat16 on a GPU"
@@ -84,11 +88,13 @@ def work(config: TrainConfig, its: Account, passes: Passes, size: int) -> Iterat
     each = (drawing / drawn_at + learning / learnt_at) / PEAK / size
     scored = evaluation / drawn_at / PEAK / size
     evaluations = 1 + -(-config.iterations // config.evaluation.every)
+    scores = f"{scored:,.0f} s an evaluation, " if passes.evaluation else ""
+    scoring = f"{evaluations:,} evaluations" if passes.evaluation else "none of the evaluations"
     whole = (config.iterations * each + evaluations * scored) / 3600
     yield (
         "time, an estimate",
-        f"{each:,.1f} s an iteration, {scored:,.0f} s an evaluation, {whole:,.1f} h for {config.iterations:,} "
-        f"iterations and {evaluations:,} evaluations, on {size} GPU{'s' if size > 1 else ''}: {drawn_at:.0%} of the "
+        f"{each:,.1f} s an iteration, {scores}{whole:,.1f} h for {config.iterations:,} iterations and {scoring}, on "
+        f"{size} GPU{'s' if size > 1 else ''}: {drawn_at:.0%} of the "
         f"peak while drawing, {learnt_at:.0%} while learning, as measured on one H200 with LoRA at 512 px "
         f"(peak: {_PEAK_OF}); decoding, rewards and what passes between GPUs come on top",
     )

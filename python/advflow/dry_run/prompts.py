@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 from advflow.data.prompt import Prompt
 from advflow.data.prompts import (
@@ -20,6 +21,8 @@ from advflow.settings.data import DataConfig
 
 _CATEGORIES_SHOWN = 12
 _ALL = 10**9
+_OF_RECIPES = ("prompts/geneval/", "prompts/pickscore/", "prompts/ocr/")
+_PUBLISHED = "https://github.com/yifan123/flow_grpo"
 
 
 def look_at_prompts(
@@ -51,9 +54,16 @@ def look_at_prompts(
         if unknown:
             more = f"; and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
             found.fault(unknown[0] + more)
-    for remark in said_of_files(data, training, held_out):
+    for remark in (*_sources(data), *said_of_files(data, training, held_out)):
         found.say("note", remark)
     return len(training), len(evaluated)
+
+
+def _sources(data: DataConfig) -> Iterator[str]:
+    """Where the files of the built-in recipes come from, of those that are not there."""
+    for path in (data.prompts, data.eval_prompts):
+        if path.startswith(_OF_RECIPES) and not Path(path).is_file():
+            yield f"{path} is {path.replace('prompts', 'dataset', 1)} of {_PUBLISHED}"
 
 
 def _ask_all(rewards: Iterable[Examined], prompt: Prompt) -> None:

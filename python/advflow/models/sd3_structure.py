@@ -36,7 +36,7 @@ def missing_weights(name: str, given: str) -> list[str]:
         return [
             f"model.pipeline is {given!r}, which is not on this machine: accept its licence at "
             f"https://huggingface.co/{name}, then hf auth login; hf download {name} --exclude sd3.5_medium.safetensors "
-            "'text_encoders/*' (about 16 GB); or name a folder that has it"
+            "--exclude 'text_encoders/*' --exclude '*fp16*' (16 GB); or name a folder that has it"
         ]
     if not has_one_of(name, ["model_index.json"]):
         return []  # what is no pipeline is said by who reads its configs

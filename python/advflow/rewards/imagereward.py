@@ -75,7 +75,7 @@ class ImageReward:
 
     @staticmethod
     def lacking(weights: str, tokenizer: str = "bert-base-uncased") -> list[ValueError]:
-        source = "hf download zai-org/ImageReward ImageReward.pt --local-dir ."
+        source = "hf download THUDM/ImageReward ImageReward.pt --local-dir ."
         return lacking_file("weights", weights, source) + lacking_tokenizer("tokenizer", tokenizer)
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:

@@ -102,11 +102,13 @@ def lacking_model(argument: str, name: str) -> list[ValueError]:
 
 def lacking_processor(argument: str, name: str) -> list[ValueError]:
     """What is not on this machine of what prepares the inputs of a model."""
-    return _lacking(argument, name, {"preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"]})
+    files = {"preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"]}
+    return _lacking(argument, name, files, small=True)
 
 
 def lacking_tokenizer(argument: str, name: str) -> list[ValueError]:
-    return _lacking(argument, name, {"tokenizer": ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]})
+    files = {"tokenizer": ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]}
+    return _lacking(argument, name, files, small=True)
 
 
 def lacking_file(argument: str, path: str, source: str) -> list[ValueError]:
@@ -114,10 +116,10 @@ def lacking_file(argument: str, path: str, source: str) -> list[ValueError]:
     return [] if Path(path).is_file() else [WrongArgument(argument, path, f", where there is no file: {source}")]
 
 
-def _lacking(argument: str, name: str, kinds: Mapping[str, Sequence[str]]) -> list[ValueError]:
+def _lacking(argument: str, name: str, kinds: Mapping[str, Sequence[str]], small: bool = False) -> list[ValueError]:
     lacking = [kind for kind, files in kinds.items() if not has_one_of(name, files)]
     if not lacking:
         return []
     if Path(name).is_dir():
         return [WrongArgument(argument, name, f", a folder without {' and '.join(lacking)}")]
-    return [WrongArgument(argument, name, f", which is not on this machine: {how_to_get(name)}")]
+    return [WrongArgument(argument, name, f", which is not on this machine: {how_to_get(name, small)}")]
