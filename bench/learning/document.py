@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench.learning.pictures import draw_front, draw_spread
+from bench.learning.pictures import draw_front, draw_set, draw_spread
 from bench.learning.studies import STUDIES, Study
 
 Run = dict[str, Any]
@@ -32,12 +32,14 @@ def with_table(text: str, name: str, rows: list[str]) -> str:
 
 
 def table(study: Study, runs: list[Run]) -> list[str]:
+    if study.of_set:
+        return _sets(study, runs)
     return _several_rewards(study, runs) if study.rewards else _gains(study, runs)
 
 
 def by_gain(study: Study, runs: list[Run]) -> list[Run]:
-    """Of a study of one reward the best label first; else in its own order."""
-    if study.rewards:
+    """Of a study of one number the best label first; else in its own order."""
+    if study.rewards or study.of_set:
         return runs
     return sorted(runs, key=lambda run: -mean(_gain(each) for each in runs if each["label"] == run["label"]))
 
@@ -68,6 +70,22 @@ def _several_rewards(study: Study, runs: list[Run]) -> list[str]:
     return lines
 
 
+def _sets(study: Study, runs: list[Run]) -> list[str]:
+    """Each number before and at the end."""
+    lines = [f"| | images | score | {' | '.join(study.of_set)} |", "|---|---|---|" + "---|" * len(study.of_set)]
+    for label, of_label in _by_label(runs).items():
+        series = [
+            [run["held_out"] for run in of_label],
+            *([r["of_set"][name] for r in of_label] for name in study.of_set),
+        ]
+        ways = (
+            f"{mean(each[0] for each in of_runs):.3f} → {_spread([each[-1] for each in of_runs], '')}"
+            for of_runs in series
+        )
+        lines.append(f"| {label} | {of_label[0]['images'][-1]:,} | {' | '.join(ways)} |")
+    return lines
+
+
 def _spread(values: list[float], sign: str = "+") -> str:
     middle = f"{mean(values):{sign}.3f}"
     return f"{middle} ± {stdev(values):.3f}" if len(values) > 1 else middle
@@ -78,7 +96,9 @@ def _by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def _draw(study: Study, runs: list[Run], path: Path) -> None:
-    if study.rewards:
+    if study.of_set:
+        draw_set(runs, study.of_set, study.title, path)
+    elif study.rewards:
         first, second = study.rewards
         draw_front(runs, (first, second), study.title, path)
     else:

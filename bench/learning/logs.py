@@ -38,11 +38,16 @@ def read_run(label: str, folder: Path) -> dict[str, Any]:
         "held_out": [row["overall"] for row in evals],
         "categories": [row["categories"] for row in evals],
         **({"rewards": _by_name(evals)} if "rewards" in evals[0] else {}),
+        **({"of_set": _of_set(evals)} if "distribution" in evals[0] else {}),
         "grad_norm": [row["grad_norm"] for row in metrics],
         "reward": [row["reward"] for row in metrics],
         **{name: [row.get(name) for row in metrics] for name in _SOMETIMES if any(name in row for row in metrics)},
         "summary": json.loads(summary.read_text()) if summary.is_file() else None,
     }
+
+
+def _of_set(evals: list[dict[str, Any]]) -> dict[str, list[float]]:
+    return {name: [row["distribution"][name] for row in evals] for name in evals[0]["distribution"]}
 
 
 def _by_name(evals: list[dict[str, Any]]) -> dict[str, list[float]]:

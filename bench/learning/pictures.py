@@ -67,6 +67,26 @@ def draw_spread(runs: list[Run], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_set(runs: list[Run], names: tuple[str, ...], title: str, path: Path) -> None:
+    """The held-out score and numbers of all held-out images together over images drawn, mean and range of seeds."""
+    colors = _colors(runs)
+    panels = ("score", *names)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.8), layout="constrained")
+    for axes, name in zip(all_axes, panels, strict=True):
+        for label, color in colors.items():
+            of_label = [run for run in runs if run["label"] == label]
+            values = np.array([run["held_out"] if name == "score" else run["of_set"][name] for run in of_label])
+            images = of_label[0]["images"]
+            axes.plot(images, values.mean(0), marker="o", markersize=3, color=color, label=label)
+            axes.fill_between(images, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+        axes.set(xlabel="images drawn", title=name)
+    _plain(*all_axes)
+    figure.suptitle(f"{title}: mean and range of seeds", fontsize=11)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def draw_front(runs: list[Run], rewards: tuple[str, str], title: str, path: Path) -> None:
     """Each run from its first to its last evaluation, in the plane of two rewards."""
     colors = _colors(runs)

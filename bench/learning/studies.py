@@ -9,18 +9,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEEDS = (0, 1, 2)
-IMAGES_AN_ITERATION = 128  # of --config tiny
+IMAGES_AN_ITERATION = 128  # of --config tiny, and of ar
 CANDIDATES = 64  # of a curriculum: each gets one image, which counts
 ITERATIONS = 36
+ITERATIONS_OF_TOKENS = 100
 
 
 @dataclass(frozen=True)
 class Study:
-    """Arguments of `advflow train` by label. Of several `rewards` each one's held-out score is read."""
+    """Arguments of `advflow train` by label. Of several `rewards` each one's held-out score is read; of a model of
+    tokens, beside the score, numbers `of_set`, of all held-out images together."""
 
     title: str
     rows: dict[str, str]
     rewards: tuple[str, ...] = ()
+    of_set: tuple[str, ...] = ()
+    iterations: int = ITERATIONS
 
 
 def _run(settings: str, iterations: int = ITERATIONS) -> str:
@@ -56,6 +60,10 @@ def _pulls(reward: str) -> dict[str, str]:
 def _two_rewards(rule: str, redness: str, combine: str = "weighted_sum") -> str:
     weights = f"{{embedded:{rule},redness:{redness}}}"
     return _run(f"--data.reward {weights} --advantage.combine {combine} --algorithm advantage_flow")
+
+
+def _tokens(settings: str) -> str:
+    return _run(f"--config ar {settings}", ITERATIONS_OF_TOKENS)
 
 
 _METHODS = {
@@ -113,5 +121,15 @@ STUDIES: dict[str, Study] = {
             "worst_first": _two_rewards("1", "1", "worst_first"),
         },
         rewards=("embedded", "redness"),
+    ),
+    "tokens": Study(
+        "An autoregressive model: the reward alone, and leave-one-out FID beside it",
+        {
+            "the reward alone": _tokens("--loo_fid.weight 0"),
+            "with leave-one-out FID": _tokens("--loo_fid.weight 1"),
+            "the same, evaluated with guidance 2": _tokens("--loo_fid.weight 1 --evaluation.guidance 2"),
+        },
+        of_set=("fid", "precision", "recall", "modes_kl"),
+        iterations=ITERATIONS_OF_TOKENS,
     ),
 }

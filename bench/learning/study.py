@@ -118,10 +118,14 @@ def collect(name: str, study: Study, folder: Path) -> None:
     print(f"{name}: {len(found)} of {expected} runs")
     if not found:
         return
-    environment = json.dumps(report.environment(torch.device(found[0]["summary"]["device"])))
+    commits = {run["summary"]["commit"] or "unknown" for run in found}  # what ran, which is not what collects
+    environment = report.environment(torch.device(found[0]["summary"]["device"])) | {
+        "commit": ", ".join(sorted(commits))
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(_rounded(run)) for run in found)  # a run a line
-    (RESULTS / f"{name}.json").write_text(f'{{"environment": {environment},\n"runs": [\n{lines}\n]}}\n')
+    text = f'{{"environment": {json.dumps(environment)},\n"runs": [\n{lines}\n]}}\n'
+    (RESULTS / f"{name}.json").write_text(text)
 
 
 def _rounded(value: Any) -> Any:

@@ -18,8 +18,8 @@ from advflow.settings.config import TrainConfig
 from advflow.settings.sources import resolve_configs, to_config, train_parser
 
 from bench.learning import document, study
-from bench.learning.pictures import draw_front, draw_spread
-from bench.learning.studies import IMAGES_AN_ITERATION, ITERATIONS, SEEDS, STUDIES, Study
+from bench.learning.pictures import draw_front, draw_set, draw_spread
+from bench.learning.studies import IMAGES_AN_ITERATION, SEEDS, STUDIES, Study
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [(settings, seed) for settings, seed in study.runs_of(STUDIES.values()) if seed == 0]
@@ -32,12 +32,13 @@ def config_of(settings: str) -> TrainConfig:
 
 
 def test_every_run_is_accepted_and_draws_as_many_images() -> None:
-    for settings, _ in ALL:
+    of = {settings: each.iterations for each in STUDIES.values() for settings in each.rows.values()}
+    for settings, iterations in of.items():
         config = config_of(settings)
         rollout = config.rollout.prompts * config.rollout.images_per_prompt
         assert rollout == IMAGES_AN_ITERATION
         images = config.iterations * (rollout + (config.capability.candidates or 0))
-        assert images == ITERATIONS * IMAGES_AN_ITERATION, settings
+        assert images == iterations * IMAGES_AN_ITERATION, settings
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:
@@ -67,10 +68,29 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained == [("--algorithm awm", 1)]
 
 
+def test_what_is_collected_names_the_commits_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    for seed, commit in enumerate(("abc", None, "abc")):
+        out = tmp_path / study.folder_of("--algorithm awm", seed)
+        out.mkdir()
+        evaluation = {"iteration": 0, "images": 0, "overall": 0.123456789, "categories": {}}
+        (out / "config.yaml").write_text(f"seed: {seed}\n")
+        (out / "evals.jsonl").write_text(json.dumps(evaluation) + "\n")
+        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
+        (out / "summary.json").write_text(json.dumps({"device": "cpu", "commit": commit}))
+    study.collect("x", Study("", {"AWM": "--algorithm awm"}), tmp_path)
+    found = json.loads((tmp_path / "results" / "x.json").read_text())
+    assert found["environment"]["commit"] == "abc, unknown" and found["environment"]["torch"]
+    assert [(each["label"], each["seed"], each["held_out"]) for each in found["runs"]] == [
+        ("AWM", seed, [0.12346]) for seed in SEEDS
+    ]
+
+
 def run(label: str, seed: int, *held_out: float) -> dict[str, Any]:
     images = [128 * place for place in range(len(held_out))]
     rewards = {"embedded": list(held_out), "redness": [2 * score for score in held_out]}
-    return {"label": label, "seed": seed, "held_out": list(held_out), "images": images, "rewards": rewards}
+    found = {"label": label, "seed": seed, "held_out": list(held_out), "images": images, "rewards": rewards}
+    return found | {"of_set": {"fid": [1 - score for score in held_out]}}
 
 
 RUNS = [run("worse", 0, 0.2, 0.3), run("worse", 1, 0.2, 0.2), run("better", 0, 0.2, 0.4), run("better", 1, 0.2, 0.6)]
@@ -93,6 +113,15 @@ def test_a_table_of_two_rewards_keeps_its_order() -> None:
     ]
 
 
+def test_a_table_of_sets_has_each_number_before_and_at_the_end() -> None:
+    assert document.table(Study("", {}, of_set=("fid",)), RUNS) == [
+        "| | images | score | fid |",
+        "|---|---|---|---|",
+        "| worse | 128 | 0.200 → 0.250 ± 0.071 | 0.800 → 0.750 ± 0.071 |",
+        "| better | 128 | 0.200 → 0.500 ± 0.141 | 0.800 → 0.500 ± 0.141 |",
+    ]
+
+
 def test_a_table_goes_between_its_marks_and_nowhere_else() -> None:
     page = "a\n<!-- study x -->\nold\n<!-- /study x -->\nb"
     assert document.with_table(page, "x", ["new"]) == "a\n<!-- study x -->\nnew\n<!-- /study x -->\nb"
@@ -103,7 +132,9 @@ def test_a_table_goes_between_its_marks_and_nowhere_else() -> None:
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     draw_spread(RUNS, "title", tmp_path / "spread.png")
     draw_front(RUNS, ("embedded", "redness"), "title", tmp_path / "front.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("spread.png", "front.png"))
+    draw_set(RUNS, ("fid",), "title", tmp_path / "set.png")
+    names = ("spread.png", "front.png", "set.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
 def test_the_tables_of_the_page_are_those_of_the_logs() -> None:

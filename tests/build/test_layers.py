@@ -27,10 +27,13 @@ USERS = FLOORS[-3] + FLOORS[-2] + FLOORS[-1]  # of the package, as everybody is
 
 TRAINER_FLOORS = (
     ("settings",),
-    ("core", "samplers"),
-    ("world", "shapes", "models", "algorithms"),
-    ("ar_world", "data", "control", "policies"),
-    ("rewards", "processes"),
+    ("core", "autoregressive"),
+    ("samplers", "world", "shapes"),
+    ("algorithms", "ar_world"),
+    ("data", "control"),
+    ("models", "rewards"),
+    ("policies",),
+    ("processes",),
     ("run", "serve"),
     ("report", "dry_run"),
     ("cli", "__main__"),

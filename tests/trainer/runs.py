@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from advflow.run.checkpoint import checkpoints
 from advflow.run.log import EVALS, METRICS, read_rows
+from advflow.settings.registry import METHODS
 from safetensors.torch import load_file
 
 SMALL = (
     "--rollout.prompts 2 --rollout.images_per_prompt 3 --rollout.steps 2 --draws.per_image 1 --rollout.batch 4 "
     "--evaluation.prompts_per_category 1 --evaluation.steps 2 --checkpoint_every 1 --evaluation.every 1"
 ).split()
+OF_FLOWS = [name for name, method in METHODS.items() if method.process != "tokens"]
+"""What --config tiny and sd35_medium train by; models of tokens have a config of their own."""
 _TIMES = ("seconds_rollout", "seconds_train", "seconds", "images_per_second")
 
 

@@ -14,8 +14,8 @@ from advflow.ar_world.evaluate import evaluate, main, object_modes, real_scenes
 from advflow.ar_world.pretrain import pretrain
 from advflow.ar_world.settings import ARPretrainSettings
 from advflow.ar_world.world import World, condition, decode, draw, load
-from advflow.models.autoregressive.sampling import policy_states
-from advflow.models.features import InceptionFeatures, VQFeatures, moments
+from advflow.autoregressive.features import InceptionFeatures, VQFeatures, moments
+from advflow.autoregressive.sampling import policy_states
 from advflow.world.reward import score_batch
 from advflow.world.scene import Caption, Placed, all_captions, render
 

@@ -6,15 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from advflow.cli import main
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig
 from advflow.settings.sources import load_run_config, packaged_configs, resolve_configs, to_config, train_parser
 
-METHODS = [name for name in get_args(Algorithm) if name != "token_grpo"]  # which has a model and a config of its own
+from tests.trainer.runs import OF_FLOWS
+
 PARSER = train_parser()
 
 
@@ -46,7 +47,7 @@ def _leaves(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("base", ["tiny", pytest.param("sd35_medium", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("algorithm", METHODS)
+@pytest.mark.parametrize("algorithm", OF_FLOWS)
 def test_a_method_brings_its_own_settings_however_it_is_chosen(base: str, algorithm: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"seed: 7\nalgorithm: {algorithm}\n")
@@ -73,7 +74,7 @@ def test_a_method_brings_its_own_settings_however_it_is_chosen(base: str, algori
         assert _resolved("--config", str(file)) == replace(config, seed=7)
 
 
-@pytest.mark.parametrize("algorithm", [method for method in METHODS if method != "advantage_flow"])
+@pytest.mark.parametrize("algorithm", [method for method in OF_FLOWS if method != "advantage_flow"])
 def test_base_then_method_then_file_then_command_line(algorithm: str, tmp_path: Path) -> None:
     own = _leaves(packaged_configs()["tiny"].parent / "tiny" / f"{algorithm}.yaml")
     name = next(name for name, value in own.items() if isinstance(value, float) and "." in name)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from advflow.models.autoregressive.checkpoints import convert, load_weights
-from advflow.models.autoregressive.llamagen import SIZES, GPTConfig, LlamaGen, published, rotations
-from advflow.models.autoregressive.mingpt import MinGPT, MinGPTConfig
-from advflow.models.autoregressive.sampling import draws, policy_states, sample
-from advflow.models.autoregressive.token_model import Condition, Text, TokenModel
-from advflow.models.autoregressive.vq import VQ_16, VQConfig, VQModel
+from advflow.autoregressive.checkpoints import convert, load_weights
+from advflow.autoregressive.llamagen import SIZES, GPTConfig, LlamaGen, published, rotations
+from advflow.autoregressive.mingpt import MinGPT, MinGPTConfig
+from advflow.autoregressive.sampling import draws, policy_states, sample
+from advflow.autoregressive.token_model import Condition, Text, TokenModel
+from advflow.autoregressive.vq import VQ_16, VQConfig, VQModel
 from safetensors.torch import save_file
 from torch import Tensor
 

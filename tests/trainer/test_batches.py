@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import advflow.processes.forward as forward_module
 import pytest
@@ -19,12 +19,12 @@ from advflow.run.evaluate import finite_mean
 from advflow.run.inference import draw_images, load_run
 from advflow.run.log import EVALS, METRICS, to_json
 from advflow.run.trainer import Trainer
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig
 from advflow.settings.data import DataConfig, EvalConfig, RolloutConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.sources import load_run_config
 
-from tests.trainer.runs import SMALL, rows, strict_json
+from tests.trainer.runs import OF_FLOWS, SMALL, rows, strict_json
 
 Make = Callable[..., TrainConfig]
 WINDOWS = {
@@ -73,7 +73,7 @@ def test_images_of_different_iterations_share_no_noise(small_config: Make) -> No
     assert torch.cdist(*eps).min() > 1
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", OF_FLOWS)
 def test_the_batch_of_a_rollout_changes_rounding_alone(small_config: Make, algorithm: str) -> None:
     whole, *others = _rollouts(small_config, algorithm=algorithm, sde=WINDOWS["first"])
     for other in others:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from advflow.cli import main
 from advflow.models.sd3 import pipeline_folder
 from advflow.rewards import Prompt, Scores, load_reward
 from advflow.run.trainer import Trainer
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig
 from advflow.settings.sources import (
     algorithm_settings,
     load_run_config,
@@ -22,6 +21,8 @@ from advflow.settings.sources import (
     train_parser,
 )
 from PIL import Image
+
+from tests.trainer.runs import OF_FLOWS
 
 SMALL = (
     "--iterations 2 --rollout.prompts 2 --rollout.images_per_prompt 3 --rollout.steps 2 --draws.per_image 1 "
@@ -92,7 +93,7 @@ def test_an_algorithm_brings_its_settings_and_the_command_line_has_the_last_word
 
 
 @pytest.mark.parametrize("name", ["tiny", "sd35_medium"])
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", OF_FLOWS)
 def test_every_algorithm_has_valid_settings_for_every_config(name: str, algorithm: str) -> None:
     config = _resolved("--config", name, "--algorithm", algorithm)
     assert config.algorithm == algorithm

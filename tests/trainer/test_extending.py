@@ -94,7 +94,9 @@ def test_a_plugins_settings_are_in_the_help_and_checked(folder: Path) -> None:
     assert "--above_mean.anchor ANCHOR" in text and "pull towards the rollout policy" in text
     assert "--pixels.width WIDTH" in text and "--bright.channel" not in text
     flat = re.sub(r"\s+", "", text)
-    assert "'flow_dppo','above_mean'" in flat and "--model.family{sd3,pixels}" in flat and "{euler,dpm}" in flat
+    assert (
+        "'token_grpo','above_mean'" in flat and "--model.family{sd3,llamagen,pixels}" in flat and "{euler,dpm}" in flat
+    )
 
 
 @pytest.mark.parametrize(

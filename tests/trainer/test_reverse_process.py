@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from advflow.processes.reverse import stochastic_steps
 from advflow.run.trainer import Trainer
 from advflow.samplers.dpm import MultistepDPM
 from advflow.samplers.euler import euler_step
-from advflow.settings.config import Algorithm, TrainConfig
+from advflow.settings.config import TrainConfig
 from advflow.settings.data import RolloutConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
@@ -23,6 +23,7 @@ from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
 
 import advflow_ext as af
+from tests.trainer.runs import OF_FLOWS
 
 Make = Callable[..., TrainConfig]
 # On-policy as the published methods are: the rollout policy becomes the learner after every iteration.
@@ -34,7 +35,7 @@ def _trainer(small_config: Make, algorithm: str = "flow_grpo", **changes: object
     return Trainer(small_config(**(settings | changes)))
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", OF_FLOWS)
 def test_every_algorithm_moves_the_learner(small_config: Make, algorithm: str) -> None:
     trainer = _trainer(small_config, algorithm)
     before = [p.detach().clone() for p in trainer.policies.learner]

@@ -34,8 +34,8 @@ ALLOWED = {
     ("python/advflow/settings/yaml_files.py", "yaml.load"),
     # Names an exception of torch.load(weights_only=True).
     ("python/advflow/rewards/loading.py", "pickle"),
-    ("python/advflow/models/autoregressive/checkpoints.py", "pickle"),
-    ("python/advflow/models/autoregressive/checkpoints.py", "pickle.UnpicklingError"),
+    ("python/advflow/autoregressive/checkpoints.py", "pickle"),
+    ("python/advflow/autoregressive/checkpoints.py", "pickle.UnpicklingError"),
 }
 
 

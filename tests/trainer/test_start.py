@@ -152,7 +152,7 @@ def test_what_a_model_raises_keeps_its_traceback(tmp_path: Path, monkeypatch: py
         return json.loads("not JSON")  # a ValueError raised in a library
 
     monkeypatch.setattr("advflow.processes.forward.sample_latents", fails)
-    monkeypatch.setattr("advflow.run.evaluate.sample_latents", fails)
+    monkeypatch.setattr("advflow.run.drawing.sample_latents", fails)
     with pytest.raises(json.JSONDecodeError):
         main(["train", "--out", str(tmp_path / "run"), *SMALL])
 

@@ -14,14 +14,14 @@ pytest.importorskip("diffusers", reason="the trainer's dependencies are not inst
 
 from advflow.ar_world.settings import TRANSFORMER
 from advflow.ar_world.world import load
+from advflow.autoregressive.checkpoints import load_weights
+from advflow.autoregressive.features import VQFeatures
+from advflow.autoregressive.llamagen import LlamaGen
 from advflow.cli import _parse, main
 from advflow.control.distribution import DistributionReward
 from advflow.control.entropy import EntropyControl
 from advflow.core.randomness import generator
 from advflow.core.ranks import join_ranks
-from advflow.models.autoregressive.checkpoints import load_weights
-from advflow.models.autoregressive.llamagen import LlamaGen
-from advflow.models.features import VQFeatures
 from advflow.run.checkpoint import checkpoints
 from advflow.run.interrupt import StopRequest
 from advflow.run.log import EVALS, METRICS

@@ -15,7 +15,7 @@ import torch
 import advflow_ext as af
 from advflow.algorithms.batch import ForwardBatch, Needs, ReverseBatch, TokenBatch
 from advflow.algorithms.trust_region import Bound
-from advflow.models.autoregressive.token_model import Hidden
+from advflow.autoregressive.token_model import Hidden
 from advflow.settings.registry import METHODS
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import advflow_ext as af
-from advflow.models.autoregressive.token_model import Hidden
+from advflow.autoregressive.token_model import Hidden
 from advflow.samplers.sampling import Conditioning
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import advflow_ext as af
 from advflow.ar_world.texts import held_out_prompts
 from advflow.ar_world.world import condition, draw, load
+from advflow.autoregressive.features import Extractor, VQFeatures
 from advflow.core.randomness import generator
-from advflow.models.features import Extractor, VQFeatures
 from advflow.world.reward import detect, score_batch
 from advflow.world.scene import COLORS, SHAPES, Caption, render, sample_scene
 

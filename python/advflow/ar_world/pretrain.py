@@ -15,11 +15,11 @@ from advflow.ar_world import texts
 from advflow.ar_world.settings import TRANSFORMER, ARPretrainSettings
 from advflow.ar_world.tokenizer_training import encode_all, train_tokenizer
 from advflow.ar_world.world import POLICY_FILE, REFERENCE_FILE, TOKENIZER_FILE
+from advflow.autoregressive.features import VQFeatures, moments
+from advflow.autoregressive.llamagen import LlamaGen, TextEmbedding
+from advflow.autoregressive.token_model import Text
 from advflow.core.files import require_folder
 from advflow.core.progress import show_progress
-from advflow.models.autoregressive.llamagen import LlamaGen, TextEmbedding
-from advflow.models.autoregressive.token_model import Text
-from advflow.models.features import VQFeatures, moments
 from advflow.world.pretrain import render_scenes
 from advflow.world.scene import Caption
 

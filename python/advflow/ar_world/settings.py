@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from advflow.ar_world import texts
-from advflow.models.autoregressive.llamagen import GPTConfig
-from advflow.models.autoregressive.vq import VQConfig
+from advflow.autoregressive.llamagen import GPTConfig
+from advflow.autoregressive.vq import VQConfig
 from advflow.settings.numbers import require_numbers
 from advflow.world.scene import IMAGE_SIZE
 

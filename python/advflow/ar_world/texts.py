@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from advflow.models.autoregressive.token_model import Text
+from advflow.autoregressive.token_model import Text
 from advflow.world.captions import caption_words, held_out_captions, training_captions
 from advflow.world.scene import Caption, Category, all_captions
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advflow.ar_world.settings import TOKENIZER, ARPretrainSettings
+from advflow.autoregressive.vq import VQModel
 from advflow.core.progress import show_progress
-from advflow.models.autoregressive.vq import VQModel
 
 _COMMITMENT = 0.25
 _UNQUANTISED = 0.2  # share of the steps before there are codes: they start where latents are

@@ -13,11 +13,11 @@ from torch import Tensor
 import advflow_ext as af
 from advflow.ar_world import texts
 from advflow.ar_world.settings import TOKENIZER, TRANSFORMER
-from advflow.models.autoregressive.checkpoints import load_weights
-from advflow.models.autoregressive.llamagen import LlamaGen
-from advflow.models.autoregressive.sampling import draws, sample
-from advflow.models.autoregressive.token_model import Condition, Text, TokenModel
-from advflow.models.autoregressive.vq import VQModel
+from advflow.autoregressive.checkpoints import load_weights
+from advflow.autoregressive.llamagen import LlamaGen
+from advflow.autoregressive.sampling import draws, sample
+from advflow.autoregressive.token_model import Condition, Text, TokenModel
+from advflow.autoregressive.vq import VQModel
 
 POLICY_FILE, TOKENIZER_FILE, REFERENCE_FILE = "policy.safetensors", "tokenizer.safetensors", "reference.safetensors"
 

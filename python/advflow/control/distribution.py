@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 import advflow_ext as af
-from advflow.models.features import Extractor
-from advflow.run.state import State
+from advflow.autoregressive.features import Extractor
 from advflow.settings.tokens import LooFIDConfig
 
 
@@ -37,8 +39,8 @@ class DistributionReward:
         self._distance.update(features)
         return rewards, {"loo_fid": self._distance.fid().item()}
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> Mapping[str, Any]:
         return self._distance.state_dict()
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._distance.load_state_dict(state)

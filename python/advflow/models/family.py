@@ -12,8 +12,8 @@ import torch
 from diffusers import ModelMixin
 
 import advflow_ext as af
+from advflow.autoregressive.features import Extractor
 from advflow.data.prompt import Prompt
-from advflow.models.features import Extractor
 from advflow.samplers.sampling import Conditioning
 from advflow.settings.model import ModelConfig
 from advflow.settings.registry import FAMILIES

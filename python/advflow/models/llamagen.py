@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from advflow.ar_world.evaluate import compare_with_real
 from advflow.ar_world.world import POLICY_FILE, REFERENCE_FILE, TOKENIZER_FILE, condition, decode, load
+from advflow.autoregressive.features import Extractor, VQFeatures
+from advflow.autoregressive.llamagen import LlamaGen
+from advflow.autoregressive.token_model import Text
+from advflow.autoregressive.vq import VQModel
 from advflow.data.prompt import Prompt
-from advflow.models.autoregressive.llamagen import LlamaGen
-from advflow.models.autoregressive.token_model import Text
-from advflow.models.autoregressive.vq import VQModel
 from advflow.models.family import FusedKernels, LoadedModel, RealImages
-from advflow.models.features import Extractor, VQFeatures
 from advflow.samplers.tokens import Told
 from advflow.settings.data import EMBEDDED
 from advflow.settings.model import ModelConfig

@@ -9,9 +9,9 @@ import torch
 import advflow_ext as af
 from advflow.algorithms import TokenAlgorithm
 from advflow.algorithms.batch import Experience, TokenBatch, WeightedLoss
+from advflow.autoregressive.token_model import Hidden, TokenModel
 from advflow.control.entropy import EntropyControl
 from advflow.core.randomness import generator
-from advflow.models.autoregressive.token_model import Hidden, TokenModel
 from advflow.policies import Policies, Role
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.sampling import Conditioning

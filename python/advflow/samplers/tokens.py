@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from advflow.models.autoregressive.sampling import policy_states, sample
-from advflow.models.autoregressive.token_model import Condition, Hidden, Text, TokenModel
+from advflow.autoregressive.sampling import policy_states, sample
+from advflow.autoregressive.token_model import Condition, Hidden, Text, TokenModel
 from advflow.samplers.guidance import Guided
 from advflow.samplers.sampling import Conditioning
 

@@ -54,7 +54,8 @@ class Parser(ArgumentParser):  # type: ignore[misc]
     def _settings(self) -> list[str]:
         """Dotted names of all settings."""
         names = [action.dest for action in self._actions if action.help != SUPPRESS]
-        return [name for name in names if name not in _NOT_SETTINGS and not self._section(name)]
+        sections = {parent for action in self._actions for parent in _parents(action.dest)}
+        return [name for name in names if name not in _NOT_SETTINGS and name not in sections]
 
     def _section(self, name: str) -> list[str]:
         """The settings in the section called `name`; none where there is no such section."""
@@ -141,6 +142,11 @@ class Parser(ArgumentParser):  # type: ignore[misc]
 
     def _action(self, key: str) -> Action | None:
         return next((action for action in self._actions if action.dest == key), None)
+
+
+def _parents(name: str) -> list[str]:
+    """`a` and `a.b` of `a.b.c`."""
+    return [name[: dot.start()] for dot in re.finditer(r"\.", name)]
 
 
 def _hint_of(action: Action | None) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import advflow_ext as af
-from advflow.models.autoregressive.vq import VQModel
+from advflow.autoregressive.vq import VQModel
 
 _AT_A_TIME = 64  # images an extractor is given
 

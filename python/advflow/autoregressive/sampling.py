@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advflow.models.autoregressive.token_model import Condition, Hidden, Text, TokenModel
+from advflow.autoregressive.token_model import Condition, Hidden, Text, TokenModel
 
 
 class Samples(NamedTuple):

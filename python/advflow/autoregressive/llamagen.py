@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advflow.models.autoregressive.token_model import Condition, KeyValueCache, Prefix, Text, TokenModel
+from advflow.autoregressive.token_model import Condition, KeyValueCache, Prefix, Text, TokenModel
 
 SIZES = {
     "GPT-B": (12, 12, 768),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advflow.models.autoregressive.token_model import Condition, KeyValueCache, Prefix, TokenModel
+from advflow.autoregressive.token_model import Condition, KeyValueCache, Prefix, TokenModel
 
 
 @dataclass(frozen=True)
