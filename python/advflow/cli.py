@@ -231,7 +231,6 @@ def _train(arguments: Namespace) -> None:
         _dry_run(arguments, resume)
         return
     config = to_config(parser, arguments)
-    _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
     keep_freed_memory()
     from advflow.core.ranks import join_ranks
@@ -239,6 +238,7 @@ def _train(arguments: Namespace) -> None:
     from advflow.run.train import train
 
     ranks = join_ranks(config.device, config.runtime.shard)
+    _say_if_random(config.model.random_weights and ranks.first, config.out)
     summary = train(config, resume, ranks)
     ranks.close()
     if not ranks.first:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from advflow.cli import main
 from advflow.dry_run.account import PeakBytes, account
+from advflow.dry_run.estimate import prompts_on_disk
 from advflow.dry_run.passes import Passes, passes_of
 from advflow.models.sd3 import SD3, pipeline_folder
 from advflow.models.sd3_structure import SD35_MEDIUM, missing_weights, published_sizes
 from advflow.rewards import Prompt, Scores, load_reward
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
-from advflow.settings.data import RolloutConfig
+from advflow.settings.data import DataConfig, RolloutConfig
 from advflow.settings.methods import FlowGRPOConfig
 from advflow.settings.model import ModelConfig
 from advflow.settings.processes import SDEConfig
@@ -208,6 +209,11 @@ def test_the_shapes_of_sd35_medium_are_the_published_ones() -> None:
     assert sum(each.numel() for each in outline.encoders[2].parameters()) == 4_762_310_656  # T5 v1.1 XXL's encoder
     assert outline.latents == (16, 64, 64)
     assert outline.sigmas(10)[:2] == pytest.approx([1.0, 0.9601], abs=1e-3)
+
+
+def test_embeddings_of_many_prompts_go_to_the_disk() -> None:
+    assert prompts_on_disk(DataConfig(), 2048, 2049) == 2049
+    assert prompts_on_disk(DataConfig(embeddings_cache="here"), 3, 4) == 7
 
 
 @pytest.mark.slow

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from advflow.cli import main
+from advflow.dry_run.account import account
+from advflow.dry_run.estimate import disk
 from advflow.models.sd3 import SD3, load_pipeline, pipeline_folder
 from advflow.models.sd3_structure import SD35_MEDIUM
 from advflow.settings.model import ModelConfig
+from advflow.settings.sources import load_run_config
 from safetensors.torch import load_file
 
 from tests.trainer.runs import SMALL, rows
@@ -65,6 +68,16 @@ def test_it_goes_on_and_its_checkpoint_is_real(run: Path, tmp_path: Path) -> Non
         for name, each in load_file(run / "checkpoints/000002/tensors.safetensors").items()
     )
     assert any("lora_A" in name for name in load_file(run / "checkpoints/000002/pytorch_lora_weights.safetensors"))
+
+
+def test_a_dry_run_knows_the_size_of_its_checkpoint(run: Path) -> None:
+    config = load_run_config(str(run))
+    outline = SD3().outline(config.model)
+    its = account(SD3(), outline, config.model, 1, 1)
+    (_, said), *_ = disk(config, its, 1, 1)
+    written = sum(each.stat().st_size for each in (run / "checkpoints/000002").iterdir())
+    assert said.endswith("a checkpoint; kept are the newest 2 and the best one")
+    assert float(said.split(" MB")[0]) == pytest.approx(written / 1e6, rel=0.15)  # names of tensors too
 
 
 def test_its_shapes_are_the_pipelines(configs: Path) -> None:

@@ -8,12 +8,12 @@ from advflow.algorithms import check_settings
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
 from advflow.dry_run.account import account
-from advflow.dry_run.estimate import decoded_at_once, memory, micro_batch, shares, work
+from advflow.dry_run.estimate import decoded_at_once, disk, memory, micro_batch, prompts_on_disk, shares, work
 from advflow.dry_run.findings import Findings
 from advflow.dry_run.passes import passes_of
 from advflow.dry_run.prompts import look_at_prompts
 from advflow.models.adapters import read_adapter
-from advflow.models.encoding import IN_MEMORY_AT_MOST, user_cache
+from advflow.models.encoding import user_cache
 from advflow.models.family import Outline, Outlined, make_family
 from advflow.processes.reverse import StochasticSampler
 from advflow.rewards.examined import Examined, examine
@@ -83,7 +83,7 @@ def _look_at_numbers(config: TrainConfig, size: int, prompts: int, held_out: int
             f"there are {held_out} held-out prompts and {size} processes; accepted is one prompt or more for each"
         )
     folder = config.data.embeddings_cache
-    if folder is not None or max(prompts, held_out) > IN_MEMORY_AT_MOST:
+    if prompts_on_disk(config.data, prompts, held_out):
         found.say("embeddings", f"in {folder or user_cache()}")
     with found.noting():
         require_folder(folder or str(user_cache()), "data.embeddings_cache")
@@ -129,6 +129,7 @@ def _estimate(
     )
     for line in (
         *memory(config, its, size, prompts, held_out),
+        *disk(config, its, prompts, held_out),
         *work(config, its, passes_of(config, sigmas, held_out), size),
     ):
         found.say(*line)

@@ -8,6 +8,7 @@ from advflow.dry_run.account import Account
 from advflow.dry_run.passes import Passes
 from advflow.models.encoding import IN_MEMORY_AT_MOST
 from advflow.settings.config import TrainConfig
+from advflow.settings.data import DataConfig
 from advflow.settings.model import RuntimeConfig
 
 PEAK = 989e12  # FLOP/s, the data sheet's dense bf16 of H100 and H200
@@ -39,8 +40,8 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     if config.evaluation.ema is not None:
         parts["moving average, twice in an evaluation"] = 2 * trained
     parts["decoder, fp32"] = its.decoder * _FP32
-    in_memory = [n for n in (prompts, held_out) if n <= IN_MEMORY_AT_MOST and config.data.embeddings_cache is None]
-    parts["embeddings of prompts"] = (sum(in_memory) + config.guided) * its.embedding
+    stored = prompts_on_disk(config.data, prompts, held_out)
+    parts["embeddings of prompts"] = (prompts + held_out - stored + config.guided) * its.embedding
     if config.process == "reverse":
         kept = its.latent * (_FP32 + dtype + _FP32)
         parts["states that are learnt from"] = _per_process(config.rollout.images, size) * config.sde.steps * kept
@@ -60,6 +61,23 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     if its.encoders:
         start = (its.parameters + its.buffers + its.encoders) * dtype + its.decoder * _FP32
         yield "memory", f"{_size(start)}  at the start, with the text encoders, before the policies are made"
+
+
+def disk(config: TrainConfig, its: Account, prompts: int, held_out: int) -> Iterator[tuple[str, str]]:
+    """Lines about what a run writes, of which all processes together write as much as one."""
+    # Learner, rollout policy, Adam's two moments, the average if any, and what others load.
+    trained = 5 + (config.evaluation.ema is not None)
+    every = config.checkpoints_kept_every
+    more = "" if every is None else f", those of every {every} iterations"
+    size = _size(trained * its.trained * _FP32)
+    yield "disk", f"{size}  a checkpoint; kept are the newest {config.checkpoints_kept}{more} and the best one"
+    if stored := prompts_on_disk(config.data, prompts, held_out):
+        yield "disk", f"{_size(stored * its.embedding)}  embeddings of {stored:,} prompts"
+
+
+def prompts_on_disk(data: DataConfig, *counts: int) -> int:
+    """How many prompts have their embeddings in a cache, of sets of so many."""
+    return sum(count for count in counts if data.embeddings_cache is not None or count > IN_MEMORY_AT_MOST)
 
 
 def work(config: TrainConfig, its: Account, passes: Passes, size: int) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.nn import functional
 
@@ -47,8 +49,9 @@ class HPSv2:
 
     @staticmethod
     def lacking(checkpoint: str, architecture: str = "ViT-H-14") -> list[ValueError]:
-        file = lacking_file("checkpoint", checkpoint, "hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir .")
-        return file + lacking_package("open_clip", "the reward 'hpsv2'", "hpsv2")
+        source = f"hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir {Path(checkpoint).parent}"
+        package = lacking_package("open_clip", "the reward 'hpsv2'", "hpsv2")
+        return lacking_file("checkpoint", checkpoint, source) + package
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:

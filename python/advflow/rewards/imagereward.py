@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class ImageReward:
 
     @staticmethod
     def lacking(weights: str, tokenizer: str = "bert-base-uncased") -> list[ValueError]:
-        source = "hf download THUDM/ImageReward ImageReward.pt --local-dir ."
+        source = f"hf download THUDM/ImageReward ImageReward.pt --local-dir {Path(weights).parent}"
         return lacking_file("weights", weights, source) + lacking_tokenizer("tokenizer", tokenizer)
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
