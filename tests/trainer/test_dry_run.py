@@ -10,7 +10,7 @@ import pytest
 import torch
 from advflow.cli import main
 from advflow.dry_run.account import PeakBytes, account
-from advflow.dry_run.estimate import prompts_on_disk
+from advflow.dry_run.estimate import prompts_on_disk, work
 from advflow.dry_run.passes import Passes, passes_of
 from advflow.models.sd3 import SD3, pipeline_folder
 from advflow.models.sd3_structure import SD35_MEDIUM, missing_weights, published_sizes
@@ -230,6 +230,11 @@ def test_flops_of_sd35_medium_are_the_benchs() -> None:
     assert its.learning + 2 * its.forward == pytest.approx(training, rel=0.02)
     stock = next(row for row in measured["results"] if row["variant"] == "stock")
     assert its.kept == pytest.approx(stock["peak_extra_bytes"], rel=0.15)
+    run = json.loads((ROOT / "bench/results/nvidia-h200/loop.json").read_text())["median"]
+    words = "--rollout.prompts 8 --rollout.images_per_prompt 4 --rollout.steps 10 --draws.per_image 3"
+    looped = config_of([*words.split(), "--model.dtype", "bfloat16", "--runtime.cuda_graphs", "true"])
+    *_, (_, said) = work(looped, its, passes_of(looped, SD3().outline(config).sigmas(10), 6), 1)
+    assert float(said.split(" s an iteration")[0]) == pytest.approx(sum(run.values()), rel=0.1)
 
 
 def test_memory_and_flops_of_a_small_transformer_are_the_real_ones() -> None:

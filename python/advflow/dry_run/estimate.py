@@ -17,6 +17,7 @@ _PEAK_OF = "989 TFLOP/s, dense bf16 of H100 and H200"
 # of 9. Shares of the peak while drawing and while learning, which credit every variant with the FLOPs counted here.
 _GRAPHS, _FUSED, _COMPILED, _STOCK = (0.478, 0.404), (0.297, 0.215), (0.413, 0.380), (0.192, 0.187)
 _KEPT_BY_FUSED = 0.5  # of what diffusers' own blocks keep for the backward pass: 10.9 of 21.9 GB there
+_RESERVED = ": a run on an H200 had 53 GB reserved where this count is 30"  # bench/results/nvidia-h200/loop.json
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FP32 = 4
 
@@ -57,7 +58,7 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     held = sum(parts.values())
     # What a recording of a pass uses is nobody else's afterwards.
     peak = kept_by_pass + its.decoding if runtime.cuda_graphs else max(kept_by_pass, its.decoding)
-    yield "memory", f"{_size(held + peak)}  together; reward models, CUDA and fragments come on top"
+    yield "memory", f"{_size(held + peak)}  together; reward models, CUDA and fragments come on top{_RESERVED}"
     if its.encoders:
         start = (its.parameters + its.buffers + its.encoders) * dtype + its.decoder * _FP32
         yield "memory", f"{_size(start)}  at the start, with the text encoders, before the policies are made"
