@@ -9,9 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 DOCS := .venv-docs
-# An op of each kind, what hooks into diffusers, and the trainer: what a new release of either can break, in minutes.
+# An op of each kind, what hooks into diffusers, PEFT and torch's compiler, and the trainer: what a new release of one of
+# them can break, in minutes.
 NEWEST_TESTS := tests/ops/test_advantage_flow.py tests/kernels/test_residual.py \
-	tests/kernels/test_loss_summary.py tests/kernels/test_sde_step_op.py tests/nn/test_qk_norm.py tests/patches/test_sd3.py \
+	tests/kernels/test_loss_summary.py tests/kernels/test_sde_step_op.py tests/nn/test_qk_norm.py \
+	$(addprefix tests/patches/test_sd3.py::test_, tiny_model_with_adapters launches_of_one_training_step full_fine_tuning \
+		infer_mode_runs_on_merged_weights_and_follows_the_adapters inside_peft_and_gradient_checkpointing \
+		compiles_into_one_graph inside_fully_sharded_data_parallel what_is_not_covered_is_kept_and_said) \
 	tests/trainer/test_train.py::test_a_run_leaves_everything_it_promises
 # Both runs of the tests; a machine of many cores has no memory for one on each.
 FAST := -m "not slow and not gpu and not sanitizer" --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,11 @@ from torch.autograd.function import once_differentiable
 
 
 class Adapter(NamedTuple):
-    """One low-rank term ``scale (x A^T) B^T``: ``a`` is ``[r, in]``, ``b`` is ``[out, r]``."""
+    """One low-rank term ``scale (x A^T) B^T``: ``a`` is ``[r, in]``, ``b`` is ``[out, r]``.
+
+    Or ``[B, r, in]`` and ``[B, out, r]``, each expanded over the B samples of ``x``, so that the gradient of every
+    sample is its own. What such matrices hold is read for the first sample alone.
+    """
 
     a: Tensor
     b: Tensor
@@ -35,6 +39,9 @@ def low_rank_linears(
     Each of the ``adapters`` comes with the number of its base.
     """
     x = x.to(dtype)
+    for matrix in (matrix for _, adapter in adapters for matrix in (adapter.a, adapter.b)):
+        if matrix.dim() == 3 and len(matrix) != len(x):
+            raise ValueError(f"an adapter is expanded over {len(matrix)} samples; accepted are those of x, {len(x)}.")
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     matrices = [matrix for _, adapter in adapters for matrix in (adapter.a, adapter.b)]
     of, scales = tuple(number for number, _ in adapters), tuple(adapter.scale for _, adapter in adapters)
@@ -48,6 +55,7 @@ def _packed(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | No
     """Every A, one below the other, and each B, all in ``dtype``: made in one launch, or in two if they are cast."""
     if not adapters:
         return None, []
+    adapters = [matrix[0] if matrix.dim() == 3 else matrix for matrix in adapters]
     if len(adapters) == 2:
         return adapters[0].to(dtype), [adapters[1].to(dtype)]
     of_a, of_b = adapters[::2], adapters[1::2]
@@ -107,6 +115,7 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.dtype, ctx.of, ctx.scales = dtype, of, scales
         ctx.set_materialize_grads(False)  # an output that nobody used costs no product
         ctx.adapter_dtypes = [adapter.dtype for adapter in adapters]
+        ctx.samples = len(x) if any(adapter.dim() == 3 for adapter in adapters) else None
         return tuple(outs)
 
     @staticmethod
@@ -181,19 +190,19 @@ def _with_low_rank(grad_x: Tensor, inner: Tensor, a: Tensor, terms: list[_Term])
 def _adapter_gradients(
     ctx: Any, terms: list[_Term], inner: Tensor | None, x: Tensor | None, products: Tensor | None, ranks: list[int]
 ) -> list[Tensor | None]:
-    """Of a_1, b_1, a_2, b_2, ..."""
+    """Of a_1, b_1, a_2, b_2, ..., of each sample where they are expanded."""
     needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - 2 * len(ranks) :]
     unscaled: dict[int, Tensor] = {}
     if inner is not None and x is not None:
         widest = functools.reduce(torch.promote_types, ctx.adapter_dtypes[::2])
-        of_a = _weight_gradient(inner, _flat(x), widest).split(_ranks([term.b for term in terms]))
+        of_a = _weight_gradient(inner, _flat(x), widest, ctx.samples).split(_ranks([term.b for term in terms]), -2)
         unscaled |= {2 * term.number: part for term, part in zip(terms, of_a, strict=True) if needs[2 * term.number]}
     if products is not None:
         of_products = products.split(ranks, 1)
         for number, grad, _, _ in terms:
             if needs[2 * number + 1]:
                 dtype = ctx.adapter_dtypes[2 * number + 1]
-                unscaled[2 * number + 1] = _weight_gradient(grad, of_products[number], dtype)
+                unscaled[2 * number + 1] = _weight_gradient(grad, of_products[number], dtype, ctx.samples)
     scaled = _times(list(unscaled.values()), [ctx.scales[place // 2] for place in unscaled])
     grads: list[Tensor | None] = [None for _ in range(2 * len(ranks))]
     for place, grad in zip(unscaled, scaled, strict=True):
@@ -229,8 +238,15 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left^T right``, in ``dtype`` or wider, never rounded in between to less where the device can do so."""
+def _weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, samples: int | None) -> Tensor:
+    """``left^T right``, of each of so many ``samples`` or of all rows, in ``dtype`` or wider.
+
+    Never rounded in between to less where the device can do so.
+    """
+    product: Callable[..., Tensor] = torch.mm
+    if samples is not None:
+        product = torch.bmm
+        left, right = (rows.view(samples, -1, rows.shape[-1]) for rows in (left, right))
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.mm(left.t(), right).to(torch.promote_types(left.dtype, dtype))
+        return product(left.mT, right, out_dtype=torch.float32)
+    return product(left.mT, right).to(torch.promote_types(left.dtype, dtype))

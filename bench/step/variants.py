@@ -29,6 +29,7 @@ from advflow.policies import (
     compile_blocks,
     follow,
     make_policies,
+    places_among,
     policy_velocities,
     velocity_of,
 )
@@ -129,6 +130,7 @@ class StockPolicies:
         self.learner, self.rollout = (
             list(adapter_weights(transformer, name).values()) for name in ("learner", "rollout")
         )
+        self.places = places_among(transformer, self.learner)
         for parameter in (*self.learner, *self.rollout):
             parameter.data = parameter.data.float()
         self._role: Role = "reference"

@@ -32,7 +32,7 @@ from advflow.settings.sources import (
 )
 from advflow.settings.yaml_files import CONFIG
 
-_DESCRIPTION = """Reinforcement-learning post-training of rectified-flow image models.
+_DESCRIPTION = """Reinforcement-learning post-training of image models.
 
 examples:
   advflow train                                       post-train the embedded world, CPU, minutes
@@ -41,6 +41,7 @@ examples:
   advflow train --config sd35_medium --out runs/sd35  Stable Diffusion 3.5 Medium, the paper's settings
   advflow train --out runs/tiny --resume              go on where a run stopped
   torchrun --nproc_per_node 8 -m advflow train ...    the same on eight GPUs
+  advflow train --config ar                           an autoregressive model, by GRPO of its tokens
   advflow eval --run runs/tiny                        held-out score of a run's last checkpoint
   advflow sample --run runs/tiny --prompt "a red circle and a blue square" --count 8
   advflow export --run runs/tiny --out tuned          what a run has learnt, as diffusers loads it

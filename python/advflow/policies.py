@@ -21,7 +21,7 @@ from advflow.models.family import AnyFamily, FusedKernels, ModelFamily
 from advflow.samplers.guidance import guided
 from advflow.samplers.sampling import Conditioning, Velocity
 from advflow.settings.model import ModelConfig, RuntimeConfig
-from advflow_ext.policies.parameters import move_towards, places_of, require_in_place
+from advflow_ext.policies.parameters import Place, move_towards, places_of, require_in_place
 
 Role = Literal["learner", "rollout", "reference"]
 
@@ -30,13 +30,15 @@ class Policies(Protocol):
     """Three sets of weights of one transformer. `learner` and `rollout` hold parameters in the same order.
 
     `kernels` is what the family's fused kernels run; None where they were not asked for. `all_merged`: forward passes
-    without gradients run on merged weights, so that even equal policies differ by rounding.
+    without gradients run on merged weights, so that even equal policies differ by rounding. `places` are where the
+    transformer holds the learner's parameters, in their order.
     """
 
     learner: list[torch.nn.Parameter]
     rollout: list[torch.nn.Parameter]
     kernels: FusedKernels | None
     all_merged: bool
+    places: list[Place]
 
     @property
     def family(self) -> AnyFamily: ...
@@ -134,6 +136,7 @@ class FullPolicies:
         self.learner = list(transformer.parameters())
         self.rollout = list(rollout.parameters())
         self._places = {role: places_of([self._transformers[role]]) for role in ("learner", "rollout")}
+        self.places = self._places["learner"]
         # In the same places of each, so that what is said of the learner's is said of all.
         self.kernels = [_speed_up(family, each, runtime) for each in self._transformers.values()][0]
 
@@ -205,6 +208,7 @@ class LoraPolicies:
                 rollout.requires_grad_(False)
         if ranks.sharded:
             shard(transformer, family.blocks(transformer), whole=[*self.learner, *self.rollout])
+        self.places = places_among(transformer, self.learner)
         self.kernels = _speed_up(family, transformer, runtime)
         self._modulation = family.modulation_cache(transformer) if runtime.modulation_cache else nullcontext()
 
@@ -224,6 +228,12 @@ class LoraPolicies:
         return self._modulation
 
 
+def places_among(transformer: ModelMixin, parameters: list[torch.nn.Parameter]) -> list[Place]:
+    """Where `transformer` holds those `parameters`, in their order."""
+    places = {place.thing: place for place in places_of([transformer])}
+    return [places[parameter] for parameter in parameters]
+
+
 class GraphedPolicies:
     """`policies` whose forward and backward passes are replayed as CUDA graphs, where there is a GPU."""
 
@@ -231,7 +241,7 @@ class GraphedPolicies:
         self._policies = policies
         self._graphs: dict[ModelMixin, af.CudaGraphs] = {}
         self.learner, self.rollout, self.kernels = policies.learner, policies.rollout, policies.kernels
-        self.family, self.all_merged = policies.family, policies.all_merged
+        self.family, self.all_merged, self.places = policies.family, policies.all_merged, policies.places
 
     def transformer(self, role: Role, *, for_images: bool = False) -> Any:
         transformer = self._policies.transformer(role, for_images=for_images)

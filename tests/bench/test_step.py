@@ -38,6 +38,7 @@ from bench.roofline.sites import (
 )
 from bench.step import __main__ as step
 from bench.step import profile as step_profile
+from bench.step import reweight
 from bench.step import variants as step_variants
 from bench.step.profile import COMPILED, LOSS, PROFILE_SITES, UPDATE
 from bench.step.variants import Outcome, Variant
@@ -315,3 +316,15 @@ def test_missing_packages_are_said_in_a_sentence(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("diffusers", "peft") else object())
     assert step.main([]) == 1
     assert "needs diffusers and peft, which cannot be imported here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_iterations_with_a_second_pass_and_without_take_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "reweight.json"
+    assert reweight.main(["--steps", "2", "--rounds", "2", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert {name: len(each) for name, each in result["all"].items()} == {"second pass": 2, "reweighted": 2}
+    assert result["speedup"] == result["seconds"]["second pass"] / result["seconds"]["reweighted"]
+    assert "2 of 10 steps: " in capsys.readouterr().out

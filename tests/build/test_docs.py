@@ -237,6 +237,15 @@ def test_the_table_of_methods_is_that_of_the_files() -> None:
         assert numbers == [*expected, f"{scores[-1] - scores[0]:+.3f}", f"{max(scores):.3f}"], (method, seed)
 
 
+def test_the_table_of_throughput_is_that_of_the_file() -> None:
+    table = (DOCS / "throughput.md").read_text().partition("<!-- reweight -->")[2].partition("<!-- /reweight -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[2:]]
+    assert rows == [
+        [f"{run['stochastic_steps']}", *(f"{each:.2f} s" for each in run["seconds"].values()), f"{run['speedup']:.2f}x"]
+        for run in load("reweight-cpu.json")["results"]
+    ]
+
+
 def readme_row(beginning: str) -> str:
     (row,) = (line for line in (ROOT / "README.md").read_text().split("\n") if line.startswith(f"| {beginning}"))
     return row

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import advflow_ext as af
 from advflow_ext import reference
 from advflow_ext.nn import lora_forward, lora_linear, lora_obstacle
+from advflow_ext.nn.low_rank import Adapter, Base, low_rank_linears
 
 peft = pytest.importorskip("peft", reason="the trainer's dependencies are not installed")
 
@@ -363,3 +364,26 @@ def test_a_patched_layer_compiles_to_one_graph() -> None:
     assert one.lora_A["default"].weight.grad is not None
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), one(x))
+
+
+def test_adapters_expanded_over_samples_get_the_gradient_of_each() -> None:
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(3, 5, 8), torch.randn(6, 8), torch.randn(3, 5, 6)
+    pairs = [(torch.randn(2, 8), torch.randn(6, 2)) for _ in range(2)]
+    expanded = [(a.expand(3, 2, 8).requires_grad_(), b.expand(3, 6, 2).requires_grad_()) for a, b in pairs]
+
+    def run(x: Tensor, matrices: list[tuple[Tensor, Tensor]]) -> Tensor:
+        adapters = [(layer, Adapter(a, b, 1.5)) for layer, (a, b) in enumerate(matrices)]
+        return torch.stack(low_rank_linears(x, [Base(weight, None)] * 2, adapters, x.dtype)).sum(0)
+
+    out = run(x, expanded)
+    out.backward(grad)
+    assert torch.equal(out.detach(), run(x, pairs))
+    for sample in range(3):
+        alone = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in pairs]
+        run(x[sample : sample + 1], alone).backward(grad[sample : sample + 1])
+        for (a, b), (all_a, all_b) in zip(alone, expanded, strict=True):
+            torch.testing.assert_close(all_a.grad[sample], a.grad, rtol=1e-5, atol=1e-5)  # type: ignore[index]
+            torch.testing.assert_close(all_b.grad[sample], b.grad, rtol=1e-5, atol=1e-5)  # type: ignore[index]
+    with pytest.raises(ValueError, match="an adapter is expanded over 3 samples; accepted are those of x, 2"):
+        run(x[:2], expanded)

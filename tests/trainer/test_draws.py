@@ -70,6 +70,20 @@ def test_shift_moves_every_t_as_stable_diffusion_3_does(timesteps: str) -> None:
         DrawConfig(4, "per_image", "sampler_grid", 2.0)
 
 
+def test_steps_share_pairs_or_images() -> None:
+    """Two steps of an iteration: half the pairs of all images, or all pairs of half the images, others each time."""
+    by_pairs = Draws(DrawConfig(4), LATENT, GRID, seed=1).shares(0, 12, 2)
+    assert [(list(pairs), images.tolist()) for pairs, images in by_pairs] == [
+        ([0, 1], list(range(12))),
+        ([2, 3], list(range(12))),
+    ]
+    draws = Draws(DrawConfig(9, split="images"), LATENT, GRID, seed=1)
+    first, second = draws.shares(0, 12, 2)
+    assert list(first[0]) == list(second[0]) == list(range(9)) and len(first[1]) == len(second[1]) == 6
+    assert sorted(torch.cat([first[1], second[1]]).tolist()) == list(range(12))
+    assert not torch.equal(first[1], draws.shares(1, 12, 2)[0][1])
+
+
 def test_a_draw_depends_on_seed_iteration_and_index_alone() -> None:
     config = DrawConfig(2, "per_image", "uniform")
     first = Draws(config, LATENT, GRID, seed=1)

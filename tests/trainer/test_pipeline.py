@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from advflow.models.sd3 import decode, encode_prompts, load_pipeline, pipeline_folder
+from advflow.models.sd3 import SD3, decode, encode_prompts, load_pipeline, pipeline_folder
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
+from advflow.settings.model import ModelConfig
 from advflow.world.captions import caption_words
 from advflow.world.pretrain import MAX_TOKENS, build_clip_tokenizer, pretrain
 from advflow.world.reward import score
@@ -64,6 +66,21 @@ def test_the_autoencoder_keeps_what_the_reward_looks_at(category: str) -> None:
         latents = vae.encode(images * 2 - 1).latent_dist.mode()
     decoded = decode(vae, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
     assert np.mean([score(image, p).correct for image, p in zip(decoded.numpy(), chosen, strict=True)]) >= 0.9
+
+
+def test_the_decoder_s_precision_and_batch_change_little() -> None:
+    """A few images at a time is rounding; bfloat16 is within 2 % of the range, on the mean within 1/255."""
+    latents = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def decoded(**settings: Any) -> torch.Tensor:
+        return SD3().load(ModelConfig(**settings), torch.device("cpu")).latents.decode(latents)
+
+    right, few, half = decoded(), decoded(vae_batch=2), decoded(vae_dtype="bfloat16")
+    torch.testing.assert_close(few, right, rtol=0, atol=1e-5)
+    assert half.dtype == torch.float32 and not torch.equal(half, right)
+    assert (half - right).abs().max() < 0.02 and (half - right).abs().mean() < 1 / 255
+    with pytest.raises(ValueError, match=r"model.vae_batch is 0; accepted: 1 or more, or null"):
+        ModelConfig(vae_batch=0)
 
 
 def test_the_base_is_honestly_imperfect() -> None:

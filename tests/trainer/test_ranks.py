@@ -33,11 +33,14 @@ WORDS = (
 ).split()
 METHODS = {
     "advantage_flow": ["--draws.per_image", "2"],
-    "per image": "--draws.per_image 2 --draws.noise per_image --draws.timesteps sampler_grid".split(),
+    "per image": "--draws.per_image 2 --draws.noise per_image --draws.timesteps sampler_grid --draws.split images "
+    "--optim.steps_per_iteration 2".split(),
     # 12 images in 4 updates: of five processes some have no image of an update.
     "flow_grpo": "--algorithm flow_grpo --optim.steps_per_iteration 4 --sde.steps 3 --sde.trained_share 0.7".split(),
     "mix_grpo": "--algorithm mix_grpo".split(),
     "curriculum": "--draws.per_image 1 --capability.candidates 7 --advantage.norm group_std".split(),
+    "reweighted": "--algorithm flow_grpo --optim.steps_per_iteration 1 --sde.steps 2 --sde.reweight true "
+    "--rollout_policy.rate 0 --model.trainable lora --model.lora_rank 4".split(),
     "lora": "--model.trainable lora --model.lora_rank 4 --draws.per_image 1 --optim.micro_batch 3 "
     "--runtime.modulation_cache false".split(),
 }
@@ -109,7 +112,15 @@ def train_together(size: int, words: Sequence[str]) -> list[tuple[list[dict[str,
 
 @pytest.mark.parametrize(
     ("method", "size"),
-    [("advantage_flow", 5), ("per image", 2), ("flow_grpo", 5), ("mix_grpo", 2), ("lora", 2), ("curriculum", 2)],
+    [
+        ("advantage_flow", 5),
+        ("per image", 2),
+        ("flow_grpo", 5),
+        ("mix_grpo", 2),
+        ("reweighted", 2),
+        ("lora", 2),
+        ("curriculum", 2),
+    ],
 )
 def test_any_number_of_processes_trains_what_one_does(method: str, size: int) -> None:
     words = [*WORDS, *METHODS[method]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from advflow.algorithms import make_algorithm
 from advflow.policies import LoraPolicies
+from advflow.run.train import train
 from advflow.run.trainer import Trainer
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import RolloutConfig
@@ -21,6 +22,9 @@ from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
 from diffusers import SD3Transformer2DModel
 from torch import nn
+from torch.nn.attention import SDPBackend
+
+from tests.trainer.test_ranks import config_of
 
 Make = Callable[..., TrainConfig]
 LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
@@ -198,3 +202,33 @@ def test_fused_layers_train_the_same(small_config: Make) -> None:
         rows[fused] = trainer.iterate(0)
     assert rows[True]["loss"] == pytest.approx(rows[False]["loss"], rel=1e-4)
     assert rows[True]["grad_norm"] == pytest.approx(rows[False]["grad_norm"], rel=1e-4)
+
+
+def _kernels() -> tuple[int, str]:
+    """Which attention is asked first, by its number, and how fp32 matrix products are made."""
+    return torch._C._get_sdp_priority_order()[0], torch.get_float32_matmul_precision()
+
+
+def test_a_run_has_the_kernels_it_asks_for_and_leaves_the_process_as_it_was(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = _kernels(), []
+
+    class Seen(Exception):
+        pass
+
+    def look(*_: object) -> None:
+        seen.append(_kernels())
+        raise Seen
+
+    monkeypatch.setattr("advflow.run.train.Trainer", look)
+    for name, number in (("cudnn", SDPBackend.CUDNN_ATTENTION.value), ("auto", before[0])):
+        with pytest.raises(Seen):
+            train(small_config(runtime=RuntimeConfig(attention=name, tf32=name == "cudnn")), resume=False)
+        assert seen[-1] == (number, "high" if name == "cudnn" else before[1]) and _kernels() == before
+
+
+def test_an_attention_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config_of(["--runtime.attention", "sage"])
+    assert "runtime.attention is 'sage'; accepted: 'auto', 'flash', 'cudnn'," in capsys.readouterr().err

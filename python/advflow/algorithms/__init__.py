@@ -57,6 +57,25 @@ def check_settings(name: str, settings: Any, group_size: int) -> None:
         raise ValueError(f"{METHODS.section_of(name)}.{text}" if named else f"{name}: {text}") from error
 
 
+def require_proportional(name: str, settings: object) -> None:
+    """Lets a method of the reverse process meet a ratio of 1 with two advantages, before anything exists.
+
+    Raises ValueError where its gradients are not in their proportion.
+    """
+    table, index = af.StepTable([0.9, 0.6, 0.3, 0.0]), torch.ones(1, dtype=torch.int64)
+    v_old, eps, v_ref = torch.tensor([[[0.5, -1.0, 2.0]], [[1.0, 1.5, -0.5]], [[-0.5, 0.25, 1.0]]])
+    gradients = []
+    for advantage in (1.0, -2.0):
+        v = v_old.clone().requires_grad_()
+        batch = ReverseBatch(v, v_old, v_ref, eps, table, index, torch.tensor([advantage]))
+        gradients += torch.autograd.grad(make_algorithm(name, settings).loss(batch).loss, v)
+    if not torch.allclose(gradients[1], -2 * gradients[0], rtol=1e-4, atol=1e-7):
+        raise ValueError(
+            f"sde.reweight is True; accepted is False with {METHODS.section_of(name)} as it is set: where the ratio is "
+            "1 its gradient is not in proportion to the advantage, as with a kl_weight above 0"
+        )
+
+
 def _loss_of_ones(name: str, settings: object, count: int) -> None:
     algorithm = make_algorithm(name, settings)
     latent, ones = torch.ones(count, 4), torch.ones(count)

@@ -122,6 +122,11 @@ def longest(shares: Iterable[slice]) -> int:
     return max(len(range(share.stop)[share]) for share in shares)
 
 
+def within(things: torch.Tensor, share: slice) -> torch.Tensor:
+    """Those of the numbers `things` that lie in `share`."""
+    return things[(things >= share.start) & (things < share.stop)]
+
+
 def batches(count: int, size: int, most: int) -> Iterator[tuple[slice, bool]]:
     """`count` things, `size` at a time, each batch with whether it is one to use.
 

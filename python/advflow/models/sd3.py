@@ -122,7 +122,7 @@ class SD3:
             _tensors_of,
             lambda tensors: PromptEmbeddings(**tensors),
         )
-        return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config.resolution), encode, stored)
+        return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config), encode, stored)
 
     def timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return t * 1000.0
@@ -192,11 +192,12 @@ def _tensors_of(said: PromptEmbeddings) -> dict[str, torch.Tensor]:
 class SD3Latents:
     """Decoder and schedule, which stay after the text encoders have done their work."""
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, resolution: int) -> None:
-        _require_multiple(resolution, pipeline.vae_scale_factor * pipeline.patch_size)
+    def __init__(self, pipeline: StableDiffusion3Pipeline, config: ModelConfig) -> None:
+        _require_multiple(config.resolution, pipeline.vae_scale_factor * pipeline.patch_size)
         self._vae: AutoencoderKL = pipeline.vae
         self._scheduler: FlowMatchEulerDiscreteScheduler = pipeline.scheduler
-        side = resolution // pipeline.vae_scale_factor
+        self._at_a_time = config.vae_batch
+        side = config.resolution // pipeline.vae_scale_factor
         self.shape = (pipeline.transformer.config.in_channels, side, side)
 
     def noise(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
@@ -206,7 +207,7 @@ class SD3Latents:
         return sigma_grid(self._scheduler, steps)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return decode(self._vae, latents)
+        return torch.cat([decode(self._vae, part) for part in latents.split(self._at_a_time or len(latents))])
 
 
 def pipeline_folder(name: str) -> str:
@@ -221,11 +222,11 @@ def configs_of(config: ModelConfig) -> str:
 
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:
-    """Loads every part of the pipeline onto `device`; the decoder stays in fp32, which SD3's needs.
+    """Loads every part of the pipeline onto `device`, the decoder in a precision of its own.
 
     Raises ValueError where a part is missing.
     """
-    dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    dtypes = {"default": getattr(torch, config.dtype), "vae": getattr(torch, config.vae_dtype)}
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             pipeline_folder(config.pipeline), dtype=dtypes, use_safetensors=True

@@ -12,7 +12,7 @@ from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
 from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
 from advflow.core.randomness import generator
-from advflow.core.ranks import batches, longest
+from advflow.core.ranks import batches, within
 from advflow.models.family import Latents
 from advflow.policies import Policies, Role, policy_velocities, velocity_of
 from advflow.processes.metrics import WeightedMetrics
@@ -36,7 +36,15 @@ class Draws:
         require_grid(config, len(sigmas) - 1)
         self._config, self._latents, self._seed = config, latents, seed
         self._grid = torch.tensor(sigmas[:-1])
-        self.per_image = config.per_image
+
+    def shares(self, iteration: int, images: int, steps: int) -> list[tuple[range, torch.Tensor]]:
+        """For each of so many optimiser steps the pairs, and the images, numbered over all processes, that are its."""
+        per_image = self._config.per_image
+        if self._config.split == "images":
+            order = torch.randperm(images, generator=generator(self._seed, "split", iteration))
+            return [(range(per_image), part) for part in order.chunk(steps)]
+        share = per_image // steps
+        return [(range(step * share, (step + 1) * share), torch.arange(images)) for step in range(steps)]
 
     def draw(self, iteration: int, index: int, experience: Experience) -> Draw:
         config, device = self._config, experience.x0.device
@@ -101,20 +109,23 @@ class ForwardProcess:
 
     def steps(self, iteration: int, experience: Experience) -> Iterator[Iterator[WeightedLoss]]:
         """For each optimiser step the losses of its micro-batches, whose weights sum to 1 over all processes."""
-        share = self._draws.per_image // self._optim.steps_per_iteration
-        for step in range(self._optim.steps_per_iteration):
-            yield self._losses(iteration, experience, range(step * share, (step + 1) * share))
+        for pairs, images in self._draws.shares(iteration, experience.images, self._optim.steps_per_iteration):
+            yield self._losses(iteration, experience, pairs, images)
 
-    def _losses(self, iteration: int, experience: Experience, pairs: range) -> Iterator[WeightedLoss]:
-        most = longest(experience.in_step)
+    def _losses(
+        self, iteration: int, experience: Experience, pairs: range, images: torch.Tensor
+    ) -> Iterator[WeightedLoss]:
+        most = max(len(within(images, share)) for share in experience.in_step)
+        own = within(images, experience.rows).to(experience.x0.device) - experience.rows.start
+        first = own.new_zeros(1)  # `images` may have none of this process
         for index in pairs:
             draw = self._draws.draw(iteration, index, experience)
-            for rows, used in batches(len(experience.x0), self._optim.micro_batch, most):
-                batch = self._batch(experience, draw, rows)
-                weight = (rows.stop - rows.start) / (experience.images * len(pairs)) if used else 0.0
+            for rows, used in batches(len(own), self._optim.micro_batch, most):
+                batch = self._batch(experience, draw, own[rows] if used else first)
+                weight = len(batch.t) / (len(images) * len(pairs)) if used else 0.0
                 yield WeightedLoss(self._algorithm.loss(batch), weight)
 
-    def _batch(self, experience: Experience, draw: Draw, rows: slice) -> ForwardBatch:
+    def _batch(self, experience: Experience, draw: Draw, rows: torch.Tensor | slice) -> ForwardBatch:
         """Evaluates the policies at x_t = (1 - t) x0 + t noise for some `rows` of a rollout."""
         x0, noise, t = experience.x0[rows], draw.noise[rows], draw.t[rows]
         x_t = torch.lerp(x0, noise, like(t, x0))

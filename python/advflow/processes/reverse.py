@@ -11,7 +11,7 @@ import advflow_ext as af
 from advflow.algorithms import ReverseAlgorithm
 from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transitions, WeightedLoss
 from advflow.core.randomness import generator
-from advflow.core.ranks import batches
+from advflow.core.ranks import batches, within
 from advflow.policies import Policies, Role, policy_velocities, velocity_of
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.euler import euler_step
@@ -105,19 +105,28 @@ class StochasticSampler:
         x, told = noise.float()[anchors], conditioning[anchors]
         kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
-            v = policy(x, torch.full((len(x),), sigma, device=x.device), told)
-            if step in window and len(x) < len(noise):  # here the images of a group part
+            t = torch.full((len(x),), sigma, device=x.device)
+            if step not in window:
+                x = euler_step(x, policy(x, t, told).float(), sigma, self._sigmas[step + 1])
+                continue
+            v = self._velocity(policy, x, t, told)
+            if len(x) < len(noise):  # here the images of a group part
                 x, v, told = x[anchor_of], v[anchor_of], conditioning
-            if step in window:
-                drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
-                out = af.sde_step(v, x, table, step, drawn.to(x.device))
-                kept.append((x, v, out.eps))
-                x = out.x_next
-            else:
-                x = euler_step(x, v.float(), sigma, self._sigmas[step + 1])
+            drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
+            out = af.sde_step(v, x, table, step, drawn.to(x.device))
+            self._after_step(step, out.eps, first_image)
+            kept.append((x, v, out.eps))
+            x = out.x_next
         before, v_old, eps = (torch.stack(tensors, 1) for tensors in zip(*kept, strict=True))
         index = torch.tensor(window, device=x.device).expand(len(x), -1)
         return x, Transitions(before, v_old, eps, index, table)
+
+    def _velocity(self, policy: Velocity, x: torch.Tensor, t: torch.Tensor, told: Conditioning) -> torch.Tensor:
+        """That of a step that is learnt from."""
+        return policy(x, t, told)
+
+    def _after_step(self, step: int, eps: torch.Tensor, first_image: int) -> None:
+        """Called when such a step, of images from `first_image` on, has been made."""
 
 
 def _rows(velocity: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
@@ -130,10 +139,6 @@ def join(parts: list[Transitions]) -> Transitions:
         torch.cat([getattr(part, name) for part in parts]) for name in ("x", "v_old", "eps", "index")
     )
     return Transitions(x, v_old, eps, index, parts[0].table)
-
-
-def _within(images: torch.Tensor, share: slice) -> torch.Tensor:
-    return images[(images >= share.start) & (images < share.stop)]
 
 
 class ReverseProcess(StochasticSampler):
@@ -193,8 +198,8 @@ class ReverseProcess(StochasticSampler):
     def _losses(self, experience: Experience, steps: Transitions, images: torch.Tensor) -> Iterator[WeightedLoss]:
         """Of `images`, numbered over all processes."""
         each, count = steps.index.shape[1], len(images)
-        most = max(len(_within(images, share)) for share in experience.in_step)
-        own = _within(images, experience.rows).to(experience.x0.device) - experience.rows.start
+        most = max(len(within(images, share)) for share in experience.in_step)
+        own = within(images, experience.rows).to(experience.x0.device) - experience.rows.start
         image = own.repeat_interleave(each)
         step = torch.arange(each, device=own.device).repeat(len(own))
         first = step.new_zeros(1)  # `images` may have none of this process

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from advflow.core.backends import backends
 from advflow.core.device import pick_device
 from advflow.core.progress import show_progress
 from advflow.core.randomness import generator
@@ -121,23 +122,24 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
     data, prompts, rewards = config.data, judgement.prompts, judgement.rewards
     images = None if folder is None else ScoredImages(folder)
     progress = iter(show_progress(range(-(-len(prompts) // config.rollout.batch)), desc="eval", unit="batch"))
-    # As in training, to the bit: rounding may depend on how many texts are encoded together.
-    encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
-    told, scale = encode([prompt.text for prompt in prompts], "data.eval_prompts"), config.evaluation.guidance
-    untold = None if scale == 1 else encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1]
-    result = evaluate(
-        draw_of(config, run.policies, run.model.latents, "learner", config.evaluation.steps),
-        run.model.latents,
-        prompts,
-        guide(told, untold, scale),
-        rewards,
-        config.rollout.batch,
-        run.device,
-        keep=[0],
-        between_batches=lambda: next(progress, None),
-        keeper=images.add if images is not None else lambda _: None,
-        compare=run.model.real.compare if run.model.real is not None else None,
-    )
+    with backends(config.runtime.attention, config.runtime.tf32):
+        # As in training, to the bit: rounding may depend on how many texts are encoded together.
+        encode = Encoder(run.model, data.embeddings_cache, run.device, Ranks())
+        told, scale = encode([prompt.text for prompt in prompts], "data.eval_prompts"), config.evaluation.guidance
+        untold = None if scale == 1 else encode([config.rollout.negative_prompt], "rollout.negative_prompt")[:1]
+        result = evaluate(
+            draw_of(config, run.policies, run.model.latents, "learner", config.evaluation.steps),
+            run.model.latents,
+            prompts,
+            guide(told, untold, scale),
+            rewards,
+            config.rollout.batch,
+            run.device,
+            keep=[0],
+            between_batches=lambda: next(progress, None),
+            keeper=images.add if images is not None else lambda _: None,
+            compare=run.model.real.compare if run.model.real is not None else None,
+        )
     next(progress, None)  # the last batch is done too
     if not math.isfinite(result.overall):
         raise ValueError(f"data.reward {config.data.reward!r} gave none of the {len(prompts)} images a finite score")
@@ -160,13 +162,14 @@ def draw_images(
     negative_prompt: str = "",
 ) -> torch.Tensor:
     """Draws `count` images of `prompt` from the learner. Returns fp32 [count, 3, H, W] in [0, 1] on the CPU."""
-    told = run.model.encode([prompt])
-    untold = None if guidance == 1 else run.model.encode([negative_prompt])
-    conditioning, latents = guide(told, untold, guidance), run.model.latents
-    noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
-    draw = draw_of(run.config, run.policies, latents, "learner", steps)
-    images = []
-    for part in noise.split(run.config.rollout.batch):
-        same = conditioning[torch.zeros(len(part), dtype=torch.int64)]
-        images.append(latents.decode(draw(part.to(run.device), same)).cpu())
-    return torch.cat(images)
+    with backends(run.config.runtime.attention, run.config.runtime.tf32):
+        told = run.model.encode([prompt])
+        untold = None if guidance == 1 else run.model.encode([negative_prompt])
+        conditioning, latents = guide(told, untold, guidance), run.model.latents
+        noise = latents.noise(count, generator(seed, "sample", 0), torch.device("cpu"))
+        draw = draw_of(run.config, run.policies, latents, "learner", steps)
+        images = []
+        for part in noise.split(run.config.rollout.batch):
+            same = conditioning[torch.zeros(len(part), dtype=torch.int64)]
+            images.append(latents.decode(draw(part.to(run.device), same)).cpu())
+        return torch.cat(images)

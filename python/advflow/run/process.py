@@ -14,6 +14,7 @@ from advflow.policies import Policies
 from advflow.processes.forward import Draws, ForwardProcess
 from advflow.processes.process import Process
 from advflow.processes.reverse import ReverseProcess
+from advflow.processes.reweighted import ReweightedProcess
 from advflow.processes.tokens import TokenProcess
 from advflow.samplers.sampling import Sampler
 from advflow.settings.config import TrainConfig
@@ -49,7 +50,8 @@ def make_process(config: TrainConfig, policies: Policies, images: Images, sample
         forward = ForwardProcess(policies, algorithm, draws, sampler, sigmas, reference, gamma, config.optim)
         return Made(forward, reference, gamma)
     steps = STOCHASTIC_SAMPLERS.make(config.sde.sampler, config.section(STOCHASTIC_SAMPLERS, config.sde.sampler))
-    reverse = ReverseProcess(policies, algorithm, config.sde, steps, config.rollout, sigmas, config.optim, config.seed)
+    kind = ReweightedProcess if config.sde.reweight else ReverseProcess
+    reverse = kind(policies, algorithm, config.sde, steps, config.rollout, sigmas, config.optim, config.seed)
     return Made(reverse, reference, gamma)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from advflow.algorithms import check_settings
+from advflow.core.backends import backends
 from advflow.core.ranks import Ranks
 from advflow.run.checkpoint import checkpoints, load_newest
 from advflow.run.folder import FolderLock, check_folder, make_folder, write_config
@@ -28,7 +29,8 @@ def train(config: TrainConfig, resume: bool, ranks: Ranks | None = None) -> dict
     check_folder(config, resume)
     check_trackers(config.tracking)
     new = ranks.any(not folder.exists())
-    with FolderLock(folder) as lock:
+    runtime = config.runtime
+    with FolderLock(folder) as lock, backends(runtime.attention, runtime.tf32):
         if ranks.first and not new:
             lock.take()
         settings = _without_start(config) if resume and checkpoints(folder / CHECKPOINTS) else config

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import advflow_ext as af
+from advflow.algorithms import require_proportional
 from advflow.algorithms.batch import Experience, Transitions
 from advflow.control.capability import Curriculum
 from advflow.control.distribution import DistributionReward
@@ -66,6 +67,8 @@ class Trainer:
             self.prompts.require("capability.candidates", config.capability.candidates)
         family = make_family(config.model.family, config.section(FAMILIES, config.model.family))
         family.check(config.model)
+        if config.process == "reverse" and config.sde.reweight:
+            require_proportional(config.algorithm, config.method)
         start = read_adapter(config.model)
         data = config.data
         self.rewards = load_rewards(data, lambda name: config.section(REWARDS, name))

@@ -155,6 +155,8 @@ class TrainConfig:
         for name, given, accepted in (
             ("model.trainable", model.trainable, "full"),
             ("model.dtype", model.dtype, "float32"),
+            ("model.vae_dtype", model.vae_dtype, "float32"),
+            ("model.vae_batch", model.vae_batch, None),
             ("model.gradient_checkpointing", model.gradient_checkpointing, False),
             ("model.random_weights", model.random_weights, False),
             ("runtime.shard", runtime.shard, False),
@@ -168,12 +170,19 @@ class TrainConfig:
     def _require_draws(self) -> None:
         """What the forward process asks of settings that stand in different sections."""
         require_grid(self.draws, self.rollout.steps)
+        if self.draws.split == "images":
+            method = self.method
+            best = isinstance(method, RewardWeightedConfig) and method.method == "best"
+            accepted = '"pairs" with reward_weighted.method "best", which compares the images of a prompt'
+            require(not best, "draws.split", self.draws.split, accepted)
+            self._require_equal_parts()
+            return
         share, rest = divmod(self.draws.per_image, self.optim.steps_per_iteration)
         require(
             share >= 1 and rest == 0,
             "optim.steps_per_iteration",
             self.optim.steps_per_iteration,
-            f"a divisor of draws.per_image, which is {self.draws.per_image}",
+            f'a divisor of draws.per_image, which is {self.draws.per_image}, or draws.split "images"',
         )
 
     def _require_stochastic_steps(self) -> None:
@@ -198,6 +207,29 @@ class TrainConfig:
             f"a multiple of rollout.images_per_prompt, {self.rollout.images_per_prompt}, with sde.shared_anchor",
         )
         self._require_equal_parts()
+        if self.sde.reweight:
+            self._require_one_update_on_policy()
+
+    def _require_one_update_on_policy(self) -> None:
+        """What `sde.reweight` asks of them: each ratio is 1, and the gradient of every image is at hand."""
+        sde, runtime = self.sde, self.runtime
+        for name, given, accepted in (
+            ("optim.steps_per_iteration", self.optim.steps_per_iteration, 1),
+            ("sde.epochs", sde.epochs, 1),
+            ("sde.trained_share", sde.trained_share, 1.0),
+            ("sde.anchor", sde.anchor, "stored"),
+            ("sde.shared_anchor", sde.shared_anchor, False),
+            ("model.trainable", self.model.trainable, "lora"),
+            ("runtime.fused", runtime.fused, True),
+            ("runtime.shard", runtime.shard, False),
+            ("runtime.compile", runtime.compile, "none"),
+        ):
+            require(given == accepted, name, given, f"{accepted!r} with sde.reweight")
+        merge = runtime.merge_lora
+        require(merge != "all", "runtime.merge_lora", merge, "'images' or 'none' with sde.reweight")
+        on_policy = self.rollout.policy == "learner" or self.rollout_policy.rate == 0
+        accepted = '0 with sde.reweight, whose images the learner draws, or rollout.policy "learner"'
+        require(on_policy, "rollout_policy.rate", self.rollout_policy.rate, accepted)
 
     def _require_equal_parts(self) -> None:
         if self.rollout.images % self.optim.steps_per_iteration:

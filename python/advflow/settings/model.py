@@ -28,6 +28,8 @@ class ModelConfig:
             or another run; the reference is the base without it. Its rank, alpha and targets must be those above. null:
             a new one.
         dtype: precision of the frozen weights and of the forward passes; what is trained is always fp32.
+        vae_dtype: precision in which latents are decoded; of Stable Diffusion 3's float16 would overflow.
+        vae_batch: images decoded at a time (VAE slicing); null: those that are drawn at a time.
         resolution: side of the square images in pixels.
         max_sequence_length: tokens a prompt is padded or cut to.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -44,12 +46,15 @@ class ModelConfig:
     lora_targets: list[str] | None = None
     lora_start: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_batch: int | None = None
     resolution: int = 32
     max_sequence_length: int = 12
     gradient_checkpointing: bool = False
     random_weights: bool = False
 
     def __post_init__(self) -> None:
+        require(self.vae_batch is None or self.vae_batch >= 1, "model.vae_batch", self.vae_batch, "1 or more, or null")
         require(self.lora_rank >= 1, "model.lora_rank", self.lora_rank, "1 or more")
         require(self.lora_alpha >= 1, "model.lora_alpha", self.lora_alpha, "1 or more")
         if self.lora_start is not None:
@@ -60,7 +65,7 @@ class ModelConfig:
 
 @dataclass
 class RuntimeConfig:
-    """How a run uses its machine. One that trains every weight looks at `shard`, `fused`, `compile` and `cuda_graphs`.
+    """How a run uses its machine. One that trains every weight merges and shares nothing.
 
     Args:
         shard: of several processes each holds a part of every weight but the adapters', by FSDP2, and of moments and
@@ -78,6 +83,10 @@ class RuntimeConfig:
         cuda_graphs: replay forward and backward passes as CUDA graphs, each recorded when a policy first meets a batch
             size, so that a GPU does not wait for Python. Each batch size that is trained on keeps its activations for
             good. Then nothing is shared by `modulation_cache`.
+        attention: the kernel of torch's scaled_dot_product_attention that is asked first whether it can, the others
+            after it; "auto" leaves that to torch. One that cannot, as "flash" in float32, is passed over.
+        tf32: float32 matrix products in TF32 where there are tensor cores: of a float32 model, and what rewards compute
+            in float32. Convolutions of float32 use it by torch's own default.
     """
 
     shard: bool = False
@@ -87,6 +96,8 @@ class RuntimeConfig:
     modulation_cache: bool = True
     compile: Literal["none", "regional"] = "none"
     cuda_graphs: bool = False
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         if self.shard and self.cuda_graphs:

@@ -24,8 +24,8 @@ class OptimConfig:
         eps: AdamW's denominator constant.
         weight_decay: decoupled weight decay.
         max_grad_norm: gradients are scaled down to this norm.
-        steps_per_iteration: optimiser steps made of one rollout: each takes an equal share of the draws of the forward
-            process, or of the images in the reverse process.
+        steps_per_iteration: optimiser steps made of one rollout: each takes an equal share of the images, or of the
+            pairs of the forward process, by draws.split.
         micro_batch: samples in one forward and backward pass; gradients accumulate over a step.
     """
 

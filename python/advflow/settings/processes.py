@@ -34,6 +34,10 @@ class SDEConfig:
         anchor: "stored" keeps the rollout's own velocities as v_old; "replay" computes them again in the batches
             that training uses, for networks whose output depends on the batch.
         epochs: how often a rollout's images are learnt from.
+        reweight: back-propagate each stochastic step as it is drawn, for an advantage of 1, and scale every image's
+            gradient when its reward has come: one forward pass a step less, the same gradient up to rounding
+            (LeanGRPO, arXiv 2609.03528). For one update an iteration of a policy that draws for itself, LoRA. Holds
+            the adapter's gradient of every image, and the activations of rollout.batch images.
     """
 
     sampler: StochasticSampler = "flow_sde"
@@ -47,6 +51,7 @@ class SDEConfig:
     trained_share: float = 1.0
     anchor: Literal["stored", "replay"] = "stored"
     epochs: int = 1
+    reweight: bool = False
 
     def __post_init__(self) -> None:
         require(self.noise_level > 0, "sde.noise_level", self.noise_level, "a positive number")
@@ -74,6 +79,8 @@ class DrawConfig:
             (arXiv 2403.03206, eq. 23): above 1, more of the pairs are noisy ones.
         guidance: scale of classifier-free guidance of the velocities that are learnt from, 1 being none: the policy is
             then trained to draw well without (DiffusionNFT).
+        split: what each of several optimiser steps of an iteration takes its share of: "pairs", of every image some, or
+            "images", with all pairs of each, drawn anew each iteration (DiffusionNFT's code).
     """
 
     per_image: int = 4
@@ -81,6 +88,7 @@ class DrawConfig:
     timesteps: Literal["uniform", "stratified", "sampler_grid"] = "stratified"
     shift: float = 1.0
     guidance: float = 1.0
+    split: Literal["pairs", "images"] = "pairs"
 
     def __post_init__(self) -> None:
         require(self.guidance >= 0, "draws.guidance", self.guidance, "zero or a positive number")
