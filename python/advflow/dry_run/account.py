@@ -104,7 +104,7 @@ def account(family: ModelFamily, outline: Outline, config: ModelConfig, micro_ba
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of autocast on a CPU, which stands for a GPU here
         _fill(transformer, getattr(torch, config.dtype))
-        _fill(outline.decoder, torch.float32)
+        _fill(outline.decoder, getattr(torch, config.vae_dtype))
         forward, learning, kept = _passes(family, outline, micro_batch)
         if config.gradient_checkpointing:  # what one block keeps comes on top of what lies between them
             whole = kept

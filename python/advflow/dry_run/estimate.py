@@ -40,7 +40,7 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     parts["Adam's moments and gradients, fp32"] = 3 * trained
     if config.evaluation.ema is not None:
         parts["moving average, twice in an evaluation"] = 2 * trained
-    parts["decoder, fp32"] = its.decoder * _FP32
+    parts[f"decoder, {model.vae_dtype}"] = its.decoder * _BYTES[model.vae_dtype]
     stored = prompts_on_disk(config.data, prompts, held_out)
     parts["embeddings of prompts"] = (prompts + held_out - stored + config.guided) * its.embedding
     if config.process == "reverse":
@@ -54,13 +54,13 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     told = ", on fused kernels: half of what stock blocks keep, as on an H200" if halved else ""
     yield "memory", f"{_size(kept_by_pass)}  activations of a micro-batch of {micro_batch(config, size)}{told}"
     drawn = decoded_at_once(config, size)
-    yield "memory", f"{_size(its.decoding)}  while {drawn} images are decoded (rollout.batch)"
+    yield "memory", f"{_size(its.decoding)}  while {drawn} images are decoded (model.vae_batch)"
     held = sum(parts.values())
     # What a recording of a pass uses is nobody else's afterwards.
     peak = kept_by_pass + its.decoding if runtime.cuda_graphs else max(kept_by_pass, its.decoding)
     yield "memory", f"{_size(held + peak)}  together; reward models, CUDA and fragments come on top{_RESERVED}"
     if its.encoders:
-        start = (its.parameters + its.buffers + its.encoders) * dtype + its.decoder * _FP32
+        start = (its.parameters + its.buffers + its.encoders) * dtype + its.decoder * _BYTES[model.vae_dtype]
         yield "memory", f"{_size(start)}  at the start, with the text encoders, before the policies are made"
 
 
@@ -134,7 +134,8 @@ def micro_batch(config: TrainConfig, size: int) -> int:
 
 
 def decoded_at_once(config: TrainConfig, size: int) -> int:
-    return min(config.rollout.batch, _per_process(config.rollout.images, size))
+    drawn = min(config.rollout.batch, _per_process(config.rollout.images, size))
+    return min(drawn, config.model.vae_batch or drawn)
 
 
 def shares(config: TrainConfig, size: int) -> str:

@@ -181,8 +181,8 @@ def _load_random(config: ModelConfig, device: torch.device) -> LoadedModel:
 
     identity = hashlib.sha256(f"random {shapes} {dtype} {torch.__version__}".encode()).hexdigest()
     stored = StoredForm(lambda: identity, _tensors_of, lambda tensors: PromptEmbeddings(**tensors))
-    pipeline = random_pipeline(folder, dtype, device)
-    return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config.resolution), encode, stored)
+    pipeline = random_pipeline(folder, dtype, getattr(torch, config.vae_dtype), device)
+    return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config), encode, stored)
 
 
 def _tensors_of(said: PromptEmbeddings) -> dict[str, torch.Tensor]:

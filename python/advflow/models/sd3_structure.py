@@ -82,11 +82,13 @@ def text_shapes(folder: str, config: ModelConfig) -> tuple[tuple[int, int], int]
     return (tokens, transformer["joint_attention_dim"]), transformer["pooled_projection_dim"]
 
 
-def random_pipeline(folder: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion3Pipeline:
+def random_pipeline(
+    folder: str, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device
+) -> StableDiffusion3Pipeline:
     """Transformer and decoder with random weights, the same ones each time, and no text encoders."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer, vae = transformer_of(folder).to(dtype), vae_of(folder)
+        transformer, vae = transformer_of(folder).to(dtype), vae_of(folder).to(vae_dtype)
     absent = dict.fromkeys((*_TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3"))
     pipeline = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler_of(folder), **absent)
     pipeline.transformer.eval()
