@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import sys
 import traceback
@@ -21,6 +22,7 @@ from advflow.settings.arguments import Parser
 from advflow.settings.numbers import WrongSetting
 from advflow.settings.plugins import load_plugins
 from advflow.settings.sources import (
+    faults_of,
     load_run_config,
     named_plugins,
     plugins_of_run,
@@ -222,8 +224,13 @@ def _pretrain_parser() -> Parser:
 
 def _train(arguments: Namespace) -> None:
     parser = train_parser()
-    resume = arguments.pop("resume")
+    resume, dry, random = (arguments.pop(flag) for flag in ("resume", "dry_run", "random_weights"))
     arguments.pop("config")
+    if random:
+        arguments["model"]["random_weights"] = True
+    if dry:
+        _dry_run(arguments, resume)
+        return
     config = to_config(parser, arguments)
     _quiet_libraries()
     keep_freed_memory()
@@ -232,11 +239,13 @@ def _train(arguments: Namespace) -> None:
     from advflow.run.train import train
 
     ranks = join_ranks(config.device, config.runtime.shard)
+    _say_if_random(config.model.random_weights and ranks.first, config.out)
     summary = train(config, resume, ranks)
     ranks.close()
     if not ranks.first:
         return
     report = write_report(Path(config.out))
+    _say_if_random(config.model.random_weights, config.out)
     print(f"held-out score {summary['base_score']:.3f} -> {summary['final_score']:.3f} ({summary['gain']:+.3f})")
     for category, score in summary["final_categories"].items():
         print(f"  {category:<18} {_score(summary['base_categories'][category])} -> {_score(score)}")
@@ -245,6 +254,33 @@ def _train(arguments: Namespace) -> None:
     if summary["best_score"] > summary["final_score"]:
         print(f"best: {summary['best_score']:.3f} after iteration {summary['best_iteration']}, kept as a checkpoint")
     print(f"report: {report}")
+
+
+def _dry_run(arguments: Namespace, resume: bool) -> None:
+    """For as many processes as torchrun has started, of which the first speaks, or as WORLD_SIZE says."""
+    from advflow.core.ranks import processes_asked_for
+
+    rank, size = processes_asked_for()
+    if rank:
+        return
+    faults = faults_of(arguments)
+    if len(faults) > 1:  # one alone, and what is between sections, is said as ever
+        raise SystemExit("\n".join([*faults, f"not ready: {len(faults)} settings are wrong, above"]))
+    config = to_config(train_parser(), arguments)
+    _say_if_random(config.model.random_weights, config.out)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no network is asked, and nothing downloaded
+    _quiet_libraries()
+    from advflow.dry_run.dry_run import dry_run
+
+    found = dry_run(config, resume, size)
+    print(found.text())
+    if found.faults:
+        raise SystemExit(1)
+
+
+def _say_if_random(random: bool, out: str) -> None:
+    if random:
+        print(f"RANDOM WEIGHTS: {out} is a trial without a model; no image and no score of it means anything")
 
 
 def _score(value: float | None) -> str:
@@ -261,6 +297,7 @@ def _eval(arguments: Namespace) -> None:
     _check_guidance(arguments)
     out = None if arguments.out is None else _new_folder(arguments.out)
     config = load_run_config(arguments.run)
+    _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
     from advflow.run.inference import evaluate_run, load_judgement, load_run, with_choices
     from advflow.run.scored_images import new_folder
@@ -287,6 +324,7 @@ def _eval(arguments: Namespace) -> None:
 def _sample(arguments: Namespace) -> None:
     _check_sample(arguments)
     config = load_run_config(arguments.run)
+    _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
     from advflow.run.inference import draw_images, load_run
     from advflow.run.log import image_grid
@@ -320,6 +358,7 @@ def _check_sample(arguments: Namespace) -> None:
 def _export(arguments: Namespace) -> None:
     out = _new_folder(arguments.out)
     config = load_run_config(arguments.run)
+    _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
     from advflow.core.tensor_files import as_os_errors
     from advflow.run.inference import load_run

@@ -18,7 +18,7 @@ SMALL = (
 ).split()
 OF_FLOWS = [name for name, method in METHODS.items() if method.process != "tokens"]
 """What --config tiny and sd35_medium train by; models of tokens have a config of their own."""
-_TIMES = ("seconds_rollout", "seconds_train", "seconds")
+_TIMES = ("seconds_rollout", "seconds_train", "seconds", "images_per_second")
 
 
 def files(folder: Path) -> dict[str, bytes]:

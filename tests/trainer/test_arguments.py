@@ -250,7 +250,10 @@ def test_help_lists_what_is_built_in(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "one that is built in: ar, sd35_medium, shapes, tiny" in said and "--data.reward_args" in said
+    assert (
+        "one that is built in: ar, geneval, ocr, pickscore, sd35_medium, several, shapes, tiny" in said
+        and "--data.reward_args" in said
+    )
 
 
 def test_the_command_line_needs_no_torch() -> None:

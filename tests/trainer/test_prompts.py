@@ -112,8 +112,11 @@ def test_a_file_that_is_none_is_named(field: str, content: bytes, sentence: str,
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        (".", 'data.prompts is \'.\', a folder; accepted: "embedded", "shapes", a text file with one prompt a line'),
-        ("nowhere.txt", 'data.prompts is \'nowhere.txt\', where there is no file; accepted: "embedded", "shapes", a'),
+        (".", 'data.prompts is \'.\', a folder; accepted: "embedded", "ar_world", "shapes", a text file'),
+        (
+            "nowhere.txt",
+            'data.prompts is \'nowhere.txt\', where there is no file; accepted: "embedded", "ar_world", "shapes"',
+        ),
         ("embeded", "data.prompts is 'embeded', where there is no file; did you mean 'embedded'? accepted: "),
     ],
 )

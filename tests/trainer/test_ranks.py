@@ -48,7 +48,7 @@ METHODS = {
 # batch, that tells two velocities apart.
 OF_PARTS = ("ratio_std", "contrast_alive")
 LOADING = threading.Lock()  # diffusers loads one pipeline at a time in a process
-TIMES = ("seconds", "seconds_rollout", "seconds_train")
+TIMES = ("seconds", "seconds_rollout", "seconds_train", "images_per_second")
 
 
 class Meeting:

@@ -92,6 +92,7 @@ def metrics_row(iteration: int, **changes: Any) -> dict[str, Any]:
         "rollout_policy_rho": min(0.01 * iteration, 0.5),
         "seconds_rollout": 1.5,
         "seconds_train": 2.5,
+        "images_per_second": 32.0,
     }
     return {"iteration": iteration} | row | changes
 

@@ -34,7 +34,7 @@ import advflow_ext as af
 
 Make = Callable[..., TrainConfig]
 LORA = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=8)
-TIMES = ("seconds_rollout", "seconds_train", "seconds")
+TIMES = ("seconds_rollout", "seconds_train", "seconds", "images_per_second")
 
 
 def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -46,7 +46,11 @@ def test_a_run_leaves_everything_it_promises(small_config: Make, model: ModelCon
     config = small_config(model=model)
     summary = train(config, resume=False)
     folder = Path(config.out)
-    assert [row["iteration"] for row in read_rows(folder / METRICS)] == [0, 1, 2]
+    metrics = read_rows(folder / METRICS)
+    assert [row["iteration"] for row in metrics] == [0, 1, 2]
+    for row in metrics:
+        seconds = row["seconds_rollout"] + row["seconds_train"]
+        assert row["images_per_second"] == pytest.approx(12 / seconds, rel=1e-3 + 2e-4 / seconds)
     assert [row["iteration"] for row in read_rows(folder / EVALS)] == [0, 2, 3]
     assert len(list((folder / SAMPLES).glob("*.png"))) == 3
     assert json.loads((folder / "summary.json").read_text()) == summary

@@ -150,6 +150,11 @@ def _buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     return buckets
 
 
+def processes_asked_for() -> tuple[int, int]:
+    """The rank of this process and how many there are to be, as the environment says."""
+    return _number("RANK", 0), _number("WORLD_SIZE", 1)
+
+
 def join_ranks(device: str, sharded: bool = False) -> Ranks:
     """The processes that the environment names, as torchrun and `accelerate launch` set it; else this one alone.
 

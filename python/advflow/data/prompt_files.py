@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from advflow.data.prompt import NO_CATEGORY, Prompt
-from advflow.settings.data import EMBEDDED, SHAPES
+from advflow.settings.data import BUILT_IN_PROMPTS
 from advflow.settings.suggest import did_you_mean
 from advflow.settings.text_files import read_text
 
@@ -27,8 +27,9 @@ def read_prompts(path: str, field: str) -> dict[Prompt, list[int]]:
 
     Raises ValueError naming `field`, the file and the line for what is none of this.
     """
-    accepted = f'"{EMBEDDED}", "{SHAPES}", a text file with one prompt a line or a .jsonl file with one object a line'
-    if not Path(path).exists() and (near := did_you_mean(path, [EMBEDDED, SHAPES])):
+    named = ", ".join(f'"{name}"' for name in BUILT_IN_PROMPTS)
+    accepted = f"{named}, a text file with one prompt a line or a .jsonl file with one object a line"
+    if not Path(path).exists() and (near := did_you_mean(path, BUILT_IN_PROMPTS)):
         raise ValueError(f"{field} is {path!r}, where there is no file{near} accepted: {accepted}")
     lines = [
         (number, line)

@@ -91,22 +91,42 @@ def check_prompts(
     Returns what else should be said about the files, a sentence each. Raises ValueError naming the field, the file, the
     line and the prompt.
     """
-    remarks = []
-    training = _with_lines(data.prompts, "data.prompts", _TRAINING)
-    held_out = _with_lines(
-        data.eval_prompts, "data.eval_prompts", {name: partial(make, _CHECKED) for name, make in _HELD_OUT.items()}
-    )
+    training, held_out = training_lines(data), held_out_lines(data)
     for field, path, prompts, known in (
         ("data.prompts", data.prompts, training, check),
         ("data.eval_prompts", data.eval_prompts, held_out, check_held_out or check),
     ):
         expect(list(prompts))
-        for prompt, (line, *_) in prompts.items():
-            try:
-                known(prompt)
-            except UnknownPrompt as error:
-                place = f", line {line}" if line else ""
-                raise ValueError(f"{field} is {path!r}{place}: {error}") from error
+        if unknown := unknown_prompts(field, path, prompts, known, most=1):
+            raise ValueError(unknown[0])
+    return said_of_files(data, training, held_out)
+
+
+def unknown_prompts(
+    field: str, path: str, prompts: Mapping[Prompt, list[int]], known: Callable[[Prompt], None], most: int
+) -> list[str]:
+    """What is to be said of the first prompts, at `most` so many, that `known` refuses."""
+    found = []
+    for prompt, (line, *_) in prompts.items():
+        try:
+            known(prompt)
+        except UnknownPrompt as error:
+            place = f", line {line}" if line else ""
+            found.append(f"{field} is {path!r}{place}: {error}")
+            if len(found) == most:
+                break
+    return found
+
+
+def said_of_files(
+    data: DataConfig, training: Mapping[Prompt, list[int]], held_out: Mapping[Prompt, list[int]]
+) -> list[str]:
+    """Repeated prompts, and held-out ones that are trained on, a sentence each."""
+    remarks = []
+    for field, path, prompts in (
+        ("data.prompts", data.prompts, training),
+        ("data.eval_prompts", data.eval_prompts, held_out),
+    ):
         if repeats := sum(len(lines) - 1 for lines in prompts.values()):
             lines = "1 line repeats" if repeats == 1 else f"{repeats:,} lines repeat"
             remarks.append(f"{field}: {lines} an earlier one of {path}; its {len(prompts):,} prompts count once each")
@@ -119,8 +139,18 @@ def check_prompts(
     return remarks
 
 
+def training_lines(data: DataConfig) -> dict[Prompt, list[int]]:
+    """The training prompts and the lines that hold each; line 0 for those that are built in."""
+    return _with_lines(data.prompts, "data.prompts", _TRAINING)
+
+
+def held_out_lines(data: DataConfig) -> dict[Prompt, list[int]]:
+    """The same of the held-out prompts, of those that are built in the first of each category."""
+    built_in = {name: partial(make, _CHECKED) for name, make in _HELD_OUT.items()}
+    return _with_lines(data.eval_prompts, "data.eval_prompts", built_in)
+
+
 def _with_lines(name: str, field: str, built_in: Mapping[str, Callable[[], list[Prompt]]]) -> dict[Prompt, list[int]]:
-    """The prompts of a setting and the lines that hold each; line 0 for those that are built in."""
     if name in built_in:
         return {prompt: [0] for prompt in built_in[name]()}
     return read_prompts(name, field)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import ModelMixin
@@ -128,6 +128,42 @@ class ModelFamily(AnyFamily, Protocol):
 
     def modulation_cache(self, transformer: ModelMixin) -> AbstractContextManager[object]:
         """While it is open, policies on one transformer share what they make of the same timesteps and conditioning."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A pipeline without its weights, for estimates: its modules on the meta device, and what they are given.
+
+    Args:
+        transformer: what is trained.
+        decoder: what makes images of latents.
+        encoders: what reads prompts.
+        latents: shape of an image's.
+        conditioning: of a number of prompts, empty tensors in the shapes of what `encode` returns.
+        decode: images of latents, by a decoder.
+        sigmas: those of `Latents`.
+        tensors: what of a conditioning is kept in memory.
+    """
+
+    transformer: ModelMixin
+    decoder: torch.nn.Module
+    encoders: Sequence[torch.nn.Module]
+    latents: Sequence[int]
+    conditioning: Callable[[int], Any]
+    decode: Callable[[Any, torch.Tensor], torch.Tensor]
+    sigmas: Callable[[int], list[float]]
+    tensors: Callable[[Any], dict[str, torch.Tensor]]
+
+
+@runtime_checkable
+class Outlined(ModelFamily, Protocol):
+    """What `--dry_run` asks of a family beside that; of one that has none of it nothing is estimated."""
+
+    def outline(self, config: ModelConfig) -> Outline:
+        """From small files alone. Raises ValueError where they are not there."""
+
+    def missing(self, config: ModelConfig) -> list[str]:
+        """What `load` would not find on this machine and how to get it, a sentence each."""
 
 
 def make_family(name: str, settings: object = None) -> AnyFamily:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,7 +24,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import advflow_ext as af
-from advflow.models.family import TEXTS_AT_A_TIME, LoadedModel, StoredForm
+from advflow.models.family import TEXTS_AT_A_TIME, LoadedModel, Outline, StoredForm
+from advflow.models.sd3_structure import (
+    missing_weights,
+    published_sizes,
+    random_embeddings,
+    random_pipeline,
+    scheduler_of,
+    text_encoders_of,
+    text_shapes,
+    transformer_of,
+    vae_of,
+)
 from advflow.settings.data import EMBEDDED
 from advflow.settings.model import ModelConfig
 
@@ -60,7 +71,7 @@ class SD3:
 
         Raises ValueError where `config.pipeline` is no StableDiffusion3Pipeline, or where nobody can be asked for it.
         """
-        folder = pipeline_folder(config.pipeline)
+        folder = configs_of(config)
         try:
             kind = StableDiffusion3Pipeline.load_config(folder).get("_class_name")
             vae = AutoencoderKL.load_config(folder, subfolder="vae")
@@ -75,7 +86,32 @@ class SD3:
             raise ValueError(f"model.pipeline is {config.pipeline!r}, a {kind}; accepted: a StableDiffusion3Pipeline")
         _require_multiple(config.resolution, 2 ** (len(vae["block_out_channels"]) - 1) * patch)
 
+    def outline(self, config: ModelConfig) -> Outline:
+        folder = published_sizes(config.pipeline) or pipeline_folder(config.pipeline)
+        self.check(replace(config, random_weights=True))
+        with torch.device("meta"):
+            transformer, vae = transformer_of(folder), vae_of(folder)
+        shapes, dtype, scheduler = text_shapes(folder, config), getattr(torch, config.dtype), scheduler_of(folder)
+        side = config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        return Outline(
+            transformer,
+            vae,
+            [] if config.random_weights else text_encoders_of(folder),
+            (transformer.config.in_channels, side, side),
+            lambda count: PromptEmbeddings(
+                torch.empty(count, *shapes[0], dtype=dtype), torch.empty(count, shapes[1], dtype=dtype)
+            ),
+            decode,
+            lambda steps: sigma_grid(scheduler, steps),
+            _tensors_of,
+        )
+
+    def missing(self, config: ModelConfig) -> list[str]:
+        return [] if config.random_weights else missing_weights(pipeline_folder(config.pipeline), config.pipeline)
+
     def load(self, config: ModelConfig, device: torch.device) -> LoadedModel:
+        if config.random_weights:
+            return _load_random(config, device)
         pipeline = load_pipeline(config, device)
 
         def encode(texts: Sequence[str]) -> PromptEmbeddings:
@@ -83,7 +119,7 @@ class SD3:
 
         stored = StoredForm(
             lambda: text_identity(pipeline, config.max_sequence_length),
-            lambda said: {"tokens": said.tokens, "pooled": said.pooled},
+            _tensors_of,
             lambda tensors: PromptEmbeddings(**tensors),
         )
         return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config), encode, stored)
@@ -136,6 +172,23 @@ class SD3:
         return af.nn.ModulationCache(transformer)
 
 
+def _load_random(config: ModelConfig, device: torch.device) -> LoadedModel:
+    folder, dtype = configs_of(config), getattr(torch, config.dtype)
+    shapes = text_shapes(folder, config)
+
+    def encode(texts: Sequence[str]) -> PromptEmbeddings:
+        return PromptEmbeddings(*random_embeddings(texts, shapes, dtype, device))
+
+    identity = hashlib.sha256(f"random {shapes} {dtype} {torch.__version__}".encode()).hexdigest()
+    stored = StoredForm(lambda: identity, _tensors_of, lambda tensors: PromptEmbeddings(**tensors))
+    pipeline = random_pipeline(folder, dtype, getattr(torch, config.vae_dtype), device)
+    return LoadedModel(pipeline.transformer, SD3Latents(pipeline, config), encode, stored)
+
+
+def _tensors_of(said: PromptEmbeddings) -> dict[str, torch.Tensor]:
+    return {"tokens": said.tokens, "pooled": said.pooled}
+
+
 class SD3Latents:
     """Decoder and schedule, which stay after the text encoders have done their work."""
 
@@ -160,6 +213,12 @@ class SD3Latents:
 def pipeline_folder(name: str) -> str:
     """Where `StableDiffusion3Pipeline.from_pretrained` finds the pipeline called `name`."""
     return str(Path(str(resources.files("advflow.world"))) / "pipeline") if name == EMBEDDED else name
+
+
+def configs_of(config: ModelConfig) -> str:
+    """Where the configs of the pipeline's parts are found; of random weights those in the package where it has them."""
+    own = published_sizes(config.pipeline) if config.random_weights else None
+    return own or pipeline_folder(config.pipeline)
 
 
 def load_pipeline(config: ModelConfig, device: torch.device) -> StableDiffusion3Pipeline:

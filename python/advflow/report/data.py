@@ -157,9 +157,11 @@ def load_run(folder: Path) -> Run:
         for row in _numbered(read_rows(folder / EVALS))
     ]
     summary = _load_json(folder / "summary.json")
+    settings = flatten(config)
+    random = " (RANDOM WEIGHTS)" if settings.get("model.random_weights") else ""
     return Run(
-        name=folder.resolve().name,
-        config=flatten(config),
+        name=f"{folder.resolve().name}{random}",
+        config=settings,
         metrics=_numbered(read_rows(folder / METRICS)),
         evals=evals,
         grids=_load_grids(folder / SAMPLES),

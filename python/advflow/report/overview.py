@@ -138,6 +138,8 @@ def _groups_text(run: Run) -> str:
 def _remarks(run: Run) -> str:
     """What someone looking after the run should know, in one sentence each."""
     remarks = []
+    if run.config.get("model.random_weights"):
+        remarks.append("RANDOM WEIGHTS: a trial without a model. No image, score or curve on this page means anything.")
     _, last = run.ends()
     if run.best is not None and last is not None:
         best, iteration = run.best

@@ -82,6 +82,7 @@ GROUPS: dict[str, list[Panel]] = {
     "Time": [
         Panel("seconds_rollout", "Rollout", "sampling, decoding and scoring", unit=" s"),
         Panel("seconds_train", "Update", "optimiser steps", unit=" s"),
+        Panel("images_per_second", "Images per second", "drawn in an iteration, over the seconds of both"),
         Panel("gigabytes", "GPU memory", "the most that tensors held", unit=" GB", smoothed=False),
     ],
     "Faults": [

@@ -195,8 +195,8 @@ def load_reward(
             raise ValueError(f"{arguments_place} is given, and the reward {name!r} has its settings in {section}")
         reward = REWARDS.make(name, settings)
     else:
-        make = _find(name, place)
-        _check_arguments(name, make, arguments, arguments_place)
+        make = find_class(name, place)
+        check_arguments(name, make, arguments, arguments_place)
         try:
             reward = make(**arguments)
         except WrongArgument as error:
@@ -206,8 +206,8 @@ def load_reward(
     return CheckedReward(reward, batch)
 
 
-def _find(name: str, place: str) -> Any:
-    """The class called `name`."""
+def find_class(name: str, place: str) -> Any:
+    """The class called `name`, by a setting at `place`. Raises ValueError where there is none."""
     code = REWARDS[name].code if name in REWARDS else name
     if not isinstance(code, str):
         return code
@@ -241,7 +241,8 @@ def _require_reward_class(name: str, found: object, place: str) -> None:
         raise ValueError(f"{place} {name!r} {fault}; accepted: a class with __call__")
 
 
-def _check_arguments(name: str, make: Any, arguments: Mapping[str, Any], place: str) -> None:
+def check_arguments(name: str, make: Any, arguments: Mapping[str, Any], place: str) -> None:
+    """Raises ValueError where the class called `name` does not take `arguments`, which stand at `place`."""
     try:
         parameters = inspect.signature(make).parameters.values()
     except (TypeError, ValueError):  # what is not written in Python need not say what it takes

@@ -11,7 +11,7 @@ from advflow.data.prompt import Prompt
 from advflow.rewards import Scores
 from advflow.rewards.clip import VIT_L_14, Clip
 from advflow.rewards.images import eight_bit
-from advflow.rewards.loading import load_into, read_weights
+from advflow.rewards.loading import lacking_file, lacking_model, load_into, read_weights
 
 _WIDTHS = (768, 1024, 128, 64, 16, 1)
 
@@ -37,6 +37,11 @@ class Aesthetic:
         load_into(self._head, published, "weights", weights)
         self._clip = Clip(model, model, ("model", "model"))
         self._head.to(self._clip.model.device)
+
+    @staticmethod
+    def lacking(weights: str, model: str = VIT_L_14) -> list[ValueError]:
+        source = "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"
+        return lacking_file("weights", weights, source) + lacking_model("model", model)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:

@@ -7,6 +7,7 @@ import torch
 from advflow.data.prompt import Prompt
 from advflow.rewards import Scores
 from advflow.rewards.clip import VIT_L_14, Clip
+from advflow.rewards.loading import lacking_model
 
 
 class CLIPScore:
@@ -22,6 +23,10 @@ class CLIPScore:
 
     def __init__(self, model: str = VIT_L_14) -> None:
         self._clip = Clip(model, model, ("model", "model"))
+
+    @staticmethod
+    def lacking(model: str = VIT_L_14) -> list[ValueError]:
+        return lacking_model("model", model)
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         score = self._clip.cosines(images, [prompt.text for prompt in prompts])

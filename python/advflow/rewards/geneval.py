@@ -15,6 +15,7 @@ from advflow.rewards.clip import VIT_L_14, Clip
 from advflow.rewards.geneval_detector import Detector
 from advflow.rewards.geneval_rules import COLORS, Found, judge, read_request
 from advflow.rewards.images import eight_bit, pictures
+from advflow.rewards.loading import lacking_model
 
 _DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 _TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -55,7 +56,14 @@ class GenEval:
             score=torch.tensor([float(each.correct) for each in verdicts]),
         )
 
-    def check(self, prompt: Prompt) -> None:
+    @staticmethod
+    def lacking(
+        detector: str = _DETECTOR, clip: str = VIT_L_14, reward: Literal["partial", "strict"] = "partial"
+    ) -> list[ValueError]:
+        return lacking_model("detector", detector) + lacking_model("clip", clip)
+
+    @staticmethod
+    def check(prompt: Prompt) -> None:
         read_request(prompt)
 
 

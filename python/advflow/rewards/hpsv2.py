@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.nn import functional
 
 from advflow.data.prompt import Prompt
 from advflow.rewards import Scores
-from advflow.rewards.loading import load_into, needed, read_weights, scoring_device
+from advflow.rewards.loading import (
+    lacking_file,
+    lacking_package,
+    load_into,
+    needed,
+    read_weights,
+    scoring_device,
+)
 
 
 class HPSv2:
@@ -37,6 +46,12 @@ class HPSv2:
         self._size = size if isinstance(size, int) else size[0]
         mean, std = self._model.visual.image_mean, self._model.visual.image_std
         self._mean, self._std = (torch.tensor(each, device=self._device).view(3, 1, 1) for each in (mean, std))
+
+    @staticmethod
+    def lacking(checkpoint: str, architecture: str = "ViT-H-14") -> list[ValueError]:
+        source = f"hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir {Path(checkpoint).parent}"
+        package = lacking_package("open_clip", "the reward 'hpsv2'", "hpsv2")
+        return lacking_file("checkpoint", checkpoint, source) + package
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +19,14 @@ from advflow.data.prompt import Prompt
 from advflow.rewards import Scores, WrongArgument
 from advflow.rewards.aesthetic import rating_head
 from advflow.rewards.images import pictures
-from advflow.rewards.loading import load_into, pretrained, read_weights, scoring_device
+from advflow.rewards.loading import (
+    lacking_file,
+    lacking_tokenizer,
+    load_into,
+    pretrained,
+    read_weights,
+    scoring_device,
+)
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the ratings, as published
 _LONGEST = 35  # tokens
@@ -65,6 +73,11 @@ class ImageReward:
         side = {"height": self._model.size, "width": self._model.size}
         self._processor = CLIPImageProcessor(size={"shortest_edge": self._model.size}, crop_size=side)
         self._tokenizer = pretrained(BertTokenizer, "tokenizer", tokenizer)
+
+    @staticmethod
+    def lacking(weights: str, tokenizer: str = "bert-base-uncased") -> list[ValueError]:
+        source = f"hf download THUDM/ImageReward ImageReward.pt --local-dir {Path(weights).parent}"
+        return lacking_file("weights", weights, source) + lacking_tokenizer("tokenizer", tokenizer)
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         pixels = self._processor(images=pictures(images), return_tensors="pt")["pixel_values"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from advflow.core.hub import WEIGHTS, has_one_of, how_to_get
 from advflow.rewards import WrongArgument
 
 
@@ -81,6 +83,43 @@ def needed(module: str, what: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module:
             raise
-        raise ValueError(
-            f'{what} needs the package {module}, which is not installed: pip install "advflow[{extra}]"'
-        ) from error
+        raise _not_installed(module, what, extra) from error
+
+
+def _not_installed(module: str, what: str, extra: str) -> ValueError:
+    return ValueError(f'{what} needs the package {module}, which is not installed: pip install "advflow[{extra}]"')
+
+
+def lacking_package(module: str, what: str, extra: str) -> list[ValueError]:
+    """What `needed` would raise, without an import."""
+    return [] if importlib.util.find_spec(module) else [_not_installed(module, what, extra)]
+
+
+def lacking_model(argument: str, name: str) -> list[ValueError]:
+    """What is not on this machine of a model that `frozen` is to load."""
+    return _lacking(argument, name, {"config.json": ["config.json"], "weights": WEIGHTS})
+
+
+def lacking_processor(argument: str, name: str) -> list[ValueError]:
+    """What is not on this machine of what prepares the inputs of a model."""
+    files = {"preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"]}
+    return _lacking(argument, name, files, small=True)
+
+
+def lacking_tokenizer(argument: str, name: str) -> list[ValueError]:
+    files = {"tokenizer": ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]}
+    return _lacking(argument, name, files, small=True)
+
+
+def lacking_file(argument: str, path: str, source: str) -> list[ValueError]:
+    """That there is no file at `path`; `source` says where it is published."""
+    return [] if Path(path).is_file() else [WrongArgument(argument, path, f", where there is no file: {source}")]
+
+
+def _lacking(argument: str, name: str, kinds: Mapping[str, Sequence[str]], small: bool = False) -> list[ValueError]:
+    lacking = [kind for kind, files in kinds.items() if not has_one_of(name, files)]
+    if not lacking:
+        return []
+    if Path(name).is_dir():
+        return [WrongArgument(argument, name, f", a folder without {' and '.join(lacking)}")]
+    return [WrongArgument(argument, name, f", which is not on this machine: {how_to_get(name, small)}")]

@@ -9,7 +9,7 @@ from PIL import Image
 from advflow.data.prompt import Prompt, UnknownPrompt
 from advflow.rewards import Scores
 from advflow.rewards.images import pictures
-from advflow.rewards.loading import needed
+from advflow.rewards.loading import lacking_package, needed
 
 
 class OCR:
@@ -36,7 +36,15 @@ class OCR:
         )
         return Scores(reward=score, score=score)
 
-    def check(self, prompt: Prompt) -> None:
+    @staticmethod
+    def lacking() -> list[ValueError]:
+        return [
+            *lacking_package("rapidocr", "the reward 'ocr'", "ocr"),
+            *lacking_package("onnxruntime", "the reward 'ocr'", "ocr"),
+        ]
+
+    @staticmethod
+    def check(prompt: Prompt) -> None:
         wanted_text(prompt)
 
     def _text(self, picture: Image.Image) -> str:

@@ -7,6 +7,7 @@ import torch
 from advflow.data.prompt import Prompt
 from advflow.rewards import Scores
 from advflow.rewards.clip import Clip
+from advflow.rewards.loading import lacking_model, lacking_processor
 
 _PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _MODEL = "yuvalkirstain/PickScore_v1"
@@ -28,6 +29,10 @@ class PickScore:
     def __init__(self, model: str = _MODEL, processor: str = _PROCESSOR) -> None:
         self._clip = Clip(model, processor)
         self._scale = self._clip.model.logit_scale.exp().item() / _USUAL_MAXIMUM
+
+    @staticmethod
+    def lacking(model: str = _MODEL, processor: str = _PROCESSOR) -> list[ValueError]:
+        return lacking_model("model", model) + lacking_processor("processor", processor)
 
     def __call__(self, images: torch.Tensor, prompts: list[Prompt]) -> Scores:
         score = self._scale * self._clip.cosines(images, [prompt.text for prompt in prompts])

@@ -144,7 +144,8 @@ def evaluate_run(run: LoadedRun, judgement: Judgement, folder: Path | None = Non
     if not math.isfinite(result.overall):
         raise ValueError(f"data.reward {config.data.reward!r} gave none of the {len(prompts)} images a finite score")
     if images is not None:
-        of = {"run": config.out, "iteration": run.iteration, "negative_prompt": config.rollout.negative_prompt}
+        of: dict[str, Any] = {"random_weights": True} if config.model.random_weights else {}
+        of |= {"run": config.out, "iteration": run.iteration, "negative_prompt": config.rollout.negative_prompt}
         images.finish(
             of | {"data": asdict(data), "evaluation": asdict(config.evaluation)}, result, prompts, rewards.names
         )

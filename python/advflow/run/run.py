@@ -162,6 +162,7 @@ def summarise(config: TrainConfig, folder: Path, seconds: float, device: torch.d
     best = best_iteration(folder)
     return {
         "algorithm": config.algorithm,
+        **({"random_weights": True} if config.model.random_weights else {}),
         "seed": config.seed,
         "base_score": base["overall"],
         "final_score": final["overall"],

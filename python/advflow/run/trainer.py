@@ -34,6 +34,7 @@ from advflow.run.drawing import draw_of
 from advflow.run.evaluate import Evaluation, evaluate, finite_mean
 from advflow.run.process import make_process
 from advflow.run.scoring import Scoring
+from advflow.run.shares import check_shares
 from advflow.run.state import OptimizerState, Part, weights_of
 from advflow.samplers.guidance import guide
 from advflow.samplers.sampling import Conditioning
@@ -58,7 +59,7 @@ class Trainer:
         # and where their scores have come.
         self._between_batches = check_stop if self.ranks.size == 1 else lambda: None
         # First what takes no model to check, so that a mistake is seen within seconds.
-        self._check_shares()
+        check_shares(config, self.ranks.size)
         self.device = pick_device(config.device, self.ranks.local)
         self.prompts = load_training_prompts(config.data.prompts)
         self.prompts.require("rollout.prompts", config.rollout.prompts)
@@ -135,26 +136,6 @@ class Trainer:
             )
             self.parts["capability"] = self.curriculum
 
-    def _check_shares(self) -> None:
-        """Refuses more processes than images, and groups in two processes where a loss compares within groups."""
-        config, size = self.config, self.ranks.size
-        if config.rollout.images < size:
-            raise ValueError(
-                f"rollout.prompts x rollout.images_per_prompt is {config.rollout.images}; with {size} processes "
-                f"accepted are {size} images or more"
-            )
-        candidates = config.capability.candidates
-        if candidates is not None and candidates < size:
-            raise ValueError(
-                f"capability.candidates is {candidates}; with {size} processes accepted are {size} candidates or more"
-            )
-        best = config.algorithm == "reward_weighted" and config.method.method == "best"
-        if best and config.rollout.prompts % size:
-            raise ValueError(
-                f'rollout.prompts is {config.rollout.prompts}; with reward_weighted.method "best", which compares the '
-                f"images of a prompt, and {size} processes accepted is a multiple of {size}"
-            )
-
     def iterate(self, iteration: int) -> dict[str, float]:
         """One round. Returns its numbers."""
         started = time.monotonic()
@@ -170,6 +151,7 @@ class Trainer:
             "lr": self._rate((iteration + 1) * updates - 1),
             "seconds_rollout": round(rolled_out - started, 4),
             "seconds_train": round(trained - rolled_out, 4),
+            "images_per_second": round(self.config.images / (trained - started), 4),
             **self._memory(),
         }
 

@@ -16,7 +16,8 @@ from advflow.settings.suggest import did_you_mean
 from advflow.settings.yaml_files import read_yaml
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-_NOT_SETTINGS = ("help", "config", "resume", "print_config", "version", "subcommand")
+_FLAGS = ("resume", "dry_run", "random_weights")  # of a command, not of a run
+_NOT_SETTINGS = ("help", "config", *_FLAGS, "print_config", "version", "subcommand")
 
 
 class Parser(ArgumentParser):  # type: ignore[misc]
@@ -135,7 +136,7 @@ class Parser(ArgumentParser):  # type: ignore[misc]
         hint = _hint_of(self._action(key))
         if hint is None:
             return " ".join(message.split())
-        name = key if self._section("data") and key != "resume" else f"--{key}"
+        name = key if self._section("data") and key not in _FLAGS else f"--{key}"
         near = did_you_mean(given, _choices(hint))
         return f"{name} is {given!r}{near or ';'} accepted: {accepted(hint)}"
 

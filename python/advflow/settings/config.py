@@ -158,6 +158,7 @@ class TrainConfig:
             ("model.vae_dtype", model.vae_dtype, "float32"),
             ("model.vae_batch", model.vae_batch, None),
             ("model.gradient_checkpointing", model.gradient_checkpointing, False),
+            ("model.random_weights", model.random_weights, False),
             ("runtime.shard", runtime.shard, False),
             ("runtime.cuda_graphs", runtime.cuda_graphs, False),
             ("rollout.negative_prompt", rollout.negative_prompt, ""),

@@ -20,6 +20,8 @@ AR_WORLD = "ar_world"
 SHAPES = "shapes"
 """What stands for the prompts of `advflow.shapes` where a setting names a file."""
 
+BUILT_IN_PROMPTS = (EMBEDDED, AR_WORLD, SHAPES)
+
 
 @dataclass
 class DataConfig:

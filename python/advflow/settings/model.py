@@ -33,6 +33,9 @@ class ModelConfig:
         resolution: side of the square images in pixels.
         max_sequence_length: tokens a prompt is padded or cut to.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        random_weights: of the pipeline only the small files are read, none at all of Stable Diffusion 3.5 Medium, whose
+            sizes come with the package; weights are random and so is what a prompt is encoded as. All else is a real
+            run's: to try one before there are weights. What it learns is worth nothing.
     """
 
     family: FamilyName = "sd3"
@@ -48,6 +51,7 @@ class ModelConfig:
     resolution: int = 32
     max_sequence_length: int = 12
     gradient_checkpointing: bool = False
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         require(self.vae_batch is None or self.vae_batch >= 1, "model.vae_batch", self.vae_batch, "1 or more, or null")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from jsonargparse import Namespace
 
@@ -143,9 +144,30 @@ def train_parser(resume_help: str = "go on with the run in --out") -> Parser:
     parser = Parser(prog="advflow train", description="Post-train a pipeline by reinforcement learning.")
     names = ", ".join(packaged_configs())
     parser.add_argument("--config", action="config", help=f"YAML file, or one that is built in: {names}")
-    parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=resume_help)
+    for flag, said in (
+        ("resume", resume_help),
+        (
+            "dry_run",
+            "look at everything that the run needs, say what is missing and what it will take, and start nothing",
+        ),
+        ("random_weights", "the same as --model.random_weights true"),
+    ):
+        parser.add_argument(f"--{flag}", type=bool, nargs="?", const=True, default=False, help=said)
     parser.add_class_arguments(config_class())
     return parser
+
+
+def faults_of(parsed: Namespace) -> list[str]:
+    """What sections of the settings refuse by themselves, the first of each, a sentence each."""
+    faults = []
+    for name, hint in get_type_hints(config_class()).items():
+        if is_dataclass(hint):
+            section: Any = hint
+            try:
+                section(**parsed[name].as_dict())
+            except ValueError as error:
+                faults.append(str(error))
+    return faults
 
 
 def to_config(parser: Parser, parsed: Namespace) -> TrainConfig:
