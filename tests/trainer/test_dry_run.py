@@ -171,6 +171,8 @@ class Counted:
         "--rollout.guidance 4.5 --draws.guidance 2 --rollout.solver dpm --capability.candidates 5",
         "--algorithm flow_grpo --sde.steps 1 --rollout.guidance 4.5 --flow_grpo.kl_weight 0.1 --sde.epochs 2",
         "--algorithm flow_grpo --sde.steps 2 --sde.trained_share 0.5 --sde.anchor replay",
+        "--algorithm flow_grpo --sde.steps 2 --sde.reweight true --model.trainable lora "
+        "--optim.steps_per_iteration 1 --rollout.guidance 4.5",
     ],
 )
 def test_passes_are_those_that_a_run_makes(words: str, tmp_path: Path) -> None:

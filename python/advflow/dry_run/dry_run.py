@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from advflow.algorithms import check_settings
+from advflow.algorithms import check_settings, require_proportional
 from advflow.core.device import pick_device
 from advflow.core.files import require_folder
 from advflow.dry_run.account import account
@@ -44,6 +44,9 @@ def _look_at_settings(config: TrainConfig, resume: bool, size: int, found: Findi
     found.say("method", f"{config.algorithm}, {config.process} process; {what}; {model.dtype}")
     with found.noting():
         check_settings(config.algorithm, config.method, config.rollout.images_per_prompt)
+    if config.process == "reverse" and config.sde.reweight:
+        with found.noting():
+            require_proportional(config.algorithm, config.method)
     with found.noting():
         check_folder(config, resume)
         there = (Path(config.out) / CONFIG).is_file()

@@ -46,6 +46,8 @@ def memory(config: TrainConfig, its: Account, size: int, prompts: int, held_out:
     if config.process == "reverse":
         kept = its.latent * (_FP32 + dtype + _FP32)
         parts["states that are learnt from"] = _per_process(config.rollout.images, size) * config.sde.steps * kept
+        if config.sde.reweight:
+            parts["gradients of each image"] = _per_process(config.rollout.images, size) * its.trained * _FP32
     for name, held in parts.items():
         if held:
             yield "memory", f"{_size(held)}  {name}"
@@ -128,6 +130,8 @@ def _shares(runtime: RuntimeConfig) -> tuple[float, float]:
 def micro_batch(config: TrainConfig, size: int) -> int:
     """Rows of a learner's pass."""
     images, sde = config.rollout.images, config.sde
+    if config.process == "reverse" and sde.reweight:
+        return decoded_at_once(config, size)
     if config.process == "reverse":
         images = images // config.optim.steps_per_iteration * max(1, int(sde.steps * sde.trained_share))
     return min(config.optim.micro_batch, _per_process(images, size))

@@ -45,6 +45,7 @@ def passes_of(config: TrainConfig, sigmas: list[float], held_out: int) -> Passes
         trained = max(1, int(config.sde.steps * config.sde.trained_share))
         states = rollout.prompts if config.sde.shared_anchor else rollout.images
         learning = states * trained * config.sde.epochs
+        drawing -= learning * config.sde.reweight  # which learns from passes that draw
         others = (config.sde.anchor == "replay") + needs.reference
     comparing = learning * (others * learnt + (learnt - 1))
     scored = held_out * config.evaluation.steps * _with(config.evaluation.guidance)
