@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEEDS = (0, 1, 2)
-IMAGES_AN_ITERATION = 128  # of --config tiny, and of ar
+IMAGES_AN_ITERATION = 128  # of --config tiny
 CANDIDATES = 64  # of a curriculum: each gets one image, which counts
 ITERATIONS = 36
-ITERATIONS_OF_TOKENS = 100
+ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 160, 256  # those of --config ar
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Study:
     rows: dict[str, str]
     rewards: tuple[str, ...] = ()
     of_set: tuple[str, ...] = ()
-    iterations: int = ITERATIONS
+    images: int = ITERATIONS * IMAGES_AN_ITERATION
 
 
 def _run(settings: str, iterations: int = ITERATIONS) -> str:
@@ -130,6 +130,6 @@ STUDIES: dict[str, Study] = {
             "the same, evaluated with guidance 2": _tokens("--loo_fid.weight 1 --evaluation.guidance 2"),
         },
         of_set=("fid", "precision", "recall", "modes_kl"),
-        iterations=ITERATIONS_OF_TOKENS,
+        images=ITERATIONS_OF_TOKENS * IMAGES_OF_TOKENS,
     ),
 }

@@ -19,7 +19,7 @@ from advflow.settings.sources import resolve_configs, to_config, train_parser
 
 from bench.learning import document, study
 from bench.learning.pictures import draw_front, draw_set, draw_spread
-from bench.learning.studies import IMAGES_AN_ITERATION, SEEDS, STUDIES, Study
+from bench.learning.studies import SEEDS, STUDIES, Study
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [(settings, seed) for settings, seed in study.runs_of(STUDIES.values()) if seed == 0]
@@ -32,13 +32,10 @@ def config_of(settings: str) -> TrainConfig:
 
 
 def test_every_run_is_accepted_and_draws_as_many_images() -> None:
-    of = {settings: each.iterations for each in STUDIES.values() for settings in each.rows.values()}
-    for settings, iterations in of.items():
+    of = {settings: each.images for each in STUDIES.values() for settings in each.rows.values()}
+    for settings, images in of.items():
         config = config_of(settings)
-        rollout = config.rollout.prompts * config.rollout.images_per_prompt
-        assert rollout == IMAGES_AN_ITERATION
-        images = config.iterations * (rollout + (config.capability.candidates or 0))
-        assert images == iterations * IMAGES_AN_ITERATION, settings
+        assert config.iterations * (config.rollout.images + (config.capability.candidates or 0)) == images, settings
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

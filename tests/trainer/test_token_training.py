@@ -255,7 +255,7 @@ def test_two_processes_share_moments_and_gradients(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_reward_goes_up(tmp_path: Path) -> None:
     """A minute or two of a core."""
-    words = [*SMALL[:3], "--loo_fid.weight", "0", "--iterations", "20", "--evaluation.every", "20"]
+    words = [*SMALL[:4], "--loo_fid.weight", "0", "--iterations", "20", "--evaluation.every", "20"]
     main(["train", "--out", str(tmp_path / "run"), *words])
     base, final = (row["overall"] for row in rows(tmp_path / "run", EVALS))
     assert final > base + 0.04
