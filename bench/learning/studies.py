@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)
 IMAGES_AN_ITERATION = 128  # of --config tiny
 CANDIDATES = 64  # of a curriculum: each gets one image, which counts
 ITERATIONS = 36
-ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 160, 256  # those of --config ar
+ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 120, 256  # those of --config ar
 
 
 @dataclass(frozen=True)
