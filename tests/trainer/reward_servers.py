@@ -82,10 +82,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None:
                 fault(self)
-            self.answer(self.true_answer())
         except Answered:
             return
-        self.server.sizes.append(len(self.images))
+        answer = self.true_answer()
+        self.server.sizes.append(len(self.images))  # first: who has the answer may look at once
+        self.answer(answer)
 
     def true_answer(self) -> str:
         with self.server.scoring:

@@ -303,7 +303,8 @@ def test_guidance_is_shown_where_there_is_some(tmp_path: Path) -> None:
 
 def test_what_is_compared_with_the_papers_of_the_forward_process_is_shown(tmp_path: Path) -> None:
     page = read(make_run(tmp_path / "run"))
-    assert "Draws of (t, noise) 4 an image noise shared_in_group, timesteps stratified, shift 1 Advantages" in page.text
+    draws = "Draws of (t, noise) 4 an image noise shared_in_group, timesteps stratified, shift 1, split pairs"
+    assert f"{draws} Advantages" in page.text
     assert "Sampler steps" not in page.text
 
 

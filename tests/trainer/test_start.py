@@ -272,7 +272,7 @@ def test_the_embedded_pipeline_passes_its_own_check() -> None:
     pipeline = load_pipeline(ModelConfig(), torch.device("cpu"))
     for resolution in (30, 34):
         config = ModelConfig(resolution=resolution)
-        for check in (lambda: SD3().check(config), lambda: SD3Latents(pipeline, resolution)):  # noqa: B023
+        for check in (lambda: SD3().check(config), lambda: SD3Latents(pipeline, config)):  # noqa: B023
             with pytest.raises(
                 ValueError, match=rf"model.resolution is {resolution}; this pipeline needs a multiple of"
             ):
