@@ -57,8 +57,11 @@ def draw_spread(runs: list[Run], title: str, path: Path) -> None:
         gain = scores[:, -1] - scores[:, 0]
         gains.plot(gain, [place] * len(gain), "o", markersize=5, color=color, alpha=0.7)
         gains.plot(gain.mean(), place, "|", markersize=16, markeredgewidth=2.5, color=color)
-    curves.set(xlabel="images drawn", ylabel="held-out score", title=f"{title}: mean and range of seeds")
+    figure.suptitle(title)
+    curves.set(xlabel="images drawn", ylabel="held-out score", title="mean and range of seeds")
     gains.set_yticks(range(len(colors)), list(colors))
+    for name, color in zip(gains.get_yticklabels(), colors.values(), strict=True):
+        name.set_color(color)
     gains.invert_yaxis()
     gains.set(xlabel="gain of the held-out score", title="each seed, and the mean")
     gains.axvline(0, color="black", linewidth=0.8)
