@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from advflow.run.checkpoint import checkpoints
+from advflow.run.interrupt import StopRequest
 from advflow.run.log import EVALS, METRICS, read_rows
 from advflow.settings.registry import METHODS
 from safetensors.torch import load_file
@@ -19,6 +21,18 @@ SMALL = (
 OF_FLOWS = [name for name, method in METHODS.items() if method.process != "tokens"]
 """What --config tiny and sd35_medium train by; models of tokens have a config of their own."""
 _TIMES = ("seconds_rollout", "seconds_train", "seconds", "images_per_second")
+
+
+def stop_at_batch(patch: pytest.MonkeyPatch, number: int) -> None:
+    """From now on a run is asked to stop at the batch of that number, counted from 1 over all it draws."""
+    check, batches = StopRequest.check, []
+
+    def counted(request: StopRequest) -> None:
+        batches.append(request.iteration)
+        request.asked = len(batches) == number
+        check(request)
+
+    patch.setattr(StopRequest, "check", counted)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from advflow.cli import main
 from advflow.control.capability import Curriculum
-from advflow.run.interrupt import StopRequest
 from advflow.run.log import EVALS, METRICS
 from advflow.run.trainer import Trainer
 from advflow.settings.capability import CapabilityConfig
@@ -19,7 +18,7 @@ from advflow.settings.data import AdvantageConfig
 from advflow.settings.processes import SDEConfig
 
 import advflow_ext as af
-from tests.trainer.runs import SMALL, assert_same_run, rows
+from tests.trainer.runs import SMALL, assert_same_run, rows, stop_at_batch
 
 Make = Callable[..., TrainConfig]
 NAN = float("nan")
@@ -174,15 +173,9 @@ def test_a_rollout_stopped_after_its_candidates_goes_on_to_the_same_bits(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evaluations, candidates and rollouts have two batches each; the eleventh is of the second rollout."""
-    folder, check, batches = tmp_path / "run", StopRequest.check, []
-
-    def stop_at_the_eleventh(request: StopRequest) -> None:
-        batches.append(request.iteration)
-        request.asked = len(batches) == 11
-        check(request)
-
+    folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after iteration 1, saved"):
-        patch.setattr(StopRequest, "check", stop_at_the_eleventh)
+        stop_at_batch(patch, 11)
         main(["train", "--out", str(folder), *WORDS])
     main(["train", "--out", str(folder), "--resume"])
     assert_same_run(finished, folder)

@@ -23,7 +23,6 @@ from advflow.control.entropy import EntropyControl
 from advflow.core.randomness import generator
 from advflow.core.ranks import join_ranks
 from advflow.run.checkpoint import checkpoints
-from advflow.run.interrupt import StopRequest
 from advflow.run.log import EVALS, METRICS
 from advflow.run.trainer import Trainer
 from advflow.samplers.tokens import token_states
@@ -33,7 +32,7 @@ from advflow.settings.tokens import EntropyConfig, LooFIDConfig
 from torch import Tensor
 
 import advflow_ext as af
-from tests.trainer.runs import assert_same_run, rows
+from tests.trainer.runs import assert_same_run, rows, stop_at_batch
 from tests.trainer.several import run_together
 
 SMALL = (
@@ -78,15 +77,9 @@ def test_a_run_stopped_in_a_rollout_goes_on_to_the_same_bits(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moving moments and the entropy of earlier iterations too. Evaluations and rollouts have two batches each."""
-    folder, check, batches = tmp_path / "run", StopRequest.check, []
-
-    def stop_at_the_sixth(request: StopRequest) -> None:
-        batches.append(request.iteration)
-        request.asked = len(batches) == 6
-        check(request)
-
+    folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after iteration 1, saved"):
-        patch.setattr(StopRequest, "check", stop_at_the_sixth)
+        stop_at_batch(patch, 6)
         main(["train", "--out", str(folder), *SMALL, *ALL_OF_IT, "--iterations", "3"])
     main(["train", "--out", str(folder), "--resume"])
     assert_same_run(finished, folder)
