@@ -52,8 +52,7 @@ def draw_spread(runs: list[Run], title: str, path: Path) -> None:
         of_label = [run for run in runs if run["label"] == label]
         scores = np.array([run["held_out"] for run in of_label])
         images = of_label[0]["images"]
-        curves.plot(images, scores.mean(0), marker="o", markersize=3, color=color)
-        curves.fill_between(images, scores.min(0), scores.max(0), color=color, alpha=0.15, linewidth=0)
+        _mean_and_range(curves, images, scores, color, label)
         gain = scores[:, -1] - scores[:, 0]
         gains.plot(gain, [place] * len(gain), "o", markersize=5, color=color, alpha=0.7)
         gains.plot(gain.mean(), place, "|", markersize=16, markeredgewidth=2.5, color=color)
@@ -80,8 +79,7 @@ def draw_set(runs: list[Run], names: tuple[str, ...], title: str, path: Path) ->
             of_label = [run for run in runs if run["label"] == label]
             values = np.array([run["held_out"] if name == "score" else run["of_set"][name] for run in of_label])
             images = of_label[0]["images"]
-            axes.plot(images, values.mean(0), marker="o", markersize=3, color=color, label=label)
-            axes.fill_between(images, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            _mean_and_range(axes, images, values, color, label)
         axes.set(xlabel="images drawn", title=name)
     _plain(*all_axes)
     figure.suptitle(f"{title}: mean and range of seeds", fontsize=11)
@@ -106,6 +104,12 @@ def draw_front(runs: list[Run], rewards: tuple[str, str], title: str, path: Path
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _mean_and_range(axes: Axes, images: list[int], values: np.ndarray, color: Any, label: str) -> None:
+    """Of `values`, a row a seed."""
+    axes.plot(images, values.mean(0), marker="o", markersize=3, color=color, label=label)
+    axes.fill_between(images, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
 
 
 def _colors(runs: Iterable[Run]) -> dict[str, Any]:

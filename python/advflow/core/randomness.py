@@ -15,3 +15,8 @@ def generator(seed: int, purpose: str, index: int, device: str | torch.device = 
     """A generator that depends on (seed, purpose, index) alone."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def shuffled_parts(count: int, parts: int, seed: int, number: int) -> tuple[torch.Tensor, ...]:
+    """The numbers below `count` in an order of the draw's own `number`, cut into so many equal parts."""
+    return torch.randperm(count, generator=generator(seed, "split", number)).chunk(parts)

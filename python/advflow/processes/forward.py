@@ -11,7 +11,7 @@ from advflow.algorithms import ForwardAlgorithm
 from advflow.algorithms.batch import Experience, ForwardBatch, WeightedLoss
 from advflow.control.gamma import GammaControl
 from advflow.control.reference import ReferenceControl
-from advflow.core.randomness import generator
+from advflow.core.randomness import generator, shuffled_parts
 from advflow.core.ranks import batches, within
 from advflow.models.family import Latents
 from advflow.policies import Policies, Role, policy_velocities, velocity_of
@@ -41,8 +41,7 @@ class Draws:
         """For each of so many optimiser steps the pairs, and the images, numbered over all processes, that are its."""
         per_image = self._config.per_image
         if self._config.split == "images":
-            order = torch.randperm(images, generator=generator(self._seed, "split", iteration))
-            return [(range(per_image), part) for part in order.chunk(steps)]
+            return [(range(per_image), part) for part in shuffled_parts(images, steps, self._seed, iteration)]
         share = per_image // steps
         return [(range(step * share, (step + 1) * share), torch.arange(images)) for step in range(steps)]
 

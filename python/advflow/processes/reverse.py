@@ -10,7 +10,7 @@ import torch
 import advflow_ext as af
 from advflow.algorithms import ReverseAlgorithm
 from advflow.algorithms.batch import Experience, Needs, ReverseBatch, Transitions, WeightedLoss
-from advflow.core.randomness import generator
+from advflow.core.randomness import generator, shuffled_parts
 from advflow.core.ranks import batches, within
 from advflow.policies import Policies, Role, policy_velocities, velocity_of
 from advflow.processes.metrics import WeightedMetrics, join_metrics
@@ -173,8 +173,7 @@ class ReverseProcess(StochasticSampler):
         steps = self._trained(iteration, experience, experience.transitions)
         for epoch in range(self._config.epochs):
             number = iteration * self._config.epochs + epoch
-            order = torch.randperm(experience.images, generator=generator(self._seed, "split", number))
-            for images in order.chunk(self._optim.steps_per_iteration):
+            for images in shuffled_parts(experience.images, self._optim.steps_per_iteration, self._seed, number):
                 yield self._losses(experience, steps, images)
 
     def _trained(self, iteration: int, experience: Experience, all_steps: Transitions) -> Transitions:

@@ -11,7 +11,8 @@ from advflow.algorithms import TokenAlgorithm
 from advflow.algorithms.batch import Experience, TokenBatch, WeightedLoss
 from advflow.autoregressive.token_model import Hidden, TokenModel
 from advflow.control.entropy import EntropyControl
-from advflow.core.randomness import generator
+from advflow.core.randomness import shuffled_parts
+from advflow.core.ranks import within
 from advflow.policies import Policies, Role
 from advflow.processes.metrics import WeightedMetrics, join_metrics
 from advflow.samplers.sampling import Conditioning
@@ -56,9 +57,9 @@ class TokenProcess:
 
         Each epoch splits the images anew into `optim.steps_per_iteration` equal parts, of which a process has its own.
         """
-        numbers = range(iteration * self._epochs, (iteration + 1) * self._epochs)
-        orders = [torch.randperm(experience.images, generator=generator(self._seed, "split", n)) for n in numbers]
-        updates = [images for order in orders for images in order.chunk(self._optim.steps_per_iteration)]
+        count, parts = experience.images, self._optim.steps_per_iteration
+        epochs = range(iteration * self._epochs, (iteration + 1) * self._epochs)
+        updates = [images for number in epochs for images in shuffled_parts(count, parts, self._seed, number)]
         known = updates[0] if self._on_policy else updates[0][:0]
         old = self._score(experience, known)
         weight = self._entropy.weight(iteration)
@@ -85,7 +86,7 @@ class TokenProcess:
         self, experience: Experience, old: torch.Tensor, images: torch.Tensor, entropy_weight: float, as_drawn: bool
     ) -> Iterator[WeightedLoss]:
         """Of `images`, numbered over all processes; what is still to be known of `old` where they are as drawn."""
-        own = images[(images >= experience.rows.start) & (images < experience.rows.stop)]
+        own = within(images, experience.rows)
         for rows in (own.to(old.device) - experience.rows.start).split(self._optim.micro_batch):
             if not len(rows):
                 continue
