@@ -121,9 +121,9 @@ def test_a_run_that_is_ready(here: Path, capsys: pytest.CaptureFixture[str], mon
 
 
 def test_a_model_of_tokens_is_looked_at_without_an_estimate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said("--config ar", capsys)
+    text = said("--config ar --rollout.prompts 4 --rollout.images_per_prompt 8 --optim.micro_batch 16", capsys)
     assert "embedded; no estimate: the family 'llamagen' has no outline" in text
-    assert "1; of an iteration's 128 images each draws 128, in 1 batch of at most 128; micro-batches of 32" in text
+    assert "1; of an iteration's 32 images each draws 32, in 1 batch of at most 128; micro-batches of 16" in text
     assert text.splitlines()[-1] == "ready" and not list(here.iterdir())
     wrong = said("--config ar --model.pipeline nowhere --rollout.prompts 100000", capsys, 1)
     assert "model.pipeline is 'nowhere'; accepted with model.family \"llamagen\"" in wrong

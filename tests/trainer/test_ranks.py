@@ -23,7 +23,7 @@ from advflow.run.trainer import Trainer
 from advflow.settings.sources import to_config, train_parser
 from safetensors.torch import load_file
 
-from tests.trainer.runs import assert_same_run, files
+from tests.trainer.runs import TIMES, assert_same_run, files
 from tests.trainer.several import TORCHRUN, start
 
 # 3 groups of 4 images: each of two processes has a half of the second group; of five some have two images, some three.
@@ -48,7 +48,6 @@ METHODS = {
 # batch, that tells two velocities apart.
 OF_PARTS = ("ratio_std", "contrast_alive")
 LOADING = threading.Lock()  # diffusers loads one pipeline at a time in a process
-TIMES = ("seconds", "seconds_rollout", "seconds_train", "images_per_second")
 
 
 class Meeting:

@@ -17,9 +17,8 @@ from advflow.run.log import EVALS, METRICS, read_rows
 from advflow.settings.model import ModelConfig
 from torch import distributed
 
-from tests.trainer.runs import files, rows
+from tests.trainer.runs import TIMES, files, rows
 from tests.trainer.several import TORCHRUN, run_together, start
-from tests.trainer.test_ranks import TIMES
 from tests.trainer.test_sharding import (
     WORDS,
     assert_close_rows,

@@ -22,9 +22,9 @@ from diffusers import SD3Transformer2DModel
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from tests.trainer.runs import files
+from tests.trainer.runs import TIMES, files, timeless
 from tests.trainer.several import run_together
-from tests.trainer.test_ranks import OF_PARTS, TIMES, config_of
+from tests.trainer.test_ranks import OF_PARTS, config_of
 
 # 9 images of an iteration: of two processes one makes more rollout batches and more micro-batches than the other.
 WORDS = (
@@ -165,13 +165,9 @@ def test_two_processes_train_what_one_does(job: Path, kind: str) -> None:
     assert two["categories"] == pytest.approx(one["categories"], abs=1e-5)
     assert two["fused"] == one["fused"]
     other = found(job / kind / "two", 1)
-    assert [without_times(row) for row in other["rows"]] == [without_times(row) for row in two["rows"]]
+    assert [timeless(row) for row in other["rows"]] == [timeless(row) for row in two["rows"]]
     assert other["categories"] == two["categories"]
     assert_close_tensors(job / kind / "one", job / kind / "two")
-
-
-def without_times(row: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -193,7 +189,7 @@ def test_two_go_on_to_the_same_bits_and_from_one_process_closely(job: Path) -> N
     for name, same in (("resumed", True), ("from_one", False)):
         its = json.loads((job / "full" / name / "row.0").read_text())
         if same:
-            assert without_times(its) == without_times(found(two)["rows"][1])
+            assert timeless(its) == timeless(found(two)["rows"][1])
         assert_close_rows(found(job / "full" / "one")["rows"][1], its)
     assert_close_tensors(job / "full" / "one", job / "full" / "from_one")
 
