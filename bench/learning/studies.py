@@ -9,10 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEEDS = (0, 1, 2)
-IMAGES_AN_ITERATION = 128  # of --config tiny
-CANDIDATES = 64  # of a curriculum: each gets one image, which counts
-ITERATIONS = 36
-ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 120, 256  # those of --config ar
+ITERATIONS, IMAGES_AN_ITERATION = 36, 128  # of --config tiny
+# The same with four and eight times the images, without which some methods learn next to nothing.
+MANY, IMAGES_OF_MANY = "--rollout.prompts 64 --rollout.batch 512 --optim.micro_batch 512", 512
+MOST = "--rollout.prompts 64 --rollout.images_per_prompt 16 --rollout.batch 1024 --optim.micro_batch 1024"
+ITERATIONS_OF_MOST, IMAGES_OF_MOST = 40, 1024
+ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 120, 256  # of --config ar
+MANY_TOKENS, IMAGES_OF_MANY_TOKENS = "--rollout.prompts 64 --rollout.batch 512", 1024
+CANDIDATES, CANDIDATES_OF_MANY = 64, 256  # of a curriculum: each gets one image, which counts
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,15 @@ def _run(settings: str, iterations: int = ITERATIONS) -> str:
     return f"{settings} --iterations {iterations} --evaluation.every {iterations // 4}"
 
 
+def _many(algorithm: str) -> str:
+    return _run(f"--algorithm {algorithm} {MANY}")
+
+
 def _curriculum(algorithm: str, select: str = "ema") -> str:
-    settings = f"--algorithm {algorithm} --capability.candidates {CANDIDATES} --capability.select {select}"
-    return _run(settings, ITERATIONS * IMAGES_AN_ITERATION // (IMAGES_AN_ITERATION + CANDIDATES))
+    settings = (
+        f"--algorithm {algorithm} {MANY} --capability.candidates {CANDIDATES_OF_MANY} --capability.select {select}"
+    )
+    return _run(settings, ITERATIONS * IMAGES_OF_MANY // (IMAGES_OF_MANY + CANDIDATES_OF_MANY))
 
 
 def _gammas(reward: str) -> dict[str, str]:
@@ -62,10 +72,15 @@ def _two_rewards(rule: str, redness: str, combine: str = "weighted_sum") -> str:
     return _run(f"--data.reward {weights} --advantage.combine {combine} --algorithm advantage_flow")
 
 
-def _tokens(settings: str) -> str:
-    return _run(f"--config ar {settings}", ITERATIONS_OF_TOKENS)
+def _tokens(settings: str, iterations: int = ITERATIONS_OF_TOKENS) -> str:
+    return _run(f"--config ar {settings}", iterations)
 
 
+def _most(settings: str) -> str:
+    return _run(f"{MOST} --algorithm {settings}", ITERATIONS_OF_MOST)
+
+
+_OF_SET = ("fid", "precision", "recall", "modes_kl")
 _METHODS = {
     "AdvantageFlow": "advantage_flow",
     "DiffusionNFT": "diffusion_nft",
@@ -101,14 +116,16 @@ STUDIES: dict[str, Study] = {
             row: arguments
             for label in ("Flow-GRPO", "Flow-CPS", "AdvantageFlow")
             for row, arguments in (
-                *_methods("embedded", (label,)).items(),
+                (label, _many(_METHODS[label])),
                 (f"{label} + AdaGRPO", _curriculum(_METHODS[label])),
             )
         },
+        images=ITERATIONS * IMAGES_OF_MANY,
     ),
     "selection": Study(
         "Which prompts a curriculum keeps (AdvantageFlow, six categories)",
         {select: _curriculum("advantage_flow", select) for select in ("random", "easiest", "hardest", "medium", "ema")},
+        images=ITERATIONS * IMAGES_OF_MANY,
     ),
     "front": Study(
         "Two rewards that are in each other's way (AdvantageFlow)",
@@ -128,8 +145,43 @@ STUDIES: dict[str, Study] = {
             "the reward alone": _tokens("--loo_fid.weight 0"),
             "with leave-one-out FID": _tokens("--loo_fid.weight 1"),
             "the same, evaluated with guidance 2": _tokens("--loo_fid.weight 1 --evaluation.guidance 2"),
+            "half its weight": _tokens("--loo_fid.weight 0.5"),
+            "and the entropy controller": _tokens("--loo_fid.weight 1 --entropy.weight 2e-3"),
+            "and AdaGRPO's curriculum": _tokens(
+                f"--loo_fid.weight 1 --capability.candidates {CANDIDATES}",
+                ITERATIONS_OF_TOKENS * IMAGES_OF_TOKENS // (IMAGES_OF_TOKENS + CANDIDATES),
+            ),
         },
-        of_set=("fid", "precision", "recall", "modes_kl"),
+        of_set=_OF_SET,
         images=ITERATIONS_OF_TOKENS * IMAGES_OF_TOKENS,
+    ),
+    "tokens-many": Study(
+        "The same with four times the images an iteration",
+        {
+            "the reward alone": _tokens(f"--loo_fid.weight 0 {MANY_TOKENS}"),
+            "with leave-one-out FID": _tokens(f"--loo_fid.weight 1 {MANY_TOKENS}"),
+            "half its weight": _tokens(f"--loo_fid.weight 0.5 {MANY_TOKENS}"),
+            "the released trainer's weight, 2": _tokens(f"--loo_fid.weight 2 {MANY_TOKENS}"),
+        },
+        of_set=_OF_SET,
+        images=ITERATIONS_OF_TOKENS * IMAGES_OF_MANY_TOKENS,
+    ),
+    "reverse": Study(
+        "Flow-GRPO with eight times the images an iteration, on the six categories",
+        {
+            "AdvantageFlow": _most("advantage_flow"),
+            "Flow-GRPO": _most("flow_grpo"),
+            "16 prompts of 64 images": _most("flow_grpo --rollout.prompts 16 --rollout.images_per_prompt 64"),
+            "four sampler steps": _most("flow_grpo --rollout.steps 4"),
+            "four, evaluated in four": _most("flow_grpo --rollout.steps 4 --evaluation.steps 4"),
+            "three times the rate": _most("flow_grpo --optim.lr 2.1e-4"),
+            "a random one of five steps": _most("flow_grpo --sde.window random --sde.within 5"),
+            "the same, 1 / kappa": _most(
+                "flow_grpo --sde.window random --sde.within 5 --flow_grpo.time_weight inverse_kappa"
+            ),
+            "KL to the reference": _most("flow_grpo --flow_grpo.kl_weight 0.04"),
+            "AdamW's beta2 0.95, averaged weights": _most("flow_grpo --optim.betas [0.9,0.95] --evaluation.ema 0.9"),
+        },
+        images=ITERATIONS_OF_MOST * IMAGES_OF_MOST,
     ),
 }

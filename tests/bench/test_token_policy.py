@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs/token-policy-loss.md").read_text()
 
 @pytest.mark.parametrize("terms", TERMS)
 def test_every_way_leads_to_one_loss(terms: str) -> None:
-    case = Case(3, 5, 8, 16, terms)
+    case = Case((3, 5, 8), 16, terms, torch.device("cpu"), torch.float32)
     truth = case.truth()
     rows = [slice(b, b + 1) for b in range(3)]
     ways = (

@@ -17,7 +17,7 @@ from advflow.samplers.dpm import MultistepDPM
 from advflow.samplers.euler import euler_step
 from advflow.settings.config import TrainConfig
 from advflow.settings.data import RolloutConfig
-from advflow.settings.methods import FlowGRPOConfig
+from advflow.settings.methods import FlowCPSConfig, FlowDPPOConfig, FlowGRPOConfig, GRPOGuardConfig
 from advflow.settings.optim import OptimConfig, RolloutPolicyConfig
 from advflow.settings.processes import SDEConfig
 from advflow.settings.registry import METHODS
@@ -45,6 +45,27 @@ def test_every_algorithm_moves_the_learner(small_config: Make, algorithm: str) -
     if METHODS[algorithm].process == "reverse":
         # Before the first update both policies are the same network, run in different batches.
         assert row["first_max_log_ratio"] < 1e-5 and row["first_kl"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("flow_grpo", FlowGRPOConfig()),
+        ("flow_cps", FlowCPSConfig()),
+        ("grpo_guard", GRPOGuardConfig()),
+        ("flow_dppo", FlowDPPOConfig()),
+    ],
+)
+def test_a_time_weight_scales_the_gradient_of_its_step(small_config: Make, algorithm: str, settings: Any) -> None:
+    def of(weight: str) -> tuple[float, af.StepTable]:
+        own = replace(settings, time_weight=weight)
+        trainer = _trainer(small_config, algorithm, sde=SDEConfig(steps=1), **{algorithm: own})
+        return trainer.iterate(0)["grad_norm"], trainer.process.table([0])
+
+    plain, table = of("none")
+    dt, sigma, kappa = (abs(float(each[0])) for each in (table.dt, table.sigma, table.kappa))
+    for weight, factor in {"inverse_dt": 1 / dt, "sigma": sigma, "inverse_kappa": 1 / kappa}.items():
+        assert of(weight)[0] == pytest.approx(factor * plain, rel=1e-4), weight
 
 
 def test_windows() -> None:

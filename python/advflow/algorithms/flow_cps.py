@@ -17,4 +17,5 @@ class FlowCPS(TrustRegionMethod[FlowCPSConfig]):
             clip=self._settings.clip,
             v_ref=batch.v_ref,
             kl_weight=self._settings.kl_weight,
+            time_weight=self._settings.time_weight,
         )

@@ -20,4 +20,5 @@ class FlowDPPO(TrustRegionMethod[FlowDPPOConfig]):
             step_size=self._settings.step_size,
             v_ref=batch.v_ref,
             kl_weight=self._settings.kl_weight,
+            time_weight=self._settings.time_weight,
         )

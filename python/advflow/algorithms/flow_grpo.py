@@ -18,4 +18,5 @@ class FlowGRPO(TrustRegionMethod[FlowGRPOConfig]):
             kl_convention=self._settings.kl_convention,
             v_ref=batch.v_ref,
             kl_weight=self._settings.kl_weight,
+            time_weight=self._settings.time_weight,
         )

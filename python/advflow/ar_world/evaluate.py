@@ -60,11 +60,10 @@ def evaluate(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -
 
 def compare_with_real(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -> SetOfImages:
     """Of images [N, 3, 32, 32] in [0, 1], each for the prompt at its place; at least 4."""
-    images = images.cpu()
     drawn, real = extractor(images), extractor(real_scenes(prompts))
     precision, recall = af.precision_recall(drawn, real)
     open_ones = [index for index, prompt in enumerate(prompts) if prompt.wanted[0].color is None]
-    share, kl, _ = af.mode_coverage(object_modes(images[open_ones]), MODES)
+    share, kl, _ = af.mode_coverage(object_modes(images[open_ones].cpu()), MODES)
     fid = af.frechet_distance(af.FeatureMoments.of(drawn), af.FeatureMoments.of(real))
     return SetOfImages(
         fid=fid.item(),

@@ -18,7 +18,7 @@ _AT_A_TIME = 64  # images an extractor is given
 
 
 class Extractor(Protocol):
-    """Features [N, d] of images [N, 3, H, W] in [0, 1], whatever they were made by."""
+    """Features [N, d], on the CPU, of images [N, 3, H, W] in [0, 1], wherever those are and whatever made them."""
 
     name: str
     preprocessing: str
@@ -37,11 +37,13 @@ class VQFeatures:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         self.name = f"VQ encoder {digest.hexdigest()[:8]}, 2 x 2"
         self._encoder = tokenizer.encoder
+        self._device = next(tokenizer.encoder.parameters()).device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        parts = [F.adaptive_avg_pool2d(self._encoder(part * 2 - 1), 2) for part in images.split(_AT_A_TIME)]
-        return torch.cat(parts).flatten(1)
+        batches = (part.to(self._device) for part in images.split(_AT_A_TIME))
+        parts = [F.adaptive_avg_pool2d(self._encoder(part * 2 - 1), 2) for part in batches]
+        return torch.cat(parts).flatten(1).cpu()
 
 
 class InceptionFeatures:
@@ -73,7 +75,8 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([self._network(self._prepared(part)) for part in images.split(_AT_A_TIME)])
+        batches = (part.to(self._mean.device) for part in images.split(_AT_A_TIME))
+        return torch.cat([self._network(self._prepared(part)) for part in batches]).cpu()
 
     def _prepared(self, images: Tensor) -> Tensor:
         large = F.interpolate(images, size=(299, 299), mode="bilinear", antialias=True, align_corners=False)

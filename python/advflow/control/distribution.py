@@ -30,8 +30,7 @@ class DistributionReward:
         self._distance = af.LeaveOneOutFID(reference, beta=config.beta, covariance=config.covariance)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """On the CPU, where processes exchange small numbers."""
-        return self._extractor(images).cpu()
+        return self._extractor(images)
 
     def __call__(self, features: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """The rewards [N] of an iteration's images, which count from now on, and what belongs into its log."""

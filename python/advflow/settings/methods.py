@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from advflow.settings.numbers import require
+
+TimeWeight: TypeAlias = Literal["none", "inverse_dt", "sigma", "inverse_kappa"]
 
 # Of the rollout policy, for gamma "auto": where it keeps less, what is between it and the learner is the last step
 # alone, whose length Adam decides, not gamma.
@@ -125,11 +127,14 @@ class FlowGRPOConfig:
         clip: the mean-reduced ratio is clipped to 1 +- this.
         kl_weight: weight of the KL divergence to the reference.
         kl_convention: which public trainer's KL divergence.
+        time_weight: of a step's policy term by the step: "none", "inverse_dt" (its length), "sigma" (its deviation) or
+            "inverse_kappa" (what a velocity moves it by, in deviations).
     """
 
     clip: float = 1e-4
     kl_weight: float = 0.0
     kl_convention: Literal["exact", "dt", "two_sigma_squared"] = "exact"
+    time_weight: TimeWeight = "none"
 
 
 @dataclass
@@ -139,12 +144,13 @@ class GRPOGuardConfig:
     Args:
         clip: the normalised ratio is clipped to 1 +- this.
         kl_weight: weight of the KL divergence to the reference.
-        time_weight: "inverse_dt" divides a step's loss by its length, "none" does not.
+        time_weight: of a step's policy term by the step: "none", "inverse_dt" (its length), "sigma" (its deviation) or
+            "inverse_kappa" (what a velocity moves it by, in deviations).
     """
 
     clip: float = 2e-6
     kl_weight: float = 0.0
-    time_weight: Literal["inverse_dt", "none"] = "inverse_dt"
+    time_weight: TimeWeight = "inverse_dt"
 
 
 @dataclass
@@ -154,10 +160,13 @@ class FlowCPSConfig:
     Args:
         clip: the ratio, without its variance, is clipped to 1 +- this.
         kl_weight: weight of the KL divergence to the reference.
+        time_weight: of a step's policy term by the step: "none", "inverse_dt" (its length), "sigma" (its deviation) or
+            "inverse_kappa" (what a velocity moves it by, in deviations).
     """
 
     clip: float = 1e-4
     kl_weight: float = 0.0
+    time_weight: TimeWeight = "none"
 
 
 @dataclass
@@ -170,6 +179,8 @@ class FlowDPPOConfig:
         mask: threshold the divergence as it is, or as it would be after the step.
         step_size: size of that step, for mask "predictive".
         kl_weight: weight of the KL divergence to the reference.
+        time_weight: of a step's policy term by the step: "none", "inverse_dt" (its length), "sigma" (its deviation) or
+            "inverse_kappa" (what a velocity moves it by, in deviations).
     """
 
     threshold: float = 1e-6
@@ -177,6 +188,7 @@ class FlowDPPOConfig:
     mask: Literal["current", "predictive"] = "current"
     step_size: float | None = None
     kl_weight: float = 0.0
+    time_weight: TimeWeight = "none"
 
 
 @dataclass
