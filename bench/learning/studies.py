@@ -15,8 +15,8 @@ MANY, IMAGES_OF_MANY = "--rollout.prompts 64 --rollout.batch 512 --optim.micro_b
 MOST = "--rollout.prompts 64 --rollout.images_per_prompt 16 --rollout.batch 1024 --optim.micro_batch 1024"
 ITERATIONS_OF_MOST, IMAGES_OF_MOST = 40, 1024
 ITERATIONS_OF_TOKENS, IMAGES_OF_TOKENS = 120, 256  # of --config ar
-MANY_TOKENS, IMAGES_OF_MANY_TOKENS = "--rollout.prompts 64 --rollout.batch 512", 1024
-CANDIDATES, CANDIDATES_OF_MANY = 64, 256  # of a curriculum: each gets one image, which counts
+MANY_TOKENS, IMAGES_OF_MANY_TOKENS = "--rollout.prompts 32 --rollout.images_per_prompt 32 --rollout.batch 512", 1024
+CANDIDATES, CANDIDATES_OF_MANY = 48, 256  # of a curriculum: each gets one image, which counts
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _pulls(reward: str) -> dict[str, str]:
 
 
 def _two_rewards(rule: str, redness: str, combine: str = "weighted_sum") -> str:
-    weights = f"{{embedded:{rule},redness:{redness}}}"
-    return _run(f"--data.reward {weights} --advantage.combine {combine} --algorithm advantage_flow")
+    weights = f"{{embedded: {rule}, redness: {redness}}}"
+    return _run(f"--data.reward '{weights}' --advantage.combine {combine} --algorithm advantage_flow")
 
 
 def _tokens(settings: str, iterations: int = ITERATIONS_OF_TOKENS) -> str:
@@ -148,8 +148,8 @@ STUDIES: dict[str, Study] = {
             "half its weight": _tokens("--loo_fid.weight 0.5"),
             "and the entropy controller": _tokens("--loo_fid.weight 1 --entropy.weight 2e-3"),
             "and AdaGRPO's curriculum": _tokens(
-                f"--loo_fid.weight 1 --capability.candidates {CANDIDATES}",
-                ITERATIONS_OF_TOKENS * IMAGES_OF_TOKENS // (IMAGES_OF_TOKENS + CANDIDATES),
+                f"--loo_fid.weight 1 --rollout.prompts 12 --capability.candidates {CANDIDATES}",
+                ITERATIONS_OF_TOKENS * IMAGES_OF_TOKENS // (12 * 16 + CANDIDATES),
             ),
         },
         of_set=_OF_SET,

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from advflow.dry_run.dry_run import dry_run
+from advflow.settings.sources import resolve_configs, to_config, train_parser
 from tqdm import tqdm
 
 from advflow_ext.bench.harness import report
@@ -83,9 +85,12 @@ def folder_of(settings: str, seed: int) -> str:
 
 
 def train(runs: list[tuple[str, int]], folder: Path, at_once: int, device: str) -> int:
-    """Trains those of the `runs` that are not finished; returns how many failed."""
+    """Trains those of the `runs` that are not finished, none where one cannot be begun; returns how many failed."""
     missing = [run for run in runs if not (folder / folder_of(*run) / "summary.json").is_file()]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished before", flush=True)
+    if wrong := faults([settings for settings, _ in missing]):
+        print(*wrong, sep="\n", file=sys.stderr)
+        return len(wrong)
     failed = 0
     with ThreadPoolExecutor(at_once) as pool:
         futures = {pool.submit(_train, *run, folder, device): run for run in missing}
@@ -94,6 +99,17 @@ def train(runs: list[tuple[str, int]], folder: Path, at_once: int, device: str) 
                 failed += 1
                 print(f"{folder_of(*futures[future])} ended with {status}; see its .log", file=sys.stderr, flush=True)
     return failed
+
+
+def faults(settings: Iterable[str]) -> list[str]:
+    """A sentence for all that would end one of the runs before its first iteration."""
+    found = []
+    for each in tqdm(dict.fromkeys(settings), desc="settings", unit="run", leave=False):
+        words = resolve_configs(["train", *shlex.split(each)])
+        parser = train_parser()
+        looked_at = dry_run(to_config(parser, parser.parse_args(words[1:])), resume=True, size=1)
+        found += [f"{each}: {fault}" for fault in looked_at.faults]
+    return found
 
 
 def _train(settings: str, seed: int, folder: Path, device: str) -> int:

@@ -14,7 +14,10 @@ pytest.importorskip("advflow", reason="the trainer is not installed")
 pytest.importorskip("jsonargparse", reason="the trainer's dependencies are not installed")
 pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
 
+from advflow.dry_run.findings import Findings
+from advflow.dry_run.prompts import look_at_prompts
 from advflow.settings.config import TrainConfig
+from advflow.settings.registry import REWARDS
 from advflow.settings.sources import resolve_configs, to_config, train_parser
 
 from bench.learning import document, study
@@ -32,10 +35,26 @@ def config_of(settings: str) -> TrainConfig:
 
 
 def test_every_run_is_accepted_and_draws_as_many_images() -> None:
-    of = {settings: each.images for each in STUDIES.values() for settings in each.rows.values()}
-    for settings, images in of.items():
-        config = config_of(settings)
-        assert config.iterations * (config.rollout.images + (config.capability.candidates or 0)) == images, settings
+    of = {settings: each for each in STUDIES.values() for settings in each.rows.values()}
+    prompts: dict[str, int] = {}
+    for settings, of_settings in of.items():
+        config, found = config_of(settings), Findings()
+        candidates, rewards = config.capability.candidates or 0, tuple(config.data.rewards)
+        assert config.iterations * (config.rollout.images + candidates) == of_settings.images, settings
+        assert REWARDS.keys() >= set(rewards) and of_settings.rewards in ((), rewards), settings
+        if config.data.prompts not in prompts:
+            prompts[config.data.prompts] = look_at_prompts(config.data, 64, {True: [], False: []}, found)[0]
+        assert prompts[config.data.prompts] >= max(config.rollout.prompts, candidates), settings
+
+
+def test_nothing_is_trained_where_a_run_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "_train", lambda *_: pytest.fail("a run was begun"))
+    runs = [("--algorithm awm", 0), ("--data.reward gold --rollout.prompts 100000", 0)]
+    assert study.train(runs, tmp_path, 1, "cpu") == 2
+    assert "rollout.prompts is 100000; data.prompts has only" in (said := capsys.readouterr().err)
+    assert "prompts 100000: data.reward is 'gold'; accepted: 'embedded'" in said and not list(tmp_path.iterdir())
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:
@@ -61,6 +80,7 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
         return seed  # as if seed 1 failed
 
     monkeypatch.setattr(study, "_train", train)
+    monkeypatch.setattr(study, "faults", lambda settings: [])
     assert study.train([("--algorithm awm", 0), ("--algorithm awm", 1)], tmp_path, 1, "cpu") == 1
     assert trained == [("--algorithm awm", 1)]
 

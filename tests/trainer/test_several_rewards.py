@@ -62,6 +62,7 @@ def test_rewards_are_named_in_a_file_or_on_the_command_line_and_the_last_word_co
     ("reward", "arguments", "sentence"),
     [
         ({}, {}, "data.reward is {}; accepted: a name, or one reward or more by their names"),
+        ("{redness:1}", {}, "data.reward is '{redness:1}'; accepted: a name, or several, with a space behind"),
         ({"redness": 0}, {}, "data.reward is {'redness': 0}; accepted: one reward or more whose weight is not 0, "),
         ({"my.module:Mine": 1}, {}, "data.reward is 'my.module:Mine'; accepted: names of letters, digits and undersco"),
         ({"redness": "much"}, {}, "data.reward.redness is 'much'; accepted: a weight, or a mapping of reward, "),

@@ -55,6 +55,8 @@ def read_rewards(
     Raises WrongSetting for what is none, and where none has a weight.
     """
     if isinstance(reward, str):
+        braced = reward.lstrip().startswith("{")  # YAML reads "{a:1}" as a text
+        require(not braced, place, reward, 'a name, or several, with a space behind each colon: "{a: 1, b: 0.5}"')
         return {reward: RewardConfig(reward, args=arguments, place=place, arguments=f"{place}_args")}
     require(not arguments, f"{place}_args", arguments, f"none where {place} names several, whose args stand in each")
     require(len(reward) > 0, place, reward, "a name, or one reward or more by their names")
