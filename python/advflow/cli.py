@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
 from advflow.core.files import NO_ROOM
+from advflow.core.provenance import versions
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
 from advflow.settings.numbers import WrongSetting
@@ -118,8 +117,9 @@ def _parser() -> Parser:
 
 def _versions() -> str:
     """The version, and those of what decides how a run goes."""
-    others = [f"{name} {metadata.version(name)}" for name in ("advflow-ext", "torch")]
-    return f"{metadata.version('advflow')} ({', '.join(others)}, Python {platform.python_version()})"
+    found = versions()
+    others = ", ".join(f"{name} {found[name]}" for name in ("advflow-ext", "torch"))
+    return f"{found['advflow']} ({others}, Python {found['python']})"
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]

@@ -259,12 +259,22 @@ def test_a_commit_is_claimed_only_where_the_file_is_tracked(tmp_path: Path) -> N
     assert provenance.commit(str(tmp_path.parent / "provenance.py")) is None
 
 
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_commit_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADVFLOW_COMMIT", "0123abc")
+    assert provenance.commit() == "0123abc"
+
+
+def test_a_package_that_is_not_installed_has_no_version_and_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def missing(name: str) -> str:
         raise provenance.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(provenance.metadata, "version", missing)
     assert provenance.versions()["torch"] == "unknown"
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and "unknown (advflow-ext unknown, torch unknown, Python" in capsys.readouterr().out
 
 
 def test_the_embedded_pipeline_passes_its_own_check() -> None:

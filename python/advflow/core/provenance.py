@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -17,11 +18,23 @@ STARTS = "starts.jsonl"
 def versions() -> dict[str, str]:
     """Installed versions by package; "unknown" for a package that runs without being installed."""
     names = ("advflow", "advflow-ext", "torch", "diffusers", "transformers", "peft")
-    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def commit(file: str = __file__) -> str | None:
-    """The commit of the source tree that `file` belongs to; None where it is tracked in none, as when installed."""
+    """The commit of the source tree that `file` belongs to; None where it is tracked in none, as when installed.
+
+    What ADVFLOW_COMMIT says goes first: in a copy of a tree git knows nothing, or another commit.
+    """
+    if named := os.environ.get("ADVFLOW_COMMIT"):
+        return named
     path = Path(file).resolve()
     try:
         _git(path.parent, "ls-files", "--error-unmatch", path.name)
@@ -43,10 +56,3 @@ def record_start(folder: Path, iteration: int) -> None:
 
 def _git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"

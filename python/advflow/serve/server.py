@@ -8,9 +8,9 @@ import math
 import signal
 import socket
 from contextlib import suppress
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from advflow.core.provenance import version
 from advflow.rewards import CheckedReward, load_reward
 from advflow.rewards.loading import needed
 from advflow.rewards.service import TOKEN, ServiceError, Token
@@ -107,5 +107,5 @@ def _load(each: RewardConfig) -> CheckedReward:
 def identity(settings: ServeConfig) -> str:
     """The same for the same rewards with the same arguments, in the same version: what a run goes on with."""
     rewards: dict[str, Any] = {name: [each.reward, dict(each.args)] for name, each in settings.rewards.items()}
-    text = json.dumps([metadata.version("advflow"), rewards], sort_keys=True, default=str)
+    text = json.dumps([version("advflow"), rewards], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
