@@ -34,19 +34,27 @@ def test_every_way_leads_to_one_loss(terms: str) -> None:
     assert [name for name, _ in case.steps()][:2] == ["ours", "all logits"]
 
 
-def test_the_numbers_of_the_page_are_those_of_the_file() -> None:
-    rows = json.loads((ROOT / "bench/results/token-policy-cpu.json").read_text())["results"]
-    table = PAGE.partition("<!-- measured -->")[2].partition("<!-- /measured -->")[0].strip()
-    assert [line.strip("| ").split(" | ") for line in table.split("\n")[2:]] == [
+@pytest.mark.parametrize(
+    ("mark", "file"), [("measured", "token-policy-cpu.json"), ("measured-gpu", "nvidia-h200/token-policy.json")]
+)
+def test_the_numbers_of_the_page_are_those_of_the_file(mark: str, file: str) -> None:
+    rows = json.loads((ROOT / "bench/results" / file).read_text())["results"]
+    table = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0].strip()
+    unit = 1e3 if "gpu" in mark else 1.0
+    assert [line.strip("| ").split(" | ")[-7:] for line in table.split("\n")[2:]] == [
         [
             row["terms"],
             row["implementation"],
             f"{row['peak_bytes'] / 1e6:,.0f}",
-            f"{row['seconds']:.1f}",
+            f"{unit * row['seconds']:.1f}",
             *(f"{row[f'error_of_{name}']:.0e}".replace("e-0", "e-") for name in ("loss", "hidden", "weight")),
         ]
         for row in rows
     ]
+
+
+def test_the_memory_and_errors_that_are_claimed_were_measured() -> None:
+    rows = json.loads((ROOT / "bench/results/token-policy-cpu.json").read_text())["results"]
     by_name = {(row["terms"], row["implementation"]): row for row in rows}
     ours, naive = by_name["all", "ours"], by_name["all", "all logits"]
     assert (ours["sequences"], ours["tokens"], ours["vocabulary"]) == (16, 256, 16384)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -244,6 +245,18 @@ def test_the_table_of_throughput_is_that_of_the_file() -> None:
         [f"{run['stochastic_steps']}", *(f"{each:.2f} s" for each in run["seconds"].values()), f"{run['speedup']:.2f}x"]
         for run in load("reweight-cpu.json")["results"]
     ]
+    table = (DOCS / "throughput.md").read_text().partition("<!-- reweight-gpu -->")[2].partition("<!-- /")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[2:]]
+    measured = load("nvidia-h200/reweight-sd35.json")["rows"]
+    assert [line[0].removeprefix("with a ") for line in lines] == list(measured)
+    for (_, *numbers), rows in zip(lines, measured.values(), strict=True):
+        rollout, training = (median(row[f"seconds_{part}"] for row in rows[1:]) for part in ("rollout", "train"))
+        assert numbers == [
+            f"{32 / (rollout + training):.1f}",
+            f"{rollout + training:.2f} s",
+            f"{rollout:.2f}, {training:.2f} s",
+            f"{rows[1]['gigabytes']:.1f} GB",
+        ]
 
 
 def readme_row(beginning: str) -> str:
