@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,8 @@ class Counted:
         "--rollout.guidance 4.5 --draws.guidance 2 --rollout.solver dpm --capability.candidates 5",
         "--algorithm flow_grpo --sde.steps 1 --rollout.guidance 4.5 --flow_grpo.kl_weight 0.1 --sde.epochs 2",
         "--algorithm flow_grpo --sde.steps 2 --sde.trained_share 0.5 --sde.anchor replay",
+        "--algorithm flow_grpo --sde.window branch --sde.steps 1 --sde.within 2 --sde.branches 2 "
+        "--sde.shared_anchor true --rollout.batch 6",
         "--algorithm flow_grpo --sde.steps 2 --sde.reweight true --model.trainable lora "
         "--optim.steps_per_iteration 1 --rollout.guidance 4.5",
     ],
@@ -199,6 +202,11 @@ def test_a_shared_anchor_is_one_pass_a_group() -> None:
     )
     # Together up to and with step 0, 1 or 2: two passes a group on average, four an image.
     assert passes_of(config, [1 - i / 6 for i in range(7)], 1) == Passes(4 * 2 + 20 * 4, 4, 0, 10)
+    several = replace(
+        config, sde=replace(config.sde, branches=3)
+    )  # of four groups the last parts at step 0, as the first
+    drawn = (1 + 2 + 3 + 1) + 5 * (5 + 4 + 3 + 5)
+    assert passes_of(several, [1 - i / 6 for i in range(7)], 1) == Passes(drawn, 4, 0, 10)
 
 
 def test_the_shapes_of_sd35_medium_are_the_published_ones() -> None:

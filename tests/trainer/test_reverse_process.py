@@ -82,6 +82,8 @@ def test_windows() -> None:
     slid = [steps(i, window="sliding", steps=4, shift_every=2)[0] for i in range(16)]
     assert slid == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0, 0, 1, 1]
     assert steps(3, 1, window="random", steps=3) == steps(3, 1, window="random", steps=3)
+    # As AdaGRPO's code has them, whatever the iteration.
+    assert steps(3, window="branch", steps=1, within=8, branches=4) == [0, 2, 4, 6]
 
 
 def test_a_window_must_leave_the_last_step_alone(small_config: Make) -> None:
@@ -113,12 +115,45 @@ def test_a_branch_starts_from_one_trajectory(small_config: Make) -> None:
     assert not torch.equal(rollout.x0[0], rollout.x0[1])
 
 
+@pytest.mark.parametrize(("shared", "batch"), [(False, 5), (True, 8)])
+def test_groups_part_at_several_steps_in_turn(small_config: Make, shared: bool, batch: int) -> None:
+    """Groups 0 and 2 at step 0, as where that is the one stochastic step; group 1 at step 1, with the same noise."""
+    rollout = RolloutConfig(prompts=3, images_per_prompt=4, steps=3, batch=batch)
+    several = SDEConfig(window="branch", steps=1, within=2, branches=2, shared_anchor=shared)
+    found = _rollout(_trainer(small_config, sde=several, rollout=rollout))
+    steps = found.transitions
+    assert steps is not None and steps.index.view(3, 4).tolist() == [[0] * 4, [1] * 4, [0] * 4]
+    assert steps.table.stochastic_steps == (0, 1)
+    first = _rollout(_trainer(small_config, sde=SDEConfig(steps=1, shared_noise=True), rollout=rollout))
+    all_of_them = _rollout(_trainer(small_config, sde=SDEConfig(steps=2, shared_noise=True), rollout=rollout))
+    for name in ("x", "v_old", "eps"):
+        ours, theirs = (getattr(each.transitions, name)[:, 0].unflatten(0, (3, 4)) for each in (found, first))
+        torch.testing.assert_close(ours[::2], theirs[::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.x0[:4], first.x0[:4], rtol=1e-4, atol=1e-4)
+    # A straight step from where the other groups' first began, one state a group, then noise that no other step had.
+    begun, by = (getattr(all_of_them.transitions, name)[4:8, 0] for name in ("x", "v_old"))
+    sigmas = [float(each) for each in steps.table.sigmas[:2]]
+    torch.testing.assert_close(steps.x[4:8, 0], euler_step(begun, by, *sigmas), rtol=1e-4, atol=1e-5)
+    assert torch.equal(steps.x[4:8, 0], steps.x[4:5, 0].expand(4, *steps.x.shape[2:]))
+    assert len({row.sum().item() for row in steps.eps[:, 0]}) == 12
+    torch.testing.assert_close(steps.eps[4:8, 0], all_of_them.transitions.eps[4:8, 0], rtol=1e-3, atol=1e-3)  # type: ignore[union-attr]
+
+
+def test_branches_need_a_window_that_has_as_many_steps() -> None:
+    for settings in ({"window": "first"}, {"window": "branch", "steps": 2, "within": 4}, {"window": "branch"}):
+        with pytest.raises(ValueError, match=r"sde.branches is 4; accepted: 1, or with sde.window branch, sde.steps 1"):
+            SDEConfig(**({"steps": 1, "branches": 4} | settings))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sde.branches is 0"):
+        SDEConfig(window="branch", steps=1, within=8, branches=0)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
 def test_a_shared_anchor_is_one_pass_a_group_and_the_same_gradient(
-    small_config: Make, monkeypatch: pytest.MonkeyPatch
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, branches: int
 ) -> None:
     """3 groups of 4 in micro-batches of 5, with a pull to the reference: the weighted sum of a group's latents is all
     that its gradient depends on."""
-    branch = SDEConfig(window="branch", steps=1, within=2, anchor="replay")
+    branch = SDEConfig(window="branch", steps=1, within=2, branches=branches, anchor="replay")
     rows, sizes = [], []
     for sde in (branch, replace(branch, shared_anchor=True)):
         trainer = _trainer(small_config, sde=sde, flow_grpo=FlowGRPOConfig(kl_weight=0.1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from advflow.algorithms import make_algorithm
-from advflow.processes.reverse import reachable_steps
+from advflow.processes.reverse import reachable_steps, stochastic_steps
 from advflow.settings.config import TrainConfig
 from advflow.settings.registry import SAMPLERS
 
@@ -61,8 +61,12 @@ def _drawn_by_sde(config: TrainConfig) -> int:
     rollout, sde = config.rollout, config.sde
     if not sde.shared_anchor:
         return rollout.images * rollout.steps
-    together = (reachable_steps(sde, rollout.steps) + 1) // 2
-    return rollout.prompts * together + rollout.images * (rollout.steps - together)
+    if sde.branches > 1:
+        window = stochastic_steps(sde, rollout.steps, 0, 0)
+        together = sum(window[group % sde.branches] + 1 for group in range(rollout.prompts))
+    else:
+        together = rollout.prompts * ((reachable_steps(sde, rollout.steps) + 1) // 2)
+    return together + rollout.images_per_prompt * (rollout.prompts * rollout.steps - together)
 
 
 def _calls(sampler: object, sigmas: list[float]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,8 @@ def stochastic_steps(config: SDEConfig, sampler_steps: int, iteration: int, seed
         return list(range(size))
     if config.window == "random":
         return sorted(torch.randperm(within, generator=rng)[:size].tolist())
+    if config.branches > 1:
+        return [number * within // config.branches for number in range(config.branches)]
     if config.window == "sliding":
         start = (iteration // config.shift_every) % (within - size + 1)
     else:
@@ -100,26 +103,37 @@ class StochasticSampler:
         table = self.table(window)
         first = iteration * self._rollout.images + first_image
         generators = [generator(self._seed, "sde", first + place) for place in range(len(noise))]
-        images = torch.arange(len(noise), device=noise.device)
+        images = torch.arange(len(noise))
+        turn = (images + first_image) // self._rollout.images_per_prompt % self._config.branches
         anchors, anchor_of = self._anchors(images + first_image)
-        x, told = noise.float()[anchors], conditioning[anchors]
-        kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        stands_for = anchors[anchor_of]  # the image whose state each image is in
+        held, row_of = torch.unique(stands_for, return_inverse=True)
+        x, told = noise.float()[held], conditioning[held]
+        taken: list[_Taken] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
             t = torch.full((len(x),), sigma, device=x.device)
             if step not in window:
                 x = euler_step(x, policy(x, t, told).float(), sigma, self._sigmas[step + 1])
                 continue
             v = self._velocity(policy, x, t, told)
-            if len(x) < len(noise):  # here the images of a group part
-                x, v, told = x[anchor_of], v[anchor_of], conditioning
-            drawn = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in generators])
-            out = af.sde_step(v, x, table, step, drawn.to(x.device))
-            self._after_step(step, out.eps, first_image)
-            kept.append((x, v, out.eps))
-            x = out.x_next
-        before, v_old, eps = (torch.stack(tensors, 1) for tensors in zip(*kept, strict=True))
-        index = torch.tensor(window, device=x.device).expand(len(x), -1)
-        return x, Transitions(before, v_old, eps, index, table)
+            # All images, or with several branches those of the groups whose turn it is.
+            noisy = images[turn == window.index(step) % self._config.branches]
+            stands_for[noisy] = noisy
+            if len(parted := torch.unique(stands_for)) > len(held):
+                x, v, told = x[row_of[parted]], v[row_of[parted]], conditioning[parted]
+                held, row_of = torch.unique(stands_for, return_inverse=True)
+            whole = len(noisy) == len(x)
+            x_next = x if whole else euler_step(x, v.float(), sigma, self._sigmas[step + 1])
+            if len(noisy):
+                rows = row_of[noisy].to(x.device)
+                begun, v = (x, v) if whole else (x[rows], v[rows])
+                drawn = torch.stack([torch.randn(x.shape[1:], generator=generators[image]) for image in noisy])
+                out = af.sde_step(v, begun, table, step, drawn.to(x.device))
+                self._after_step(step, out.eps, first_image)
+                taken.append(_Taken(noisy, torch.full_like(noisy, step), begun, v, out.eps))
+                x_next = out.x_next if whole else x_next.index_copy(0, rows, out.x_next)
+            x = x_next
+        return x, _of_each_image(taken, table)
 
     def _velocity(self, policy: Velocity, x: torch.Tensor, t: torch.Tensor, told: Conditioning) -> torch.Tensor:
         """That of a step that is learnt from."""
@@ -127,6 +141,25 @@ class StochasticSampler:
 
     def _after_step(self, step: int, eps: torch.Tensor, first_image: int) -> None:
         """Called when such a step, of images from `first_image` on, has been made."""
+
+
+class _Taken(NamedTuple):
+    """A stochastic step of some `images`: which step it was for each, where it began, by what velocity and noise."""
+
+    images: torch.Tensor
+    step: torch.Tensor
+    x: torch.Tensor
+    v_old: torch.Tensor
+    eps: torch.Tensor
+
+
+def _of_each_image(taken: list[_Taken], table: af.StepTable) -> Transitions:
+    """Of every image its steps, as many as any other has."""
+    images, index, x, v_old, eps = (torch.cat(parts) for parts in zip(*taken, strict=True))
+    order = images.argsort(stable=True)
+    count = len(images.unique())
+    x, v_old, eps = (each[order].unflatten(0, (count, -1)) for each in (x, v_old, eps))
+    return Transitions(x, v_old, eps, index[order].view(count, -1).to(x.device), table)
 
 
 def _rows(velocity: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:

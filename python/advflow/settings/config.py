@@ -219,6 +219,7 @@ class TrainConfig:
             ("sde.trained_share", sde.trained_share, 1.0),
             ("sde.anchor", sde.anchor, "stored"),
             ("sde.shared_anchor", sde.shared_anchor, False),
+            ("sde.branches", sde.branches, 1),
             ("model.trainable", self.model.trainable, "lora"),
             ("runtime.fused", runtime.fused, True),
             ("runtime.shard", runtime.shard, False),

@@ -23,13 +23,16 @@ class SDEConfig:
             drawn at "random" or in a "random_window" from the first `within`, a window "sliding" from the noisy end to
             the clean one and over again (MixGRPO), or a "branch" (Flow-GRPO-Fast): one trajectory a group up to a
             random window within the first `within` steps, where its images part.
+        branches: of window "branch" with one step: at how many steps, spread evenly over the first `within`, the groups
+            of an iteration part, one group after another at the next of them (AdaGRPO's code: 4 of 8); 1: all at a
+            random one.
         steps: stochastic steps.
         within: the steps that "random", "random_window" and "branch" choose from; null is the first half.
         shift_every: iterations after which a sliding window moves on by one step.
         shared_noise: all images of a group start from the same noise (DanceGRPO).
         shared_anchor: of window "branch" with one step: up to it a group is one trajectory, and at it all losses of its
-            images are one pass of the network, forward and backward (AdaGRPO's sampler, which parts at four steps in
-            turn). Needs a rollout.batch that splits no group.
+            images are one pass of the network, forward and backward (AdaGRPO's sampler). Needs a rollout.batch that
+            splits no group.
         trained_share: share of an image's stochastic steps that are learnt from, drawn anew for each image.
         anchor: "stored" keeps the rollout's own velocities as v_old; "replay" computes them again in the batches
             that training uses, for networks whose output depends on the batch.
@@ -45,6 +48,7 @@ class SDEConfig:
     window: Literal["first", "random", "random_window", "sliding", "branch"] = "first"
     steps: int = 9
     within: int | None = None
+    branches: int = 1
     shift_every: int = 25
     shared_noise: bool = False
     shared_anchor: bool = False
@@ -61,6 +65,9 @@ class SDEConfig:
         alone = self.window == "branch" and self.steps == 1
         accepted = "False, or sde.window branch with sde.steps 1"
         require(alone or not self.shared_anchor, "sde.shared_anchor", self.shared_anchor, accepted)
+        accepted = "1, or with sde.window branch, sde.steps 1 and sde.within as many as sde.within at most"
+        spread = alone and self.within is not None and 1 <= self.branches <= self.within
+        require(self.branches == 1 or spread, "sde.branches", self.branches, accepted)
         require(0 < self.trained_share <= 1, "sde.trained_share", self.trained_share, "a number in (0, 1]")
         require(self.epochs >= 1, "sde.epochs", self.epochs, "1 or more")
 
