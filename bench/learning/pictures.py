@@ -99,7 +99,8 @@ def draw_front(runs: list[Run], rewards: tuple[str, str], title: str, path: Path
     for label, color in colors.items():
         axes.plot([], [], "o", color=color, label=label)
     axes.plot(*([runs[0]["rewards"][name][0]] for name in rewards), "k*", markersize=13, label="before")
-    axes.set(xlabel=rewards[0], ylabel=rewards[1], title=f"{title}: every seed's way and end")
+    axes.set(xlabel=rewards[0], ylabel=rewards[1])
+    figure.suptitle(f"{title}: every seed's way and end", fontsize=11)
     _plain(axes)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)

@@ -248,6 +248,7 @@ def test_the_table_of_throughput_is_that_of_the_file() -> None:
     table = (DOCS / "throughput.md").read_text().partition("<!-- reweight-gpu -->")[2].partition("<!-- /")[0]
     lines = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[2:]]
     measured = load("nvidia-h200/reweight-sd35.json")["rows"]
+    assert f"| {lines[1][1]} images/s | {lines[0][1]}: a second pass" in readme_row("learning from images as they are")
     assert [line[0].removeprefix("with a ") for line in lines] == list(measured)
     for (_, *numbers), rows in zip(lines, measured.values(), strict=True):
         rollout, training = (median(row[f"seconds_{part}"] for row in rows[1:]) for part in ("rollout", "train"))
