@@ -30,18 +30,18 @@ def measured(move: float, rho: float, target_error: float = 0.5) -> dict[str, fl
 def test_gamma_grows_where_the_learner_goes_too_far_and_shrinks_where_it_does_not() -> None:
     control = GammaControl(0.04)
     row = control.update(measured(0.04 * 1.2, 0.5), rho=0.5, rate=1.0)
-    assert row == {"gamma": 1.1, "learner_move": pytest.approx(0.048)}
-    assert control.gamma == pytest.approx(1.1 * 1.2**0.1)
+    assert row == {"gamma": 0.5, "learner_move": pytest.approx(0.048)}
+    assert control.gamma == pytest.approx(0.5 * 1.2**0.1)
     control.update(measured(0.04 / 1.2, 0.2, target_error=3.0), rho=0.2, rate=1.0)  # the same length in other units
-    assert control.gamma == pytest.approx(1.1)
+    assert control.gamma == pytest.approx(0.5)
     control.update(measured(0.004, 0.5), rho=0.5, rate=0.1)  # a tenth of the rate goes a tenth of the way
-    assert control.gamma == pytest.approx(1.1)
+    assert control.gamma == pytest.approx(0.5)
 
 
 def test_gamma_moves_by_a_bounded_factor_within_bounds() -> None:
     control = GammaControl(0.04)
     control.update(measured(4e4, 0.5), rho=0.5, rate=1.0)
-    assert control.gamma == pytest.approx(1.1 * math.exp(0.1))
+    assert control.gamma == pytest.approx(0.5 * math.exp(0.1))
     for move, bound in ((4e4, 10.0), (4e-9, 0.1)):
         for _ in range(80):
             control.update(measured(move, 0.5), rho=0.5, rate=1.0)
@@ -63,14 +63,14 @@ def test_gamma_moves_by_a_bounded_factor_within_bounds() -> None:
 )
 def test_nothing_measured_is_nothing_concluded(first: dict[str, float], rho: float, rate: float) -> None:
     control = GammaControl(0.04)
-    assert control.update(first, rho, rate) == {"gamma": 1.1} and control.gamma == 1.1
+    assert control.update(first, rho, rate) == {"gamma": 0.5} and control.gamma == 0.5
 
 
 @pytest.mark.parametrize(("deviation", "target_error", "led"), [(1e-300, 1e300, -0.1), (1e300, 1e-300, 0.1)])
 def test_any_two_numbers_that_are_measured_are_taken(deviation: float, target_error: float, led: float) -> None:
     control = GammaControl(0.04)
     control.update({"rollout_deviation": deviation, "target_error": target_error}, rho=0.5, rate=1.0)
-    assert control.gamma == pytest.approx(1.1 * math.exp(led))
+    assert control.gamma == pytest.approx(0.5 * math.exp(led))
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_a_rollout_policy_that_never_keeps_a_fifth_is_refused(
 def test_it_settles_where_the_target_is_met() -> None:
     """A learner whose way is shorter the larger gamma is, as measured: by half for five times gamma."""
     control = GammaControl(0.04)
-    for _ in range(100):
+    for _ in range(200):
         control.update(measured(0.05 * control.gamma**-0.4, 0.5), rho=0.5, rate=1.0)
     assert control.gamma == pytest.approx((0.05 / 0.04) ** 2.5, rel=0.02)
 
 
-@pytest.mark.parametrize("chosen", [0.1, 1.1, 5.0])
+@pytest.mark.parametrize("chosen", [0.1, 0.5, 5.0])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_no_sample_is_left_without_a_minimum(chosen: float, beta: float) -> None:
     rng = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def test_no_sample_is_left_without_a_minimum(chosen: float, beta: float) -> None
     settings = AdvantageFlowConfig(gamma="auto", lam=0.02, beta=beta, offset=0.1)
     batch = ForwardBatch(v, v_old, v_ref, x0, noise, t, A, A, 6, 2.0, chosen)
     out = make_algorithm("advantage_flow", settings).loss(batch)
-    scale = 1.1 / chosen
+    scale = 0.5 / chosen
     curvatures = scale * (beta * (A + 0.1) + chosen + 0.04)[:5].clamp(min=0.1)
     metrics = out.metrics.as_dict()
     assert metrics["min_curvature"] == pytest.approx(curvatures.min().item(), abs=1e-6)
@@ -132,7 +132,7 @@ def test_the_way_that_is_measured_is_the_learner_s_and_a_checkpoint_holds_where_
         )
     )
     rows = [trainer.iterate(iteration) for iteration in range(2)]
-    assert rows[0]["gamma"] == rows[1]["gamma"] == 1.1 and "learner_move" not in rows[0]
+    assert rows[0]["gamma"] == rows[1]["gamma"] == 0.5 and "learner_move" not in rows[0]
     expected = math.sqrt(rows[1]["rollout_deviation"] / rows[1]["target_error"])  # with a rho of a half
     assert rows[1]["learner_move"] == pytest.approx(expected)
     saved = save_checkpoint(tmp_path, 2, trainer.parts)
@@ -140,5 +140,5 @@ def test_the_way_that_is_measured_is_the_learner_s_and_a_checkpoint_holds_where_
     assert trainer.gamma_control is not None and trainer.gamma_control.gamma > whole["gamma"]
     assert load_checkpoint(saved, trainer.parts) == 2
     resumed = trainer.iterate(2)
-    assert resumed["gamma"] == whole["gamma"] == pytest.approx(1.1 * math.exp(0.1))  # a small target was asked for
+    assert resumed["gamma"] == whole["gamma"] == pytest.approx(0.5 * math.exp(0.1))  # a small target was asked for
     assert resumed["loss"] == whole["loss"] and resumed["learner_move"] == whole["learner_move"]

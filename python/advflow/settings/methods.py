@@ -19,9 +19,9 @@ class AdvantageFlowConfig:
     """AdvantageFlow; see `advflow_ext.advantage_flow_loss`.
 
     Args:
-        gamma: rollout regularisation, a number, "1-A", "beta(beta-A)", or "auto": begins at 1.1 and moves so that the
+        gamma: rollout regularisation, a number, "1-A", "beta(beta-A)", or "auto": begins at 0.5 and moves so that the
             learner goes `target_move` in an iteration; larger for a sample that would be left with a curvature below
-            0.1. The whole loss is scaled by 1.1 / gamma. Needs a rollout policy that keeps a fifth of itself or more:
+            0.1. The whole loss is scaled by 0.5 / gamma. Needs a rollout policy that keeps a fifth of itself or more:
             gamma first moves once rollout_policy.rate times the optimiser steps since its start has reached 0.2.
         target_move: of gamma "auto": root of the mean <(v - v_old)^2> over the mean <(v - u)^2>, at the highest
             learning rate; in proportion to the rate at a smaller one.
@@ -34,7 +34,7 @@ class AdvantageFlowConfig:
     """
 
     gamma: float | Literal["1-A", "beta(beta-A)", "auto"] = 1.1
-    target_move: float = 0.025
+    target_move: float = 0.035
     lam: float = 1e-2
     weighting: Literal["prediction", "velocity", "adaptive"] = "prediction"
     beta: float = 1.0
