@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
 total=590 # seconds, of all steps together
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 status=0
 
 # step NAME SECONDS COMMAND...: its output to the screen and to NAME.log; stopped after SECONDS.
@@ -62,7 +62,7 @@ gpu_part() {
   local shards=8 i tool limit=$((total - SECONDS - 260))
   for ((i = 0; i < shards; i++)); do
     background "tests-$i" "$limit" "$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider \
-      $(ls tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py | awk "NR % $shards == $i")
+      $(ls tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py tests/trainer/test_gpu.py | awk "NR % $shards == $i")
   done
   if command -v compute-sanitizer >/dev/null; then
     local dtype
@@ -89,7 +89,7 @@ gpu_part() {
   step render 25 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   if ((reserved)); then
     # Without the compiled variants, which alone take minutes to compile.
-    step step $((total - SECONDS)) env PYTHONPATH="$PWD/python:$PYTHONPATH" "$python" -m bench.step --device cuda \
+    step step $((total - SECONDS)) "$python" -m bench.step --device cuda \
       --variants stock,ours --timesteps 3 --rounds 3 --json "$out/step.json" --out "$out/step.md" || status=1
   else
     echo "== step was left out: diffusers or peft cannot be imported" | tee "$out/step.log"
