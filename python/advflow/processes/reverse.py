@@ -106,9 +106,8 @@ class StochasticSampler:
         images = torch.arange(len(noise))
         turn = (images + first_image) // self._rollout.images_per_prompt % self._config.branches
         anchors, anchor_of = self._anchors(images + first_image)
-        stands_for = anchors[anchor_of]  # the image whose state each image is in
-        held, row_of = torch.unique(stands_for, return_inverse=True)
-        x, told = noise.float()[held], conditioning[held]
+        states = _States(anchors[anchor_of])
+        x, told = noise.float()[states.of], conditioning[states.of]
         taken: list[_Taken] = []
         for step, sigma in enumerate(self._sigmas[:-1]):
             t = torch.full((len(x),), sigma, device=x.device)
@@ -118,14 +117,13 @@ class StochasticSampler:
             v = self._velocity(policy, x, t, told)
             # All images, or with several branches those of the groups whose turn it is.
             noisy = images[turn == window.index(step) % self._config.branches]
-            stands_for[noisy] = noisy
-            if len(parted := torch.unique(stands_for)) > len(held):
-                x, v, told = x[row_of[parted]], v[row_of[parted]], conditioning[parted]
-                held, row_of = torch.unique(stands_for, return_inverse=True)
+            begins_as = states.part(noisy)
+            if len(begins_as) > len(x):
+                x, v, told = x[begins_as], v[begins_as], conditioning[states.of]
             whole = len(noisy) == len(x)
             x_next = x if whole else euler_step(x, v.float(), sigma, self._sigmas[step + 1])
             if len(noisy):
-                rows = row_of[noisy].to(x.device)
+                rows = states.row[noisy].to(x.device)
                 begun, v = (x, v) if whole else (x[rows], v[rows])
                 drawn = torch.stack([torch.randn(x.shape[1:], generator=generators[image]) for image in noisy])
                 out = af.sde_step(v, begun, table, step, drawn.to(x.device))
@@ -141,6 +139,24 @@ class StochasticSampler:
 
     def _after_step(self, step: int, eps: torch.Tensor, first_image: int) -> None:
         """Called when such a step, of images from `first_image` on, has been made."""
+
+
+class _States:
+    """The states of a batch of images, each of which is in its own or in that of the image that `stands_for` it.
+
+    `of` are the images whose own each state is, `row` is the place of the state of every image among them.
+    """
+
+    def __init__(self, stands_for: torch.Tensor) -> None:
+        self._stands_for = stands_for
+        self.of, self.row = torch.unique(stands_for, return_inverse=True)
+
+    def part(self, images: torch.Tensor) -> torch.Tensor:
+        """Gives each of `images` a state of its own; returns which of the states before each of those now begins as."""
+        before: torch.Tensor = self.row
+        self._stands_for[images] = images
+        self.of, self.row = torch.unique(self._stands_for, return_inverse=True)
+        return before[self.of]
 
 
 class _Taken(NamedTuple):
