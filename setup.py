@@ -364,7 +364,8 @@ def main() -> None:
                     "nvcc": plan.cuda,
                     "nvcc_flags": nvcc_flags if plan.nvcc else [],
                     "compiler": first_line(*plan.compiler.split(), "--version"),
-                    "compiler_flags": cxx_flags,
+                    # Where the headers lie on this machine says nothing about the module.
+                    "compiler_flags": [flag for flag in cxx_flags if not flag.startswith("-isystem")],
                     "commit": first_line("git", "rev-parse", "HEAD"),
                     "label": plan.label,
                     "sources": sources_digest(),

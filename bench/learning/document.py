@@ -17,6 +17,9 @@ def write_document(found: dict[str, dict[str, Any]], docs: Path) -> None:
     page = docs / "learning.md"
     text = page.read_text()
     for name, document in found.items():
+        if f"<!-- study {name} -->" not in text:
+            print(f"{name} is not on the page, which has no mark for it")
+            continue
         text = with_table(text, name, table(STUDIES[name], document["runs"]))
         picture = docs / "images" / f"learning-{name}.png"
         _draw(STUDIES[name], by_gain(STUDIES[name], document["runs"]), picture)

@@ -88,7 +88,7 @@ def train(runs: list[tuple[str, int]], folder: Path, at_once: int, device: str) 
     """Trains those of the `runs` that are not finished, none where one cannot be begun; returns how many failed."""
     missing = [run for run in runs if not (folder / folder_of(*run) / "summary.json").is_file()]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished before", flush=True)
-    if wrong := faults([settings for settings, _ in missing]):
+    if wrong := faults(words_of(*run, folder, device) for run in missing):
         print(*wrong, sep="\n", file=sys.stderr)
         return len(wrong)
     failed = 0
@@ -101,22 +101,28 @@ def train(runs: list[tuple[str, int]], folder: Path, at_once: int, device: str) 
     return failed
 
 
-def faults(settings: Iterable[str]) -> list[str]:
+def words_of(settings: str, seed: int, folder: Path, device: str) -> list[str]:
+    """A run's words behind `advflow`."""
+    out = str(folder / folder_of(settings, seed))
+    return ["train", *shlex.split(settings), "--seed", str(seed), "--device", device, "--out", out, "--resume"]
+
+
+def faults(runs: Iterable[list[str]]) -> list[str]:
     """A sentence for all that would end one of the runs before its first iteration."""
     found = []
-    for each in tqdm(dict.fromkeys(settings), desc="settings", unit="run", leave=False):
-        words = resolve_configs(["train", *shlex.split(each)])
-        parser = train_parser()
-        looked_at = dry_run(to_config(parser, parser.parse_args(words[1:])), resume=True, size=1)
-        found += [f"{each}: {fault}" for fault in looked_at.faults]
+    for words in tqdm(list(runs), desc="settings", unit="run", leave=False):
+        parser, resolved = train_parser(), resolve_configs(words)[1:]
+        given = parser.parse_args(resolved)
+        given.pop("resume")
+        looked_at = dry_run(to_config(parser, given), resume=True, size=1)
+        found += [f"{shlex.join(words)}: {fault}" for fault in looked_at.faults]
     return found
 
 
 def _train(settings: str, seed: int, folder: Path, device: str) -> int:
-    out = folder / folder_of(settings, seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    words = ["train", *shlex.split(settings), "--seed", str(seed), "--device", device, "--out", str(out), "--resume"]
-    with out.with_name(out.name + ".log").open("a") as log:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = words_of(settings, seed, folder, device)
+    with (folder / f"{folder_of(settings, seed)}.log").open("a") as log:
         # One thread: results depend on how many there are.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(
@@ -134,6 +140,9 @@ def collect(name: str, study: Study, folder: Path) -> None:
     print(f"{name}: {len(found)} of {expected} runs")
     if not found:
         return
+    devices = {run["summary"]["device"] for run in found}
+    if len(devices) > 1:
+        raise SystemExit(f"{name}: runs in {folder} are of {' and '.join(sorted(devices))}; accepted is one device")
     commits = {run["summary"]["commit"] or "unknown" for run in found}  # what ran, which is not what collects
     environment = report.environment(torch.device(found[0]["summary"]["device"])) | {
         "commit": ", ".join(sorted(commits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import defaultdict
 from pathlib import Path
@@ -54,7 +55,34 @@ def test_nothing_is_trained_where_a_run_cannot_be(
     runs = [("--algorithm awm", 0), ("--data.reward gold --rollout.prompts 100000", 0)]
     assert study.train(runs, tmp_path, 1, "cpu") == 2
     assert "rollout.prompts is 100000; data.prompts has only" in (said := capsys.readouterr().err)
-    assert "prompts 100000: data.reward is 'gold'; accepted: 'embedded'" in said and not list(tmp_path.iterdir())
+    assert "--resume: data.reward is 'gold'; accepted: 'embedded'" in said and not list(tmp_path.iterdir())
+
+
+def test_what_is_looked_at_is_the_run_that_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the folder that `advflow train` takes by default, nor another device."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "config.yaml").write_text("algorithm: flow_grpo\n")
+    assert study.faults([study.words_of("--algorithm awm", 0, tmp_path, "cpu")]) == []
+    (fault,) = study.faults([study.words_of("--algorithm awm", 0, tmp_path, "gpu")])
+    assert "device is 'gpu'" in fault
+
+
+def test_runs_of_two_devices_are_not_collected_as_one(tmp_path: Path) -> None:
+    for seed, device in enumerate(("cpu", "cuda")):
+        out = tmp_path / study.folder_of("--algorithm awm", seed)
+        out.mkdir()
+        (out / "config.yaml").write_text(f"seed: {seed}\n")
+        (out / "evals.jsonl").write_text('{"iteration": 0, "images": 0, "overall": 0.1, "categories": {}}\n')
+        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
+        (out / "summary.json").write_text(json.dumps({"device": device, "commit": "abc"}))
+    with pytest.raises(SystemExit, match="x: runs in .* are of cpu and cuda; accepted is one device"):
+        study.collect("x", Study("", {"AWM": "--algorithm awm"}), tmp_path)
+
+
+def test_no_result_names_a_folder_of_a_machine() -> None:
+    for path in (ROOT / "bench" / "results").rglob("*.json"):
+        assert not re.search(r"[\"=m](/work|/root|/home|/tmp)/", path.read_text()), path.name
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

@@ -40,9 +40,11 @@ def test_every_way_leads_to_one_loss(terms: str) -> None:
 def test_the_numbers_of_the_page_are_those_of_the_file(mark: str, file: str) -> None:
     rows = json.loads((ROOT / "bench/results" / file).read_text())["results"]
     table = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0].strip()
-    unit = 1e3 if "gpu" in mark else 1.0
-    assert [line.strip("| ").split(" | ")[-7:] for line in table.split("\n")[2:]] == [
+    of_gpu = "gpu" in mark
+    unit = 1e3 if of_gpu else 1.0
+    assert [line.strip("| ").split(" | ") for line in table.split("\n")[2:]] == [
         [
+            *([row["dtype"]] if of_gpu else []),
             row["terms"],
             row["implementation"],
             f"{row['peak_bytes'] / 1e6:,.0f}",
@@ -60,6 +62,22 @@ def test_the_memory_and_errors_that_are_claimed_were_measured() -> None:
     assert (ours["sequences"], ours["tokens"], ours["vocabulary"]) == (16, 256, 16384)
     assert 8 * ours["peak_bytes"] <= naive["peak_bytes"]
     assert max(ours[f"error_of_{name}"] for name in ("loss", "hidden", "weight")) <= 1e-6
+
+
+def test_what_is_said_of_a_gpu_was_measured() -> None:
+    rows = json.loads((ROOT / "bench/results/nvidia-h200/token-policy.json").read_text())["results"]
+    found = {(row["dtype"], row["terms"], row["implementation"]): row for row in rows}
+
+    def ratios(number: str, of: str, terms: str) -> list[float]:
+        dtypes = ("bfloat16", "float32")
+        return sorted(found[d, terms, of][number] / found[d, terms, "ours"][number] for d in dtypes)
+
+    assert ratios("peak_bytes", "all logits", "all")[0] > 9.5
+    assert [round(each) for each in ratios("peak_bytes", "all logits", "policy")] == [5, 7]
+    assert [round(1 / each, 1) for each in ratios("seconds", "all logits", "all")] == [2.4, 1.7]
+    slower = [ratios("seconds", "all logits, compiled", terms) for terms in TERMS]
+    assert min(min(slower)) > 1 / 9.5 and max(max(slower)) < 1 / 1.8
+    assert [round(each, 1) for each in ratios("seconds", "Liger", "policy")] == [4.7, 6.9]
 
 
 def test_the_code_of_the_page_runs() -> None:

@@ -202,10 +202,8 @@ def test_a_shared_anchor_is_one_pass_a_group() -> None:
     )
     # Together up to and with step 0, 1 or 2: two passes a group on average, four an image.
     assert passes_of(config, [1 - i / 6 for i in range(7)], 1) == Passes(4 * 2 + 20 * 4, 4, 0, 10)
-    several = replace(
-        config, sde=replace(config.sde, branches=3)
-    )  # of four groups the last parts at step 0, as the first
-    drawn = (1 + 2 + 3 + 1) + 5 * (5 + 4 + 3 + 5)
+    several = replace(config, sde=replace(config.sde, branches=2))  # at steps 0 and 1 in turn
+    drawn = (1 + 2 + 1 + 2) + 5 * (5 + 4 + 5 + 4)
     assert passes_of(several, [1 - i / 6 for i in range(7)], 1) == Passes(drawn, 4, 0, 10)
 
 

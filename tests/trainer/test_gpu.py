@@ -14,6 +14,8 @@ from advflow.run.log import EVALS, METRICS
 from tests.trainer.runs import SMALL, rows
 
 pytestmark = pytest.mark.gpu
+# Of a reward without thresholds, and a rate that a step of shows.
+DENSE = "--data.reward redness --optim.lr 1e-3 --optim.warmup 0".split()
 ONE_STEP = "--sde.window first --sde.steps 1"
 RUNS = {
     "forward": "--algorithm advantage_flow",
@@ -30,10 +32,13 @@ def test_a_gpu_trains_what_a_cpu_does(kind: str, tmp_path: Path) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        main(["train", *RUNS[kind].split(), *SMALL, "--iterations", "2", "--device", device, "--out", str(out)])
+        main(["train", *RUNS[kind].split(), *SMALL, *DENSE, "--iterations", "2", "--device", device, "--out", str(out)])
         found[device] = [rows(out, name) for name in (METRICS, EVALS)]
     (metrics, evaluations), (its_metrics, its_evaluations) = found["cpu"], found["cuda"]
-    assert len(metrics) == len(its_metrics) == 2 and all(row["nonfinite_samples"] == 0 for row in its_metrics)
-    for name in ("reward", "loss", "grad_norm", "advantage_rms"):
-        assert its_metrics[0][name] == pytest.approx(metrics[0][name], rel=2e-3, abs=1e-4), name
-    assert its_evaluations[0]["overall"] == pytest.approx(evaluations[0]["overall"], abs=1e-3)
+    assert len(its_metrics) == 2 and len(its_evaluations) == 3
+    for row, its in zip(metrics, its_metrics, strict=True):
+        assert its["nonfinite_samples"] == 0 < its["grad_norm"]
+        for name in ("reward", "grad_norm", "advantage_rms"):
+            assert its[name] == pytest.approx(row[name], rel=2e-2), name
+    for row, its in zip(evaluations, its_evaluations, strict=True):
+        assert its["overall"] == pytest.approx(row["overall"], rel=2e-2)

@@ -184,6 +184,13 @@ def test_checkpointed_passes_give_it_too(trainer: Trainer, ordinary: list[torch.
             },
             r"sde.shared_anchor is True; accepted: False with sde.reweight",
         ),
+        (
+            {
+                "sde": SDEConfig(steps=1, window="branch", within=2, branches=2, reweight=True),
+                "rollout": RolloutConfig(prompts=2, images_per_prompt=4, steps=3, batch=8),
+            },
+            r"sde.branches is 2; accepted: 1 with sde.reweight",
+        ),
         ({"model": ModelConfig()}, r"model.trainable is 'full'; accepted: 'lora' with sde.reweight"),
         ({"runtime": RuntimeConfig(fused=False)}, r"runtime.fused is False; accepted: True with sde.reweight"),
         ({"runtime": RuntimeConfig(shard=True)}, r"runtime.shard is True; accepted: False with sde.reweight"),

@@ -243,8 +243,9 @@ def _git(folder: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_commit_is_claimed_only_where_the_file_is_tracked(tmp_path: Path) -> None:
+def test_a_commit_is_claimed_only_where_the_file_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment inside somebody's repository holds our files, but its commits say nothing about them."""
+    monkeypatch.delenv("ADVFLOW_COMMIT", raising=False)
     _git(tmp_path, "init", "-q")
     (tmp_path / "theirs.py").write_text("")
     _git(tmp_path, "add", "theirs.py")

@@ -199,6 +199,12 @@ class TrainConfig:
                 f"sde.{name} is {reach}; with rollout.steps={self.rollout.steps} at most {self.rollout.steps - 1} is "
                 "accepted (the last step ends at sigma 0, where it has no density)"
             )
+        require(
+            self.rollout.prompts % self.sde.branches == 0,
+            "rollout.prompts",
+            self.rollout.prompts,
+            f"a multiple of sde.branches, {self.sde.branches}, or some steps would have more groups than others",
+        )
         whole = self.rollout.batch % self.rollout.images_per_prompt == 0
         require(
             whole or not self.sde.shared_anchor,

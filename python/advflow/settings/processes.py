@@ -65,7 +65,7 @@ class SDEConfig:
         alone = self.window == "branch" and self.steps == 1
         accepted = "False, or sde.window branch with sde.steps 1"
         require(alone or not self.shared_anchor, "sde.shared_anchor", self.shared_anchor, accepted)
-        accepted = "1, or with sde.window branch, sde.steps 1 and sde.within as many as sde.within at most"
+        accepted = "1, or with sde.window branch and sde.steps 1 up to sde.within, which has to be given"
         spread = alone and self.within is not None and 1 <= self.branches <= self.within
         require(self.branches == 1 or spread, "sde.branches", self.branches, accepted)
         require(0 < self.trained_share <= 1, "sde.trained_share", self.trained_share, "a number in (0, 1]")
