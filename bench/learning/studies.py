@@ -46,8 +46,9 @@ def _curriculum(algorithm: str, select: str = "ema") -> str:
     return _run(settings, ITERATIONS * IMAGES_OF_MANY // (IMAGES_OF_MANY + CANDIDATES_OF_MANY))
 
 
-def _gammas(reward: str, gammas: Iterable[str] = ("0.2", "0.5", "1.1", "2", "5", "1-A", "auto")) -> dict[str, str]:
+def _gammas(reward: str) -> dict[str, str]:
     run = f"--data.reward {reward} --algorithm advantage_flow"
+    gammas = ("0.2", "0.5", "1.1", "2", "5", "1-A", "auto")
     # 1.1 is the default, and so the run of other studies too.
     return {
         f"gamma {gamma}": _run(run if gamma == "1.1" else f"{run} --advantage_flow.gamma {gamma}") for gamma in gammas
@@ -109,10 +110,6 @@ STUDIES: dict[str, Study] = {
     "pull": Study("What holds AdvantageFlow, on the six categories", _pulls("embedded")),
     "gamma": Study("Gamma, on the six categories", _gammas("embedded")),
     "gamma-redness": Study("Gamma, on redness", _gammas("redness")),
-    "gamma-compressibility": Study(
-        "Gamma, on a reward that had no part in choosing where auto begins",
-        _gammas("compressibility", ("0.2", "0.5", "1.1", "auto")),
-    ),
     "capability": Study(
         "AdaGRPO's curriculum and its advantages, on the six categories",
         {
