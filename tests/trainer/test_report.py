@@ -282,14 +282,17 @@ def test_what_is_compared_with_the_papers_of_the_reverse_process_is_shown(tmp_pa
     clip = FlowGRPOConfig(clip=0.0128, kl_weight=0.02)
     page = read(make_run(tmp_path / "dance", algorithm="dance_grpo", sde=dance, advantage=advantage, flow_grpo=clip))
     assert (
-        "Algorithm dance_grpo clip 0.0128, kl_weight 0.02, kl_convention exact "
-        "Sampler steps dance_sde, noise level 1.5 window first, steps 3, shift_every 25, shared_noise True, "
-        "shared_anchor False, trained_share 0.6, anchor stored, epochs 1, reweight False "
+        "Algorithm dance_grpo clip 0.0128, kl_weight 0.02, kl_convention exact, time_weight none "
+        "Sampler steps dance_sde, noise level 1.5 window first, steps 3, branches 1, shift_every 25, "
+        "shared_noise True, shared_anchor False, trained_share 0.6, anchor stored, epochs 1, reweight False "
         "Advantages group_std clip 5, clip_mode clip, scale_by_std False"
     ) in page.text
     mix = SDEConfig(window="sliding", steps=2, within=5, shift_every=75)
     page = read(make_run(tmp_path / "mix", algorithm="mix_grpo", sde=mix))
-    assert "Sampler steps flow_sde, noise level 0.7 window sliding, steps 2, within 5, shift_every 75" in page.text
+    assert (
+        "Sampler steps flow_sde, noise level 0.7 window sliding, steps 2, within 5, branches 1, shift_every 75"
+        in page.text
+    )
 
 
 def test_guidance_is_shown_where_there_is_some(tmp_path: Path) -> None:
