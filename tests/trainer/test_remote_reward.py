@@ -344,11 +344,11 @@ def test_four_workers_hide_a_slow_reward_behind_the_next_batch() -> None:
 
 @pytest.mark.slow
 def test_four_workers_hide_a_slow_reward_behind_a_models_next_batch(small_config: Any) -> None:
-    """The same of a real rollout of 16 batches."""
+    """The same of a real rollout of 16 batches, which takes longer than the reward: no more can be hidden than that."""
     with ExitStack() as stack:
         rewards = {"embedded": load_reward("embedded"), "slow": CheckedReward(SlowEmbedded())}
         urls = [stack.enter_context(FaultyServer(rewards)).url for _ in range(4)]
-        rollout = RolloutConfig(prompts=8, images_per_prompt=8, steps=10, batch=4)
+        rollout = RolloutConfig(prompts=8, images_per_prompt=8, steps=32, batch=4)
         seconds: dict[str, list[float]] = {"embedded": [], "slow": []}
         trainers = {
             name: Trainer(
@@ -369,6 +369,7 @@ def test_four_workers_hide_a_slow_reward_behind_a_models_next_batch(small_config
                 seconds[name].append(time.monotonic() - began)
             assert found["slow"] == found["embedded"]
     of_reward = 64 * 0.2 / 4
+    assert min(seconds["embedded"]) > of_reward
     hidden = 1 - (min(seconds["slow"]) - min(seconds["embedded"])) / of_reward
     print(f"hidden: {hidden:.1%} of {of_reward:.1f} s, beside a rollout of {min(seconds['embedded']):.1f} s; {seconds}")
     assert hidden >= 0.7
