@@ -70,12 +70,7 @@ def test_what_is_looked_at_is_the_run_that_is_begun(tmp_path: Path, monkeypatch:
 
 def test_runs_of_two_devices_are_not_collected_as_one(tmp_path: Path) -> None:
     for seed, device in enumerate(("cpu", "cuda")):
-        out = tmp_path / study.folder_of("--algorithm awm", seed)
-        out.mkdir()
-        (out / "config.yaml").write_text(f"seed: {seed}\n")
-        (out / "evals.jsonl").write_text('{"iteration": 0, "images": 0, "overall": 0.1, "categories": {}}\n')
-        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
-        (out / "summary.json").write_text(json.dumps({"device": device, "commit": "abc"}))
+        finished(tmp_path, seed, device, "abc")
     with pytest.raises(SystemExit, match="x: runs in .* are of cpu and cuda; accepted is one device"):
         study.collect("x", Study("", {"AWM": "--algorithm awm"}), tmp_path)
 
@@ -113,16 +108,21 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained == [("--algorithm awm", 1)]
 
 
+def finished(folder: Path, seed: int, device: str, commit: str | None) -> None:
+    """What is collected of a run."""
+    out = folder / study.folder_of("--algorithm awm", seed)
+    out.mkdir()
+    evaluation = {"iteration": 0, "images": 0, "overall": 0.123456789, "categories": {}}
+    (out / "config.yaml").write_text(f"seed: {seed}\n")
+    (out / "evals.jsonl").write_text(json.dumps(evaluation) + "\n")
+    (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
+    (out / "summary.json").write_text(json.dumps({"device": device, "commit": commit}))
+
+
 def test_what_is_collected_names_the_commits_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     for seed, commit in enumerate(("abc", None, "abc")):
-        out = tmp_path / study.folder_of("--algorithm awm", seed)
-        out.mkdir()
-        evaluation = {"iteration": 0, "images": 0, "overall": 0.123456789, "categories": {}}
-        (out / "config.yaml").write_text(f"seed: {seed}\n")
-        (out / "evals.jsonl").write_text(json.dumps(evaluation) + "\n")
-        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "reward": 0.5}\n')
-        (out / "summary.json").write_text(json.dumps({"device": "cpu", "commit": commit}))
+        finished(tmp_path, seed, "cpu", commit)
     study.collect("x", Study("", {"AWM": "--algorithm awm"}), tmp_path)
     found = json.loads((tmp_path / "results" / "x.json").read_text())
     assert found["environment"]["commit"] == "abc, unknown" and found["environment"]["torch"]

@@ -171,11 +171,15 @@ class _Taken(NamedTuple):
 
 def _of_each_image(taken: list[_Taken], table: af.StepTable) -> Transitions:
     """Of every image its steps, as many as any other has."""
-    images, index, x, v_old, eps = (torch.cat(parts) for parts in zip(*taken, strict=True))
-    order = images.argsort(stable=True)
-    count = len(images.unique())
-    x, v_old, eps = (each[order].unflatten(0, (count, -1)) for each in (x, v_old, eps))
-    return Transitions(x, v_old, eps, index[order].view(count, -1).to(x.device), table)
+    images, device = torch.cat([each.images for each in taken]), taken[0].x.device
+    order, count = images.argsort(stable=True).to(device), len(images.unique())
+
+    def of(name: str) -> torch.Tensor:
+        # One after another, so that only one of them is there twice.
+        rows = torch.cat([getattr(each, name).to(device) for each in taken])[order]
+        return rows.view(count, -1, *rows.shape[1:])
+
+    return Transitions(of("x"), of("v_old"), of("eps"), of("step"), table)
 
 
 def _rows(velocity: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
