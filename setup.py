@@ -232,6 +232,22 @@ def static_runtime_flags(nvcc: str) -> list[str]:
     return [f"-L{folder}" for folder in folders] + ["-lcudart_static", "-ldl", "-lpthread", "-lrt"]
 
 
+def shared_runtime_flags(compiler: list[str]) -> list[str]:
+    """torch's own libstdc++, for a compiler that has it as an archive alone.
+
+    A second one, linked into the module, shares some of the first one's objects: a number in an error's sentence may
+    then be handed to a part of the library that writes something else, which ends the process.
+    """
+
+    def has(library: str) -> bool:
+        return Path(first_line(*compiler, f"-print-file-name={library}")).is_absolute()
+
+    maps = Path("/proc/self/maps")
+    if has("libstdc++.so") or not has("libstdc++.a") or not maps.exists():
+        return []
+    return sorted(set(re.findall(r"/\S*/libstdc\+\+\.so\.6\S*", maps.read_text())))[:1]
+
+
 def compile_cuda(nvcc: str, flags: list[str], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -344,6 +360,7 @@ def main() -> None:
     class Build(BuildExtension):
         def build_extensions(self) -> None:
             (extension,) = self.extensions
+            extension.extra_link_args += shared_runtime_flags(self.compiler.compiler_cxx)
             if plan.generic_stream:
                 extension.define_macros.append(("ADVFLOW_GENERIC_STREAM", None))
             if plan.nvcc:

@@ -143,6 +143,36 @@ def test_no_fast_math(setup):
 DRIVER = "import sys, setup; sys.argv[0] = 'setup.py'; setup.USUAL_TOOLKIT = '/nowhere'; setup.main()"
 
 
+def test_a_compiler_with_an_archive_alone_links_the_libstdcxx_that_torch_uses(setup, tmp_path):
+    archive, shared = tmp_path / "libstdc++.a", tmp_path / "libstdc++.so"
+    answers = {
+        "both": f"case $1 in *.so) echo {shared};; *) echo {archive};; esac",
+        "neither": "echo ${1#*=}",  # of LLVM's library
+        "archive": f"case $1 in *.so) echo ${{1#*=}};; *) echo {archive};; esac",
+    }
+    found = {name: setup.shared_runtime_flags([str(executable(tmp_path / name, answers[name]))]) for name in answers}
+    assert found.pop("archive") in ([path] for path in loaded("libstdc++.so.6"))
+    assert found == {"both": [], "neither": []}
+
+
+def test_a_library_named_first_is_linked_instead_of_the_archive(setup, tmp_path):
+    if shutil.which("g++") is None or shutil.which("nm") is None:
+        pytest.skip("needs g++ and nm")
+    source, module = tmp_path / "a.cpp", tmp_path / "a.so"
+    source.write_text("#include <sstream>\nbool f(long n) { std::ostringstream s; s << n; return s.good(); }")
+    own = {}
+    for name, more in {"archive": [], "named": loaded("libstdc++.so.6")[:1]}.items():
+        subprocess.run(["g++", "-shared", "-fPIC", source, *more, "-static-libstdc++", "-o", module], check=True)
+        defined = subprocess.run(["nm", "-DC", "--defined-only", module], capture_output=True, text=True, check=True)
+        own[name] = "std::ostream& std::ostream::_M_insert<long>(long)" in defined.stdout
+    assert own == {"archive": True, "named": False}
+
+
+def loaded(name: str) -> list[str]:
+    """Libraries of that name in this process."""
+    return sorted(set(re.findall(rf"/\S*/{re.escape(name)}\S*", Path("/proc/self/maps").read_text())))
+
+
 def run_setup(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     unset = ("CUDA_HOME", "CUDA_PATH", "CXX", "ADVFLOW_CUDA", "TORCH_CUDA_ARCH_LIST")
     return subprocess.run(
