@@ -93,7 +93,7 @@ def test_nothing_waits_for_the_gpu():
     table = af.StepTable(shifted(10))
     timesteps = (table.s * 1000).float().cuda()
     v, x = torch.randn(2, 10, 8, device="cuda")
-    af.sde_step(v, x, table, 0)  # the device gets its copy on first use
+    af.sde_step(v, x, table, table.index_of(timesteps))  # the device gets its copies on first use
     with no_waiting("cuda"):
         steps = table.index_of(timesteps)
         out = af.sde_step(v, x, table, steps)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+triton = pytest.importorskip("triton")
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
@@ -28,17 +31,22 @@ def test_every_variant_is_compiled_for_both(compiled):
 
 
 def test_nothing_is_spilled(compiled):
-    assert [row for row in compiled if row["stack"] or row["local"]] == []
+    """But for two registers of FLUX's norms where their weights are trained, by Triton 3.6."""
+    spilled = {(row["kernel"], row["capability"]): row["stack"] for row in compiled if row["stack"] or row["local"]}
+    assert spilled == ({("qk_norm backward text=True rotary grad=True", 90): 8} if OLD_TRITON else {})
+    assert not any(row["local"] for row in compiled)
 
 
 def test_every_load_is_wide(compiled):
-    """But for the one float32 a row that stands beside the outputs, of q and of k; Triton 3.6 loads each twice. And for
-    one of a rotation's table, of the image and of the text. A softmax reads numbers of a row."""
+    """But for the one float32 a row that stands beside the outputs, of q and of k, and for one of a rotation's table,
+    of the image and of the text. Triton 3.6 loads each of them twice. A softmax reads numbers of a row."""
     narrow = {(row["kernel"], row["capability"]): row["loads"] - row["wide_loads"] for row in compiled}
+    times = 2 if OLD_TRITON else 1
     assert min(row["wide_loads"] for row in compiled) > 0
     of_rows = {"statistics ref=False": 2, "statistics ref=True": 2, "gradient ref=False": 7, "gradient ref=True": 11}
     for (kernel, _), count in narrow.items():
         if kernel.startswith("softmax"):
             assert count == of_rows[kernel.removeprefix("softmax ")], kernel
             continue
-        assert count in ((2, 4) if kernel.endswith("outputs") else (1, 2) if "rotary" in kernel else (0,)), kernel
+        streams = 2 if "text=True" in kernel else 1
+        assert count == times * (2 if kernel.endswith("outputs") else streams if "rotary" in kernel else 0), kernel
