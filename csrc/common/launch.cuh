@@ -2,7 +2,8 @@
 //
 // A kernel launched by ADVFLOW_LAUNCH_EARLY may begin as soon as every block of the one before it in the stream has
 // called advflow_let_next_begin or ended. It calls advflow_await_previous before it touches memory: that returns when
-// the one before has ended, and with it whatever that one waited for.
+// the one before has ended, and with it whatever that one waited for. Of a kernel that awaits before it lets the next
+// begin, the next may read the inputs at once: whoever made them has ended.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -11,10 +11,29 @@ namespace {
 // More than the samples are joined by: what is long here is a row of partial sums, and there are many.
 constexpr int kThreads = 4 * kAdvflowSummaryThreads;
 
+__device__ void prefetch_number(const AdvflowNumber& number, int64_t row) {
+  if (!number.data) return;
+  advflow_prefetch(static_cast<const char*>(number.data) + row * number.stride * (number.wide ? 8 : 4));
+}
+
+// What is given for a sample, which nobody has read before and waits for nobody here.
+template <typename Loss>
+__device__ void prefetch_sample(const AdvflowLossInputs& in, int64_t row) {
+  prefetch_number(in.advantages, row);
+  if (Loss::transitions) {
+    advflow_prefetch(in.index + row);
+  } else {
+    prefetch_number(in.t, row);
+  }
+#pragma unroll
+  for (int k = 0; k < Loss::numbers; ++k) prefetch_number(in.numbers[k], row);
+}
+
 template <typename Loss>
 __global__ void __launch_bounds__(kThreads) loss_kernel(AdvflowLossInputs in, const float* partials, int splits,
                                                         float* stats, float* loss, float* coef, float* metrics) {
   advflow_let_next_begin();
+  if (threadIdx.x < in.report.batch) prefetch_sample<Loss>(in, threadIdx.x);
   advflow_await_previous();
   for (int64_t i = threadIdx.x; i < in.report.batch * ADVFLOW_RESIDUAL_STATS; i += kThreads) {
     stats[i] = advflow_row_mean<ADVFLOW_RESIDUAL_STATS>(partials, i / ADVFLOW_RESIDUAL_STATS,

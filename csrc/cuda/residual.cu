@@ -45,6 +45,10 @@ struct Variant {
   static constexpr int min_blocks = kVector ? 0 : 3;
 };
 
+struct Loaded {
+  AdvflowRaw8 v, target, noise, old, ref;
+};
+
 struct Residuals8 {
   float v[kAdvflowVec], u[kAdvflowVec], o[kAdvflowVec], p[kAdvflowVec];
 };
@@ -52,42 +56,61 @@ struct Residuals8 {
 // Elements past `valid` read as zero in every tensor, which adds exactly
 // nothing to any sum.
 template <typename V, bool kLastUse>
-__device__ Residuals8 load_residuals(const AdvflowResidualInputs& in, int64_t row, int64_t i, int valid) {
-  AdvflowRaw8 noise, old, ref;
-  const AdvflowRaw8 v = advflow_load8<V::vector, kLastUse>(in.v, row, i, valid);
-  const AdvflowRaw8 target = advflow_load8<V::vector, kLastUse>(in.target, row, i, valid);
-  if (V::noise) noise = advflow_load8<V::vector, kLastUse>(in.noise, row, i, valid);
-  if (V::old) old = advflow_load8<V::vector, kLastUse>(in.v_old, row, i, valid);
-  if (V::ref) ref = advflow_load8<V::vector, kLastUse>(in.v_ref, row, i, valid);
+__device__ Loaded load(const AdvflowResidualInputs& in, int64_t row, int64_t i, int valid) {
+  Loaded raw;
+  raw.v = advflow_load8<V::vector, kLastUse>(in.v, row, i, valid);
+  raw.target = advflow_load8<V::vector, kLastUse>(in.target, row, i, valid);
+  if (V::noise) raw.noise = advflow_load8<V::vector, kLastUse>(in.noise, row, i, valid);
+  if (V::old) raw.old = advflow_load8<V::vector, kLastUse>(in.v_old, row, i, valid);
+  if (V::ref) raw.ref = advflow_load8<V::vector, kLastUse>(in.v_ref, row, i, valid);
+  return raw;
+}
 
+template <typename V>
+__device__ Residuals8 residuals(const AdvflowResidualInputs& in, const Loaded& raw) {
   Residuals8 x = {};
-  advflow_unpack8(v, in.v.dtype, x.v);
-  advflow_unpack8(target, in.target.dtype, x.u);
+  advflow_unpack8(raw.v, in.v.dtype, x.v);
+  advflow_unpack8(raw.target, in.target.dtype, x.u);
   if (V::noise) {
     float n[kAdvflowVec];
-    advflow_unpack8(noise, in.noise.dtype, n);
+    advflow_unpack8(raw.noise, in.noise.dtype, n);
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) x.u[k] = n[k] - x.u[k];
   }
-  if (V::old) advflow_unpack8(old, in.v_old.dtype, x.o);
-  if (V::ref) advflow_unpack8(ref, in.v_ref.dtype, x.p);
+  if (V::old) advflow_unpack8(raw.old, in.v_old.dtype, x.o);
+  if (V::ref) advflow_unpack8(raw.ref, in.v_ref.dtype, x.p);
   return x;
+}
+
+template <typename V>
+__device__ void prefetch(const AdvflowResidualInputs& in, int64_t row, int64_t i) {
+  advflow_prefetch8(in.v, row, i);
+  advflow_prefetch8(in.target, row, i);
+  if (V::noise) advflow_prefetch8(in.noise, row, i);
+  if (V::old) advflow_prefetch8(in.v_old, row, i);
+  if (V::ref) advflow_prefetch8(in.v_ref, row, i);
 }
 
 // partials[row][split][stat]
 template <typename V>
 __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
     residual_stats_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, float* partials) {
-  advflow_let_next_begin();
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
   const int64_t end = min(begin + plan.split_elements, in.elements);
+  const int64_t first = begin + int64_t(threadIdx.x) * kAdvflowVec;
+#pragma unroll
+  for (int step = 0; step < kAdvflowTilesPerSplit; ++step) {
+    if (first + step * plan.tile < end) prefetch<V>(in, row, first + step * plan.tile);
+  }
+  advflow_await_previous();
+  advflow_let_next_begin();
 
   const float mix = in.mixes.data ? static_cast<const float*>(in.mixes.data)[row * in.mixes.stride] : float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
-  for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
-    const Residuals8 x = load_residuals<V, false>(in, row, i, advflow_valid_elements(i, end));
+  for (int64_t i = first; i < end; i += plan.tile) {
+    const Residuals8 x = residuals<V>(in, load<V, false>(in, row, i, advflow_valid_elements(i, end)));
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {
       advflow_residual_accumulate<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], mix, sums);
@@ -110,19 +133,18 @@ __global__ void __launch_bounds__(kAdvflowMaxThreads)
   const int64_t i = tile * plan.tile + int64_t(threadIdx.x) * kAdvflowVec;
   if (i >= in.elements) return;
   const int valid = advflow_valid_elements(i, in.elements);
+  // A row whose coefficients are zero may hold anything: waiting for them first would cost more than to read it.
+  const Loaded raw = load<V, true>(in, row, i, valid);
   const float weight = advflow_upstream<float>(upstream, row);
   const float a = advflow_scaled(coef[row * 3], weight);
   const float b = advflow_scaled(coef[row * 3 + 1], weight);
   const float c = advflow_scaled(coef[row * 3 + 2], weight);
+  const Residuals8 x = residuals<V>(in, raw);
 
-  // A dropped row is not even read: its inputs may be anything.
-  float out[kAdvflowVec] = {};
-  if (a != 0.0f || (V::old && b != 0.0f) || (V::ref && c != 0.0f)) {
-    const Residuals8 x = load_residuals<V, true>(in, row, i, valid);
+  float out[kAdvflowVec];
 #pragma unroll
-    for (int k = 0; k < kAdvflowVec; ++k) {
-      out[k] = scale * advflow_residual_combine<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
-    }
+  for (int k = 0; k < kAdvflowVec; ++k) {
+    out[k] = scale * advflow_residual_combine<V::eps, V::old, V::ref>(x.v[k], x.u[k], x.o[k], x.p[k], a, b, c);
   }
   // Stored with the default policy: the next kernel of the backward reads it.
   advflow_store8<V::vector>(grad, in.v.dtype, row * in.elements + i, valid, advflow_pack8(out, in.v.dtype));
@@ -183,8 +205,8 @@ int advflow_residual_partials_cuda(const AdvflowResidualInputs* in, void* worksp
 
   with_variant(*in, nullptr, [&](auto variant) {
     const auto kernel = residual_stats_kernel<decltype(variant)>;
-    ADVFLOW_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in, plan,
-                   static_cast<float*>(workspace));
+    ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in,
+                         plan, static_cast<float*>(workspace));
   });
   return advflow_last_error();
 }

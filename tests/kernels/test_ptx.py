@@ -19,7 +19,7 @@ STEPS = ("sde_step", "transition_deviation_sq", "transition_deviation")
 NAMES = ["row_means", "residual_stats", "residual_grad", *STEPS, "loss_summary", "loss"]
 # kVector, what the row is compared with (an AdvflowTarget), v_old, v_ref
 RESIDUAL_VARIANT = r"VariantILb([01])EL13AdvflowTarget([012])ELb([01])ELb([01])E"
-X0 = 1
+X0, EPS = 1, 2
 # kVector; of the step kDrawn, kNarrow
 STEP_VARIANT = r"_kernelILb([01])E(?:Lb([01])ELb([01])E)?"
 
@@ -52,7 +52,8 @@ def parse_kernel(symbol: str, body: str) -> Kernel:
         return Kernel(name, bool(vector), 2 * 3, 4, 3 if name == "transition_deviation" else 0, body)
     target, *anchors = rest
     grad = name == "residual_grad"
-    tensors = 2 + (target == X0) + sum(anchors)
+    # The square of eps alone is no matter of v.
+    tensors = 2 + (target == X0) + sum(anchors) - (not grad and target == EPS and not any(anchors))
     return Kernel(name, bool(vector), 2 * tensors, 4 if grad else 1, 3 if grad else 0, body)
 
 
