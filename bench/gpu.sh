@@ -59,11 +59,17 @@ gpu_part() {
   step info 30 "$python" -m advflow_ext.info || status=1
 
   # Tests and sanitizers share the device; what is timed has it alone.
-  local shards=8 i tool limit=$((total - SECONDS - 260))
-  for ((i = 0; i < shards; i++)); do
-    background "tests-$i" "$limit" "$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider \
-      $(ls tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py tests/trainer/test_gpu.py | awk "NR % $shards == $i")
-  done
+  local processes=8 i tool tests limit=$((total - SECONDS - 260)) files
+  # The longest first. Each failure is printed when it happens: the last lines of what is cut off are lost.
+  files=(tests/trainer/test_gpu.py tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py)
+  tests=("$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider -p tests.failures_at_once)
+  if "$python" -c 'import xdist' 2>/dev/null; then
+    background tests "$limit" "${tests[@]}" -n $processes "${files[@]}"
+  else
+    for ((i = 0; i < processes; i++)); do
+      background "tests-$i" "$limit" "${tests[@]}" $(printf '%s\n' "${files[@]}" | awk "NR % $processes == $i")
+    done
+  fi
   if command -v compute-sanitizer >/dev/null; then
     local dtype
     for tool in memcheck racecheck initcheck synccheck; do

@@ -2,8 +2,7 @@
 //
 // A kernel launched by ADVFLOW_LAUNCH_EARLY may begin as soon as every block of the one before it in the stream has
 // called advflow_let_next_begin or ended. It calls advflow_await_previous before it touches memory: that returns when
-// the one before has ended, and with it whatever that one waited for. Of a kernel that awaits before it lets the next
-// begin, the next may read the inputs at once: whoever made them has ended.
+// the one before has ended, and with it whatever that one waited for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +18,16 @@ __device__ inline void advflow_let_next_begin() {
 __device__ inline void advflow_await_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Into the cache that all multiprocessors share, where what is written later changes it: allowed before
+// advflow_await_previous.
+__device__ inline void advflow_prefetch(const void* address) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
 #endif
 }
 

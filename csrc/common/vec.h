@@ -31,21 +31,10 @@ inline bool advflow_is_aligned16(const AdvflowTensor& tensor) {
 }
 
 // kLastUse marks reads that nothing repeats soon, so that they do not evict
-// what the next kernel wants from the cache. None is __ldg, which may read what
-// was there when the kernel began: one launched early begins before.
+// what the next kernel wants from the cache.
 template <bool kLastUse, typename Word>
 __device__ Word advflow_load(const Word* address) {
-  return kLastUse ? __ldcs(address) : *address;
-}
-
-// Into the cache that all multiprocessors share, where what is written later changes it: allowed before anything that a
-// kernel launched early waits for.
-__device__ inline void advflow_prefetch(const void* address) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  (void)address;
-#endif
+  return kLastUse ? __ldcs(address) : __ldg(address);
 }
 
 // kStreaming marks writes that are the first to leave the cache, for the sake of what else is in it.
@@ -56,11 +45,6 @@ __device__ void advflow_store(Word* address, Word word) {
   } else {
     *address = word;
   }
-}
-
-__device__ inline void advflow_prefetch8(const AdvflowTensor& tensor, int64_t row, int64_t i) {
-  advflow_prefetch(static_cast<const char*>(tensor.data) +
-                   (row * tensor.row_stride + i) * advflow_element_size(tensor.dtype));
 }
 
 // Elements `i` to `i` + 7 of a row.

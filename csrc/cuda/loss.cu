@@ -16,7 +16,7 @@ __device__ void prefetch_number(const AdvflowNumber& number, int64_t row) {
   advflow_prefetch(static_cast<const char*>(number.data) + row * number.stride * (number.wide ? 8 : 4));
 }
 
-// What is given for a sample, which nobody has read before and waits for nobody here.
+// What is given for a sample, and has been read by nobody yet.
 template <typename Loss>
 __device__ void prefetch_sample(const AdvflowLossInputs& in, int64_t row) {
   prefetch_number(in.advantages, row);

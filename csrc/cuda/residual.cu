@@ -82,34 +82,20 @@ __device__ Residuals8 residuals(const AdvflowResidualInputs& in, const Loaded& r
   return x;
 }
 
-template <typename V>
-__device__ void prefetch(const AdvflowResidualInputs& in, int64_t row, int64_t i) {
-  advflow_prefetch8(in.v, row, i);
-  advflow_prefetch8(in.target, row, i);
-  if (V::noise) advflow_prefetch8(in.noise, row, i);
-  if (V::old) advflow_prefetch8(in.v_old, row, i);
-  if (V::ref) advflow_prefetch8(in.v_ref, row, i);
-}
-
 // partials[row][split][stat]
 template <typename V>
 __global__ void __launch_bounds__(kAdvflowMaxThreads, V::min_blocks)
     residual_stats_kernel(AdvflowResidualInputs in, AdvflowRowPlan plan, float* partials) {
+  advflow_await_previous();
+  advflow_let_next_begin();
   const int64_t row = blockIdx.x / unsigned(plan.splits);
   const int64_t split = blockIdx.x % unsigned(plan.splits);
   const int64_t begin = split * plan.split_elements;
   const int64_t end = min(begin + plan.split_elements, in.elements);
-  const int64_t first = begin + int64_t(threadIdx.x) * kAdvflowVec;
-#pragma unroll
-  for (int step = 0; step < kAdvflowTilesPerSplit; ++step) {
-    if (first + step * plan.tile < end) prefetch<V>(in, row, first + step * plan.tile);
-  }
-  advflow_await_previous();
-  advflow_let_next_begin();
 
   const float mix = in.mixes.data ? static_cast<const float*>(in.mixes.data)[row * in.mixes.stride] : float(in.mix);
   float sums[ADVFLOW_RESIDUAL_STATS] = {};
-  for (int64_t i = first; i < end; i += plan.tile) {
+  for (int64_t i = begin + int64_t(threadIdx.x) * kAdvflowVec; i < end; i += plan.tile) {
     const Residuals8 x = residuals<V>(in, load<V, false>(in, row, i, advflow_valid_elements(i, end)));
 #pragma unroll
     for (int k = 0; k < kAdvflowVec; ++k) {

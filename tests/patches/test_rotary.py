@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import advflow_ext as af
 from advflow_ext.testing import relative_error
@@ -91,10 +92,12 @@ def test_bfloat16_is_no_further_from_float64_than_stock(family: Family, model: A
     half, exact = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().double()
     given = as_dtype(family.inputs(), torch.bfloat16)
     truth = run(exact, as_dtype(given, torch.float64))
-    theirs = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]
-    with family.apply(half) as patch:
-        ours = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]
-    assert patch.replaced == family.replaced
+    # On an H200 stock's own gradients of heads this small hold 1e38 in torch 2.11, unless attention is plain.
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]
+        with family.apply(half) as patch:
+            ours = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]
+    assert patch.replaced == family.replaced and max(theirs) < 0.1
     assert ours[0] <= HALF_PRECISION_RATIO * theirs[0]
     # Single gradients of a few hundred numbers scatter; together they are thousands.
     assert sum(e**2 for e in ours) ** 0.5 <= HALF_PRECISION_RATIO * sum(e**2 for e in theirs) ** 0.5

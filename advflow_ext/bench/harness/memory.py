@@ -17,9 +17,15 @@ def peak_of(changes: Iterable[int]) -> int:
     return peak
 
 
+def _let_go(device: torch.device) -> None:
+    """Autograd's thread of a device drops what the last backward pass left it before it begins another."""
+    torch.zeros((), device=device, requires_grad=True).sum().backward()
+
+
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
     call()
     if device.type == "cuda":
+        _let_go(device)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
