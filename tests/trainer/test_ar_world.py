@@ -10,7 +10,7 @@ import pytest
 import torch
 from advflow.ar_world import __main__ as command
 from advflow.ar_world import sheet, texts
-from advflow.ar_world.evaluate import evaluate, main, object_modes, real_scenes
+from advflow.ar_world.evaluate import compare_with_real, main, object_modes, real_scenes, score
 from advflow.ar_world.pretrain import pretrain
 from advflow.ar_world.settings import ARPretrainSettings
 from advflow.ar_world.world import World, condition, decode, draw, load
@@ -96,12 +96,14 @@ def test_the_tokenizer_keeps_what_the_rule_looks_at(world: World, held_out: list
 
 def test_a_collapsed_set_is_less_varied(world: World, held_out: list[Caption], real: torch.Tensor) -> None:
     extractor = VQFeatures(world.tokenizer)
-    good = evaluate(real, held_out, extractor)
-    assert good.correct > 0.9 and good.fid < 1e-6 and good.precision == good.recall == 1 and good.modes > 0.9
+    good = compare_with_real(real, held_out, extractor)
+    assert score(real, held_out)[0] > 0.9
+    assert good.fid < 1e-6 and good.precision == good.recall == 1 and good.modes > 0.9
     one = torch.from_numpy(render([Placed("circle", "red", 12, 12, 6)]))
     noise = torch.randn(len(held_out), 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    collapsed = evaluate(one + 1e-3 * noise, held_out, extractor)
-    assert collapsed.correct < 0.2 and collapsed.fid > 10 * good.fid + 0.01 and collapsed.recall < 0.2
+    images = one + 1e-3 * noise
+    collapsed = compare_with_real(images, held_out, extractor)
+    assert score(images, held_out)[0] < 0.2 and collapsed.fid > 10 * good.fid + 0.01 and collapsed.recall < 0.2
     assert collapsed.modes == pytest.approx(1 / 12) and collapsed.modes_kl > good.modes_kl
     assert collapsed.vendi < 0.5 * good.vendi
 

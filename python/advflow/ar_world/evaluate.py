@@ -38,24 +38,12 @@ class SetOfImages(NamedTuple):
     vendi: float
 
 
-class Evaluation(NamedTuple):
-    """`correct`, `partial`: the rule's, averaged; the others are those of `SetOfImages`."""
-
-    correct: float
-    partial: float
-    fid: float
-    precision: float
-    recall: float
-    modes: float
-    modes_kl: float
-    vendi: float
-
-
-def evaluate(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -> Evaluation:
-    """Of images [N, 3, 32, 32] in [0, 1], each for the prompt at its place."""
+def score(images: Tensor, prompts: Sequence[Caption]) -> tuple[float, float]:
+    """How many are correct, and how much of each is, of images [N, 3, 32, 32] in [0, 1], each for the prompt at its
+    place."""
     scores = score_batch(images.cpu().numpy(), list(prompts))
     correct, partial = (float(np.mean([getattr(each, name) for each in scores])) for name in ("correct", "partial"))
-    return Evaluation(correct, partial, *compare_with_real(images, prompts, extractor))
+    return correct, partial
 
 
 def compare_with_real(images: Tensor, prompts: Sequence[Caption], extractor: Extractor) -> SetOfImages:
@@ -94,11 +82,12 @@ def object_modes(images: Tensor) -> Tensor:
 def main(guidances: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0), per_category: int = 128) -> None:
     world, prompts = load(), held_out_prompts(per_category)
     told = condition([prompt.text for prompt in prompts])
-    print("guidance", *Evaluation._fields)
+    print("guidance correct partial", *SetOfImages._fields)
     for guidance in guidances:
         generators = [generator(0, "evaluation", index) for index in range(len(prompts))]
         images = draw(world.policy, world.tokenizer, told, generators, guidance=guidance).images
-        print(guidance, *(f"{value:.3f}" for value in evaluate(images, prompts, VQFeatures(world.tokenizer))))
+        of_set = compare_with_real(images, prompts, VQFeatures(world.tokenizer))
+        print(guidance, *(f"{value:.3f}" for value in (*score(images, prompts), *of_set)))
 
 
 if __name__ == "__main__":
