@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import DefaultHelpFormatter, Namespace
 
 from advflow.core.cpu_memory import keep_freed_memory
-from advflow.core.files import NO_ROOM
+from advflow.core.files import NO_ROOM, new_folder
 from advflow.core.provenance import versions
 from advflow.run.folder import MAY_CHANGE
 from advflow.settings.arguments import Parser
@@ -300,7 +300,6 @@ def _eval(arguments: Namespace) -> None:
     _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
     from advflow.run.inference import evaluate_run, load_judgement, load_run, with_choices
-    from advflow.run.scored_images import new_folder
 
     config = with_choices(config, arguments.as_dict())
     judgement = load_judgement(config)  # a mistake in it is seen before a model is loaded
@@ -363,9 +362,10 @@ def _export(arguments: Namespace) -> None:
     from advflow.core.tensor_files import as_os_errors
     from advflow.run.inference import load_run
 
-    with as_os_errors(out):
-        load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint).policies.export(out)
-    print(f"wrote {', '.join(str(path) for path in sorted(out.iterdir()))}")
+    run = load_run(Path(arguments.run), config, arguments.base, arguments.checkpoint)
+    with new_folder(out) as folder, as_os_errors(out):
+        run.policies.export(folder)
+    _say_written(out)
 
 
 def _new_folder(name: str) -> Path:
@@ -373,6 +373,10 @@ def _new_folder(name: str) -> Path:
     if out.exists() or not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {name!r}; accepted is a new folder in one that exists")
     return out
+
+
+def _say_written(folder: Path) -> None:
+    print(f"wrote {', '.join(str(path) for path in sorted(folder.iterdir()))}")
 
 
 def _report(arguments: Namespace) -> None:
@@ -398,9 +402,11 @@ def _shapes(arguments: Namespace) -> None:
     if arguments.per_category < 1:
         raise ValueError(f"--per_category is {arguments.per_category}; accepted: 1 or more")
     out = _new_folder(arguments.out)
-    from advflow.shapes.files import write_folder
+    from advflow.shapes.files import write_files
 
-    print(f"wrote {', '.join(map(str, write_folder(out, arguments.per_category, arguments.seed)))}")
+    with new_folder(out) as folder:
+        write_files(folder, arguments.per_category, arguments.seed)
+    _say_written(out)
 
 
 def _serve(arguments: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from advflow.cli import main
 from advflow.core.randomness import generator
 from advflow.models.sd3 import load_pipeline
+from advflow.policies import FullPolicies, LoraPolicies
 from advflow.run.checkpoint import Kept, checkpoints, load_newest, save_checkpoint
 from advflow.run.inference import draw_images, load_run
 from advflow.settings.model import ModelConfig
@@ -59,6 +61,25 @@ def test_a_folder_that_is_there_is_not_written_to(run: tuple[str, Path], tmp_pat
     with pytest.raises(SystemExit, match=r"--out is '.*'; accepted is a new folder in one that exists"):
         main(["export", "--run", str(run[1]), "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_finds_no_room_leaves_nothing_and_can_be_repeated(
+    run: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--run", str(run[1]), "--out", str(tmp_path / "tuned")]
+
+    def full(self: Any, folder: Path) -> None:
+        (folder / "half").write_text("written")
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        for policies in (LoraPolicies, FullPolicies):
+            patch.setattr(policies, "export", full)
+        main(words)
+    assert ended.value.code != 0 and not list(tmp_path.iterdir())
+    main(words)
+    written = sorted(str(path) for path in (tmp_path / "tuned").iterdir())
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {', '.join(written)}"
 
 
 class Nothing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import zlib
@@ -73,6 +74,22 @@ def test_a_file_says_what_the_name_stands_for(tmp_path: Path) -> None:
     assert chances == {category: pytest.approx(1) for category in CATEGORIES}
     assert [prompt.category for prompt in load_eval_prompts("shapes", 1)] == list(CATEGORIES)
     assert check_prompts(DataConfig("shapes", "shapes"), load_reward("shapes").check) == []
+
+
+def test_files_that_find_no_room_leave_nothing_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["shapes", "--out", str(tmp_path / "shapes"), "--per_category", "1"]
+
+    def full(seed: int) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "sheet.png")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left"):
+        patch.setattr("advflow.shapes.files.draw_sheet", full)
+        main(words)
+    assert not list(tmp_path.iterdir())
+    main(words)
+    assert len(list((tmp_path / "shapes").iterdir())) == 3
 
 
 def test_a_line_is_that_of_geneval_and_more() -> None:

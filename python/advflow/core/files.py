@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,22 @@ def written_aside(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder`, which is not there, when the block has ended. Where that fails, nothing is
+    left of it."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        yield scratch
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    flush_to_disk(folder.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ class ScoredImages:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        (folder / IMAGES).mkdir(parents=True)
+        (folder / IMAGES).mkdir()
 
     def add(self, images: torch.Tensor) -> None:
         """Images [B, 3, H, W] in [0, 1], in the order of the prompts."""
@@ -59,16 +55,3 @@ class ScoredImages:
 
 def _name(place: int) -> str:
     return f"{IMAGES}/{place:06d}.png"
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Where to write what becomes `folder` when the block has ended; nothing is left of it where that fails."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        yield scratch
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
