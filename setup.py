@@ -245,7 +245,11 @@ def shared_runtime_flags(compiler: list[str]) -> list[str]:
     maps = Path("/proc/self/maps")
     if has("libstdc++.so") or not has("libstdc++.a") or not maps.exists():
         return []
-    return sorted(set(re.findall(r"/\S*/libstdc\+\+\.so\.6\S*", maps.read_text())))[:1]
+    # Address, rights, offset, device, inode, and the path, which may hold spaces.
+    mapped = (line.split(maxsplit=5)[-1] for line in maps.read_text(errors="surrogateescape").splitlines())
+    return [
+        path for path in dict.fromkeys(mapped) if Path(path).name.startswith("libstdc++.so.6") and Path(path).is_file()
+    ][:1]
 
 
 def compile_cuda(nvcc: str, flags: list[str], folder: Path) -> list[str]:

@@ -146,10 +146,7 @@ def transformed(*tensors: object) -> bool:
     """Whether forward-mode differentiation or a torch.func transform is on, which the compiled ops take no part in."""
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:  # so that no tensor is wrapped
-        return forward_ad._current_level >= 0
-    wrapped = functorch.is_functorch_wrapped_tensor
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return forward_ad._current_level >= 0 or any(isinstance(tensor, Tensor) and wrapped(tensor) for tensor in tensors)
 
 

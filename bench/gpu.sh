@@ -64,7 +64,7 @@ gpu_part() {
   files=(tests/trainer/test_gpu.py tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py)
   tests=("$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider -p tests.failures_at_once)
   if "$python" -c 'import xdist' 2>/dev/null; then
-    background tests "$limit" "${tests[@]}" -n $processes "${files[@]}"
+    background tests "$limit" "${tests[@]}" -n $processes --dist worksteal "${files[@]}"
   else
     for ((i = 0; i < processes; i++)); do
       background "tests-$i" "$limit" "${tests[@]}" $(printf '%s\n' "${files[@]}" | awk "NR % $processes == $i")

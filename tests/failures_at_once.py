@@ -11,9 +11,15 @@ class FailuresAtOnce:
         self._reporter = reporter
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._say(report, report.when)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._say(report, "collection")
+
+    def _say(self, report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
         if report.failed:
             self._reporter.ensure_newline()
-            self._reporter.write_line(f"{report.nodeid} ({report.when})\n{report.longreprtext}")
+            self._reporter.write_line(f"{report.nodeid} ({when})\n{report.longreprtext}")
 
 
 @pytest.hookimpl(trylast=True)

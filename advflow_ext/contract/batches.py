@@ -41,7 +41,10 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_plain(args, kwargs):
             return op(*args, **kwargs)
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        positional = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or not positional.keys().isdisjoint(kwargs):
+            return op(*args, **kwargs)  # Python's own TypeError
+        given: dict[str, Any] = {**positional, **kwargs}
         first = given.get(names[0])
         batch = _batch_of(first, given) if isinstance(first, Tensor) else None
         if batch is None:

@@ -1,11 +1,14 @@
 // Launches that overlap the end of the kernel before (programmatic dependent launch, from Hopper on).
 //
 // A kernel launched by ADVFLOW_LAUNCH_EARLY may begin as soon as every block of the one before it in the stream has
-// called advflow_let_next_begin or ended. It calls advflow_await_previous before it touches memory: that returns when
-// the one before has ended, and with it whatever that one waited for.
+// called advflow_let_next_begin or ended. It calls advflow_await_previous before it reads or writes memory: that
+// returns when the one before has ended, and with it whatever that one waited for. It may ask for what it will read
+// (advflow_prefetch) before that, and never reads by __ldg, which takes memory for constant as long as a kernel lives.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <atomic>
 
 #include "common/macros.h"
 
@@ -21,8 +24,7 @@ __device__ inline void advflow_await_previous() {
 #endif
 }
 
-// Into the cache that all multiprocessors share, where what is written later changes it: allowed before
-// advflow_await_previous.
+// Into the cache that all multiprocessors share, where what is written later changes it.
 __device__ inline void advflow_prefetch(const void* address) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -32,15 +34,25 @@ __device__ inline void advflow_prefetch(const void* address) {
 }
 
 #if defined(__CUDACC__)
-inline bool advflow_can_launch_early() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// Whether the code that runs waits: what was compiled for an older architecture has no such instruction, also where the
+// driver makes code for a newer device of it. Asked once for each kernel and device.
+template <auto kKernel>
+bool advflow_can_launch_early() {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices] = {};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  signed char answer = known[device].load(std::memory_order_relaxed);
+  if (!answer) {
+    cudaFuncAttributes of = {};
+    answer = cudaFuncGetAttributes(&of, kKernel) == cudaSuccess && of.ptxVersion >= 90 ? 1 : -1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer > 0;
 }
 
-template <typename... Parameters, typename... Arguments>
-void advflow_launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                          Arguments... arguments) {
+template <auto kKernel, typename... Parameters, typename... Arguments>
+void advflow_launch_as(void (*)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -49,11 +61,12 @@ void advflow_launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   config.blockDim = block;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = advflow_can_launch_early() ? 1 : 0;
+  config.numAttrs = advflow_can_launch_early<kKernel>() ? 1 : 0;
   // What it returns is also what cudaGetLastError does.
-  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  cudaLaunchKernelEx(&config, kKernel, Parameters(arguments)...);
 }
 
+// `kernel` is a constant expression.
 #define ADVFLOW_LAUNCH_EARLY(kernel, grid, block, stream, ...) \
-  advflow_launch_early(kernel, grid, block, stream, __VA_ARGS__)
+  advflow_launch_as<kernel>(kernel, grid, block, stream, __VA_ARGS__)
 #endif

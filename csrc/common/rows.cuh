@@ -81,7 +81,7 @@ template <int kColumns, typename T>
 int advflow_launch_row_means(const T* partials, T* means, int64_t batch, const AdvflowRowPlan& plan, int64_t elements,
                              cudaStream_t stream) {
   const int64_t blocks = (batch * kColumns + kAdvflowFinishThreads - 1) / kAdvflowFinishThreads;
-  const auto kernel = advflow_row_means_kernel<kColumns, T>;
+  constexpr auto kernel = advflow_row_means_kernel<kColumns, T>;
   ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(kAdvflowFinishThreads), stream, partials, means, batch,
                        int(plan.splits), elements);
   return advflow_last_error();

@@ -31,10 +31,10 @@ inline bool advflow_is_aligned16(const AdvflowTensor& tensor) {
 }
 
 // kLastUse marks reads that nothing repeats soon, so that they do not evict
-// what the next kernel wants from the cache.
+// what the next kernel wants from the cache. Not __ldg: see common/launch.cuh.
 template <bool kLastUse, typename Word>
 __device__ Word advflow_load(const Word* address) {
-  return kLastUse ? __ldcs(address) : __ldg(address);
+  return kLastUse ? __ldcs(address) : *address;
 }
 
 // kStreaming marks writes that are the first to leave the cache, for the sake of what else is in it.

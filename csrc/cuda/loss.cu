@@ -1,6 +1,6 @@
 // What lies between the statistics of a loss and its gradient, on CUDA: one block for the whole batch
 // finishes the statistics, applies the loss's formula to every sample and joins them. It begins while the kernel that
-// sums the statistics ends, and lets the gradient's begin.
+// sums the statistics is at work, and lets the gradient's begin.
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "cuda/summary.cuh"
@@ -16,7 +16,7 @@ __device__ void prefetch_number(const AdvflowNumber& number, int64_t row) {
   advflow_prefetch(static_cast<const char*>(number.data) + row * number.stride * (number.wide ? 8 : 4));
 }
 
-// What is given for a sample, and has been read by nobody yet.
+// What is given for a sample, read here for the first time or the second.
 template <typename Loss>
 __device__ void prefetch_sample(const AdvflowLossInputs& in, int64_t row) {
   prefetch_number(in.advantages, row);

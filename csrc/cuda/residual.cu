@@ -190,7 +190,7 @@ int advflow_residual_partials_cuda(const AdvflowResidualInputs* in, void* worksp
   if (!advflow_fits_grid(blocks)) return -int(cudaErrorInvalidConfiguration);
 
   with_variant(*in, nullptr, [&](auto variant) {
-    const auto kernel = residual_stats_kernel<decltype(variant)>;
+    constexpr auto kernel = residual_stats_kernel<decltype(variant)>;
     ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(plan.threads), static_cast<cudaStream_t>(where), *in,
                          plan, static_cast<float*>(workspace));
   });
@@ -216,7 +216,7 @@ int advflow_residual_grad_cuda(const AdvflowResidualInputs* in, const void* coef
   const cudaStream_t stream = static_cast<cudaStream_t>(where);
   const float scale = float(2.0 / double(in->elements));
   with_variant(*in, grad, [&](auto variant) {
-    const auto kernel = residual_grad_kernel<decltype(variant)>;
+    constexpr auto kernel = residual_grad_kernel<decltype(variant)>;
     ADVFLOW_LAUNCH_EARLY(kernel, dim3(unsigned(blocks)), dim3(plan.threads), stream, *in, plan,
                          static_cast<const float*>(coef), *upstream, grad, scale);
   });

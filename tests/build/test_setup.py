@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from setuptools import Distribution
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,34 +145,57 @@ def test_no_fast_math(setup):
 DRIVER = "import sys, setup; sys.argv[0] = 'setup.py'; setup.USUAL_TOOLKIT = '/nowhere'; setup.main()"
 
 
-def test_a_compiler_with_an_archive_alone_links_the_libstdcxx_that_torch_uses(setup, tmp_path):
-    archive, shared = tmp_path / "libstdc++.a", tmp_path / "libstdc++.so"
-    answers = {
+def answering(folder: Path) -> dict[str, str]:
+    """What a compiler does that is asked for its libstdc++, by what it has."""
+    archive, shared = folder / "libstdc++.a", folder / "libstdc++.so"
+    return {
         "both": f"case $1 in *.so) echo {shared};; *) echo {archive};; esac",
         "neither": "echo ${1#*=}",  # of LLVM's library
         "archive": f"case $1 in *.so) echo ${{1#*=}};; *) echo {archive};; esac",
     }
-    found = {name: setup.shared_runtime_flags([str(executable(tmp_path / name, answers[name]))]) for name in answers}
-    assert found.pop("archive") in ([path] for path in loaded("libstdc++.so.6"))
+
+
+def test_a_compiler_with_an_archive_alone_links_the_libstdcxx_that_torch_uses(setup, tmp_path):
+    scripts = answering(tmp_path)
+    found = {name: setup.shared_runtime_flags([str(executable(tmp_path / name, scripts[name]))]) for name in scripts}
+    assert found.pop("archive") == libstdcxx()
     assert found == {"both": [], "neither": []}
 
 
-def test_a_library_named_first_is_linked_instead_of_the_archive(setup, tmp_path):
-    if shutil.which("g++") is None or shutil.which("nm") is None:
+def test_the_build_hands_that_library_to_the_linker(setup, tmp_path, monkeypatch):
+    compiler, given = executable(tmp_path / "c++", answering(tmp_path)["archive"]), {}
+    monkeypatch.setattr(setup, "setup", given.update)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    monkeypatch.setenv("ADVFLOW_CUDA", "0")
+    setup.main()
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", lambda self: None)
+    build = given["cmdclass"]["build_ext"](Distribution({"ext_modules": given["ext_modules"]}))
+    build.extensions, build.build_temp, build.build_lib = given["ext_modules"], str(tmp_path), str(tmp_path)
+    build.compiler = SimpleNamespace(compiler_cxx=[str(compiler)])
+    (tmp_path / "advflow_ext").mkdir()
+    build.build_extensions()
+    assert given["ext_modules"][0].extra_link_args == libstdcxx()
+
+
+def test_a_library_named_first_is_linked_instead_of_the_archive(tmp_path):
+    if any(shutil.which(program) is None for program in ("g++", "nm")):
         pytest.skip("needs g++ and nm")
+    archive = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True, check=True).stdout
+    if not Path(archive.strip()).is_absolute() or not libstdcxx():
+        pytest.skip("needs libstdc++.a, and libstdc++.so in this process")
     source, module = tmp_path / "a.cpp", tmp_path / "a.so"
     source.write_text("#include <sstream>\nbool f(long n) { std::ostringstream s; s << n; return s.good(); }")
     own = {}
-    for name, more in {"archive": [], "named": loaded("libstdc++.so.6")[:1]}.items():
+    for name, more in {"archive": [], "named": libstdcxx()}.items():
         subprocess.run(["g++", "-shared", "-fPIC", source, *more, "-static-libstdc++", "-o", module], check=True)
-        defined = subprocess.run(["nm", "-DC", "--defined-only", module], capture_output=True, text=True, check=True)
-        own[name] = "std::ostream& std::ostream::_M_insert<long>(long)" in defined.stdout
+        defined = subprocess.run(["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True)
+        own[name] = "_ZNSo9_M_insertIlEERSoT_" in defined.stdout  # std::ostream << long
     assert own == {"archive": True, "named": False}
 
 
-def loaded(name: str) -> list[str]:
-    """Libraries of that name in this process."""
-    return sorted(set(re.findall(rf"/\S*/{re.escape(name)}\S*", Path("/proc/self/maps").read_text())))
+def libstdcxx() -> list[str]:
+    """The first of this process."""
+    return re.findall(r"/.*/libstdc\+\+\.so\.6\S*", Path("/proc/self/maps").read_text())[:1]
 
 
 def run_setup(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

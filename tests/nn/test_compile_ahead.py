@@ -32,9 +32,8 @@ def test_every_variant_is_compiled_for_both(compiled):
 
 def test_nothing_is_spilled(compiled):
     """But for two registers of FLUX's norms where their weights are trained, by Triton 3.6."""
-    spilled = {(row["kernel"], row["capability"]): row["stack"] for row in compiled if row["stack"] or row["local"]}
-    assert spilled == ({("qk_norm backward text=True rotary grad=True", 90): 8} if OLD_TRITON else {})
-    assert not any(row["local"] for row in compiled)
+    spilled = {(row["kernel"], row["capability"], row["stack"]) for row in compiled if row["stack"] or row["local"]}
+    assert spilled <= ({("qk_norm backward text=True rotary grad=True", 90, 8)} if OLD_TRITON else set())
 
 
 def test_every_load_is_wide(compiled):

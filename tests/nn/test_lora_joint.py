@@ -125,7 +125,7 @@ def test_half_precision_is_as_good_as_the_layers_one_by_one(
     ratios = [ours / their for ours, their in zip(errors(outs + grads, exact), errors(theirs, exact), strict=True)]
     assert max(ratios) <= 1.25  # of some hundred numbers each
     if base == torch.bfloat16:  # else autograd adds up in float32 what is rounded twice a layer
-        assert ratios[3] < 1  # the gradient of x, which is rounded four times instead of eight
+        assert ratios[3] <= 0.98  # the gradient of x, which is rounded four times instead of eight
 
 
 @pytest.mark.parametrize("function", [joint_lora_forward, one_by_one])

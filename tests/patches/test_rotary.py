@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from tests.patches.rotary_models import FLUX, QWEN_IMAGE, Family, as_dtype, qwen
 from tests.patches.sd3_models import adapters, assert_same, run
 
 HALF_PRECISION_RATIO = 1.5
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HOMES = {id(FLUX): transformer_flux, id(QWEN_IMAGE): transformer_qwenimage}
 ROTATIONS = {id(FLUX): "apply_rotary_emb", id(QWEN_IMAGE): "apply_rotary_emb_qwen"}
 
@@ -89,11 +91,12 @@ def test_all_ops_but_one(family: Family, model: Any, stock: list[Tensor], off: s
 
 
 def test_bfloat16_is_no_further_from_float64_than_stock(family: Family, model: Any) -> None:
+    """FLUX without cuDNN's attention, by which, supposedly, gradients of the stock model were 1e38 on an H200, and of
+    the patched one NaN (torch 2.11)."""
     half, exact = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().double()
     given = as_dtype(family.inputs(), torch.bfloat16)
     truth = run(exact, as_dtype(given, torch.float64))
-    # On an H200 stock's own gradients of heads this small hold 1e38 in torch 2.11, unless attention is plain.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(WITHOUT_CUDNN) if family is FLUX else nullcontext():
         theirs = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]
         with family.apply(half) as patch:
             ours = [relative_error(a, b) for a, b in zip(run(half, given), truth, strict=True)]

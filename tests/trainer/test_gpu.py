@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from tests.trainer.reward_servers import real_server
 from tests.trainer.runs import SMALL, rows
 
 pytestmark = pytest.mark.gpu
-NEAR_ZERO = 0.02  # the spread of this reward over untrained images; a mean of some may be near 0
 # Of a reward without thresholds, and a rate that a step of shows.
 DENSE = "--data.reward redness --optim.lr 1e-3 --optim.warmup 0".split()
 ONE_STEP = "--sde.window first --sde.steps 1"
@@ -38,22 +38,47 @@ RUNS = {
 TOLERANCE = {"bfloat16, replayed": 0.1}
 
 
+SPREAD = 0.02  # of this reward over untrained images; a mean of some may be near 0
+
+
+def trained(words: str, device: str, out: Path) -> list[list[dict[str, Any]]]:
+    """The rows of metrics and of evaluations."""
+    main(["train", *words.split(), *SMALL, *DENSE, "--iterations", "2", "--device", device, "--out", str(out)])
+    return [rows(out, name) for name in (METRICS, EVALS)]
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
+    """Every CUDA graph each time it is replayed."""
+    seen, replay = [], torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        seen.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", noted)
+    return seen
+
+
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_gpu_trains_what_a_cpu_does(kind: str, tmp_path: Path) -> None:
-    found = {}
-    for device in ("cpu", "cuda"):
-        out = tmp_path / device
-        main(["train", *RUNS[kind].split(), *SMALL, *DENSE, "--iterations", "2", "--device", device, "--out", str(out)])
-        found[device] = [rows(out, name) for name in (METRICS, EVALS)]
-    (metrics, evaluations), (its_metrics, its_evaluations) = found["cpu"], found["cuda"]
+def test_a_gpu_trains_what_a_cpu_does(kind: str, tmp_path: Path, replays: list[torch.cuda.CUDAGraph]) -> None:
+    metrics, evaluations = trained(RUNS[kind], "cpu", tmp_path / "cpu")
+    its_metrics, its_evaluations = trained(RUNS[kind], "cuda", tmp_path / "cuda")
     tolerance = TOLERANCE.get(kind, 2e-2)
     assert len(its_metrics) == 2 and len(its_evaluations) == 3
     for row, its in zip(metrics, its_metrics, strict=True):
         assert its["nonfinite_samples"] == 0 < its["grad_norm"]
-        for name in ("reward", "grad_norm", "advantage_rms"):
-            assert its[name] == pytest.approx(row[name], rel=tolerance, abs=tolerance * NEAR_ZERO), name
+        assert its["reward"] == pytest.approx(row["reward"], rel=tolerance, abs=tolerance * SPREAD)
+        for name in ("grad_norm", "advantage_rms"):
+            assert its[name] == pytest.approx(row[name], rel=tolerance), name
     for row, its in zip(evaluations, its_evaluations, strict=True):
-        assert its["overall"] == pytest.approx(row["overall"], rel=tolerance, abs=tolerance * NEAR_ZERO)
+        assert its["overall"] == pytest.approx(row["overall"], rel=tolerance, abs=tolerance * SPREAD)
+    assert bool(replays) == ("cuda_graphs" in RUNS[kind])
+
+
+def test_tf32_rounds_otherwise(tmp_path: Path) -> None:
+    (exact, _), (rounded, _) = (trained(RUNS[kind], "cuda", tmp_path / kind) for kind in ("forward", "tf32"))
+    assert [row["grad_norm"] for row in exact] != [row["grad_norm"] for row in rounded]
 
 
 def test_a_server_on_a_gpu_scores_as_a_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
