@@ -42,7 +42,7 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
         if is_plain(args, kwargs):
             return op(*args, **kwargs)
         positional = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or not positional.keys().isdisjoint(kwargs):
+        if len(args) > len(names) or any(name in positional for name in kwargs):
             return op(*args, **kwargs)  # Python's own TypeError
         given: dict[str, Any] = {**positional, **kwargs}
         first = given.get(names[0])

@@ -174,3 +174,11 @@ def test_trainers_spellings(space: Any) -> None:
         space.diffusion_nft_loss(**forward, mode="all_only")
     with pytest.raises(ValueError, match=r"weighting is 't\*\*3'; accepted are 'uniform', 't', 't2'"):
         space.awm_loss(**inputs, weighting="t**3")
+
+
+@each_space
+def test_a_number_given_twice_is_pythons_own_error(space: Any) -> None:
+    v, t, A = torch.randn(2, 3), torch.full((2,), 0.5), torch.ones(2)
+    for twice in (t, t[:, None]):
+        with pytest.raises(TypeError, match="multiple values for argument 't'"):
+            space.advantage_flow_loss(v, v, v, twice, A, v_old=v, t=t)
