@@ -32,6 +32,11 @@ step() {
   return "$code"
 }
 
+# Options of pytest for so many processes, where pytest-xdist is installed.
+processes() {
+  if "$python" -c 'import xdist' 2>/dev/null; then echo "-n $1 --dist worksteal"; fi
+}
+
 # The same in the background, its output in the log alone.
 background() {
   step "$@" >"$out/$1.status" 2>&1 &
@@ -59,15 +64,16 @@ gpu_part() {
   step info 30 "$python" -m advflow_ext.info || status=1
 
   # Tests and sanitizers share the device; what is timed has it alone.
-  local processes=8 i tool tests limit=$((total - SECONDS - 260)) files
+  local shards=8 i tool tests limit=$((total - SECONDS - 260)) files together
   # The longest first. Each failure is printed when it happens: the last lines of what is cut off are lost.
   files=(tests/trainer/test_gpu.py tests/{bench,contract,kernels,nn,ops,patches,policies}/test_*.py)
   tests=("$python" -m pytest -m gpu -v -ra --durations=5 -p no:cacheprovider -p tests.failures_at_once)
-  if "$python" -c 'import xdist' 2>/dev/null; then
-    background tests "$limit" "${tests[@]}" -n $processes --dist worksteal "${files[@]}"
+  together=$(processes $shards)
+  if [[ -n $together ]]; then
+    background tests "$limit" "${tests[@]}" $together "${files[@]}"
   else
-    for ((i = 0; i < processes; i++)); do
-      background "tests-$i" "$limit" "${tests[@]}" $(printf '%s\n' "${files[@]}" | awk "NR % $processes == $i")
+    for ((i = 0; i < shards; i++)); do
+      background "tests-$i" "$limit" "${tests[@]}" $(printf '%s\n' "${files[@]}" | awk "NR % $shards == $i")
     done
   fi
   if command -v compute-sanitizer >/dev/null; then
@@ -110,7 +116,8 @@ cpu_part() {
     step build 900 "$python" setup.py build_ext --inplace || status=1
   step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
   step info 30 "$python" -m advflow_ext.info || status=1
-  step tests 900 "$python" -m pytest tests --ignore=tests/trainer -m "not gpu and not slow and not sanitizer" -q || status=1
+  step tests 900 env OMP_NUM_THREADS=1 "$python" -m pytest $(processes auto) -q tests --ignore=tests/trainer \
+    -m "not gpu and not slow and not sanitizer" || status=1
   step bench 300 "$python" -m advflow_ext.bench --device cpu --quick --json "$out/bench.json" --plot "$out/bench.html" || status=1
   step render 60 "$python" -m advflow_ext.bench.harness.render "$out/bench.json" --out "$out" || status=1
   echo "logs: $out"
