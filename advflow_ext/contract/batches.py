@@ -29,22 +29,12 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
     Any other shape is left to the op, which refuses it.
     """
     names = tuple(inspect.signature(op).parameters)
-    numbers = [(place, name) for place, name in enumerate(names) if name not in _LATENTS]
-
-    def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether no number has to be reshaped: by far the most calls."""
-        return all(_is_plain(name, args[place]) for place, name in numbers if place < len(args)) and all(
-            _is_plain(name, value) for name, value in kwargs.items()
-        )
 
     @functools.wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_plain(args, kwargs):
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        if all(_is_plain(name, value) for name, value in given.items() if isinstance(value, (Tensor, tuple))):
             return op(*args, **kwargs)
-        positional = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or any(name in positional for name in kwargs):
-            return op(*args, **kwargs)  # Python's own TypeError
-        given: dict[str, Any] = {**positional, **kwargs}
         first = given.get(names[0])
         batch = _batch_of(first, given) if isinstance(first, Tensor) else None
         if batch is None:

@@ -89,10 +89,8 @@ def require_per_sample(name: str, value: object, v: Tensor) -> None:
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 as soon as one latent is float64, float32 otherwise: the type every sum is kept in."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 class Samples(NamedTuple):
@@ -152,16 +150,7 @@ def samples_in(dtype: torch.dtype, t: Tensor, advantages: Tensor) -> Samples:
 def require_latents(v: Tensor, **latents: Tensor | None) -> torch.dtype:
     """The accumulate dtype of latents that fit together."""
     require_latent("v", v)
-    shape, device = v.shape, v.device
     for name, latent in latents.items():
-        # By far the most; what follows says the same, with sentences.
-        if (
-            isinstance(latent, Tensor)
-            and latent.dtype in FLOAT_DTYPES
-            and latent.shape == shape
-            and latent.device == device
-        ):
-            continue
         if latent is not None or name not in _MAY_BE_ABSENT:
             require_like_v(name, latent, v)
     return accumulate_dtype(v, *latents.values())

@@ -52,7 +52,7 @@ bool advflow_can_launch_early() {
 }
 
 template <auto kKernel, typename... Parameters, typename... Arguments>
-void advflow_launch_as(void (*)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+void advflow_launch_early(void (*)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -68,5 +68,5 @@ void advflow_launch_as(void (*)(Parameters...), dim3 grid, dim3 block, cudaStrea
 
 // `kernel` is a constant expression.
 #define ADVFLOW_LAUNCH_EARLY(kernel, grid, block, stream, ...) \
-  advflow_launch_as<kernel>(kernel, grid, block, stream, __VA_ARGS__)
+  advflow_launch_early<kernel>(kernel, grid, block, stream, __VA_ARGS__)
 #endif

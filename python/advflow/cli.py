@@ -295,7 +295,7 @@ def _check_guidance(arguments: Namespace) -> None:
 
 def _eval(arguments: Namespace) -> None:
     _check_guidance(arguments)
-    out = None if arguments.out is None else _new_folder(arguments.out)
+    out = None if arguments.out is None else _require_new_folder(arguments.out)
     config = load_run_config(arguments.run)
     _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
@@ -355,7 +355,7 @@ def _check_sample(arguments: Namespace) -> None:
 
 
 def _export(arguments: Namespace) -> None:
-    out = _new_folder(arguments.out)
+    out = _require_new_folder(arguments.out)
     config = load_run_config(arguments.run)
     _say_if_random(config.model.random_weights, config.out)
     _quiet_libraries()
@@ -368,7 +368,7 @@ def _export(arguments: Namespace) -> None:
     _say_written(out)
 
 
-def _new_folder(name: str) -> Path:
+def _require_new_folder(name: str) -> Path:
     out = Path(name)
     if out.exists() or not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {name!r}; accepted is a new folder in one that exists")
@@ -401,7 +401,7 @@ def _report(arguments: Namespace) -> None:
 def _shapes(arguments: Namespace) -> None:
     if arguments.per_category < 1:
         raise ValueError(f"--per_category is {arguments.per_category}; accepted: 1 or more")
-    out = _new_folder(arguments.out)
+    out = _require_new_folder(arguments.out)
     from advflow.shapes.files import write_files
 
     with new_folder(out) as folder:

@@ -53,7 +53,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    flush_to_disk(folder.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
