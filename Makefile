@@ -46,7 +46,7 @@ sanitize: setup ## the operators' tests with the compiled module under AddressSa
 	$(BIN)/python -m pytest -q -m sanitizer
 
 test-peers: setup ## the contract of the integrations on the trainers' own code, PEERS=folder with their checkouts
-	@test -d "$(PEERS)" || { echo "PEERS=folder names a folder with checkouts: flow_grpo, DanceGRPO, MixGRPO, Flow-Factory, UniRL, verl-omni"; exit 1; }
+	@test -d "$(PEERS)" || { echo "PEERS=folder names a folder with checkouts: see CONTRIBUTING.md"; exit 1; }
 	PEERS="$(abspath $(PEERS))" $(BIN)/python -m pytest -q tests/integrations
 
 # Not editable: the module in the tree is for the torch of .venv, and what a user installs is tested as it is installed.
