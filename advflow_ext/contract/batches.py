@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -32,15 +32,18 @@ def any_batch(op: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        if all(_is_plain(name, value) for name, value in given.items() if isinstance(value, (Tensor, tuple))):
+        # Pairs, handed on as they came: of a name given twice or an argument too many Python itself says so.
+        named = list(zip(names, args, strict=False))
+        given = [*named, *kwargs.items()]
+        if all(_is_plain(name, value) for name, value in given if isinstance(value, (Tensor, tuple))):
             return op(*args, **kwargs)
-        first = given.get(names[0])
+        first = args[0] if args else kwargs.get(names[0])
         batch = _batch_of(first, given) if isinstance(first, Tensor) else None
         if batch is None:
             return op(*args, **kwargs)
-        arguments = {name: _flattened(name, value, batch) for name, value in given.items()}
-        result: R = op(**arguments)  # type: ignore[call-arg]
+        flat: list[Any] = [_flattened(name, value, batch) for name, value in named]
+        flat_kwargs: dict[str, Any] = {name: _flattened(name, value, batch) for name, value in kwargs.items()}
+        result: R = op(*flat, *args[len(names) :], **flat_kwargs)  # type: ignore[arg-type]
         return _unflattened(result, batch) if len(batch) > 1 else result
 
     return call
@@ -54,11 +57,11 @@ def _is_plain(name: str, value: object) -> bool:
     return not isinstance(value, tuple) or all(_is_plain(name, part) for part in value)
 
 
-def _batch_of(first: Tensor, given: dict[str, Any]) -> tuple[int, ...] | None:
+def _batch_of(first: Tensor, given: Sequence[tuple[str, Any]]) -> tuple[int, ...] | None:
     """The dimensions of ``first`` that count samples: as many as a number has that is shaped as they are."""
     if first.dim() < 2:
         return None
-    numbers = [part for name, value in given.items() if name not in _LATENTS for part in _tensors(value)]
+    numbers = [part for name, value in given if name not in _LATENTS for part in _tensors(value)]
     alike = [n.dim() for n in numbers if 0 < n.dim() < first.dim() and n.shape == first.shape[: n.dim()]]
     batch = tuple(first.shape[: max(alike, default=1)])
     return batch if all(_leading(number, batch) is not None for number in numbers) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -179,6 +180,15 @@ def test_trainers_spellings(space: Any) -> None:
 @each_space
 def test_a_number_given_twice_is_pythons_own_error(space: Any) -> None:
     v, t, A = torch.randn(2, 3), torch.full((2,), 0.5), torch.ones(2)
-    for twice in (t, t[:, None]):
+    for first, second in itertools.product((t, t[:, None], torch.ones(7)), repeat=2):
         with pytest.raises(TypeError, match="multiple values for argument 't'"):
-            space.advantage_flow_loss(v, v, v, twice, A, v_old=v, t=t)
+            space.advantage_flow_loss(v, v, v, first, A, v_old=v, t=second)
+
+
+@each_space
+def test_an_argument_too_many_is_pythons_own_error(space: Any) -> None:
+    v, t, A = torch.randn(2, 3), torch.full((2,), 0.5), torch.ones(2)
+    for time in (t, t[:, None]):
+        for more in ((v,), (v,) * 40):
+            with pytest.raises(TypeError, match=f"takes 5 positional arguments but {5 + len(more)}"):
+                space.advantage_flow_loss(v, v, v, time, A, *more)
