@@ -56,12 +56,18 @@ collect() {
 }
 jobs=() names=()
 
-gpu_part() {
-  out="${OUT:-bench/results/$("$python" -c 'import torch; from advflow_ext.bench.harness.report import slug; print(slug(torch.cuda.get_device_name()))')}"
+# Builds within so many seconds, and says what there is. In any case: where a module of the same sources is installed, that
+# one would be tested in place of this tree's.
+build() {
   mkdir -p "$out"
-  step build 140 env ADVFLOW_CUDA=1 "$python" setup.py build_ext --inplace || status=1
+  step build "$1" "$python" setup.py build_ext --inplace || status=1
   step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
   step info 30 "$python" -m advflow_ext.info || status=1
+}
+
+gpu_part() {
+  out="${OUT:-bench/results/$("$python" -c 'import torch; from advflow_ext.bench.harness.report import slug; print(slug(torch.cuda.get_device_name()))')}"
+  ADVFLOW_CUDA=1 build 140
 
   # Tests and sanitizers share the device; what is timed has it alone.
   local shards=8 i tool tests limit=$((total - SECONDS - 260)) files together
@@ -111,11 +117,7 @@ gpu_part() {
 
 cpu_part() {
   out="${OUT:-$(mktemp -d)}"
-  mkdir -p "$out"
-  # In any case: where a module of the same sources is installed, that one would be tested in place of this tree's.
-  step build 900 "$python" setup.py build_ext --inplace || status=1
-  step environment 30 "$python" -m advflow_ext.bench.harness.report "$out/environment.json" || status=1
-  step info 30 "$python" -m advflow_ext.info || status=1
+  build 900
   step tests 900 env OMP_NUM_THREADS=1 "$python" -m pytest $(processes auto) -q tests --ignore=tests/trainer \
     -m "not gpu and not slow and not sanitizer" || status=1
   step bench 300 "$python" -m advflow_ext.bench --device cpu --quick --json "$out/bench.json" --plot "$out/bench.html" || status=1
